@@ -1,0 +1,932 @@
+"""What the five experiments share: config, losses, schedule, metrics, checkpoints, the run folder, a few plots.
+
+Nothing here is an experiment: no data set, model, parameter group or training loop, and nothing that an ablation
+would want to change. Functions take plain tensors and numbers, never a config section.
+
+Shapes: N rows (pairs) of D features; Q queries against G gallery rows; C classes.
+"""
+
+import argparse
+import ast
+import contextlib
+import csv
+import dataclasses
+import datetime
+import difflib
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import types
+import typing
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend (config, data, folder): reported in one line, exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- config
+
+# Keys that do not change what is trained: they neither name the run's folder nor make it a different run.
+NEUTRAL_KEYS = ("data.dir", "device", "num_workers", "output_dir", "wandb", "evaluation.", "compare")
+
+
+def ranged(default, *bounds):
+    """A dataclass field whose value must satisfy every bound, e.g. `ranged(0.1, ">= 0", "< 1")`."""
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
+
+
+class _StrictLoader(yaml.BaseLoader):
+    """YAML with every scalar left a string (the dataclass types it) and duplicate keys refused."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise UserError(f"line {node.value[i][0].start_mark.line + 1}: duplicate key {key!r}; keep one of the two")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path):
+    """The mapping in a YAML file, all scalars as strings. Raises UserError: no such file, bad syntax, duplicate key."""
+    path = Path(path)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except FileNotFoundError:
+        known = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such config{_nearest(str(path), known)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if raw in (None, ""):
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found a {type(raw).__name__}")
+    return raw
+
+
+def _nearest(word, known):
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def _describe(kind):
+    """A field type in the words of an error message."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(k) for k in typing.get_args(kind))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
+    return names.get(kind) or f"a list of {_describe((typing.get_args(kind) or (str,))[0]).removeprefix('a ')}s"
+
+
+def _convert(value, kind):
+    """A YAML string, list or already typed default as `kind`; ValueError if it is not one."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in sorted(args, key=lambda k: k is str):  # str takes anything: last
+            try:
+                return _convert(value, option)
+            except ValueError:
+                pass
+        raise ValueError
+    if origin is list or kind is list:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError
+        return [_convert(v, args[0] if args else str) for v in value]
+    if isinstance(value, (list, dict)):
+        raise ValueError
+    if isinstance(value, str):
+        value = re.sub(r'^\\"(.*)\\"$', r"\1", value.strip())  # \"siglip\": quotes escaped by a Markdown editor
+    if origin is typing.Literal:
+        for option in args:
+            if str(value) == str(option):
+                return option
+        raise ValueError
+    if kind is type(None):
+        if value is None or value in ("", "~", "null", "Null", "NULL", "None"):
+            return None
+        raise ValueError
+    if kind is bool:
+        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+        raise ValueError
+    if value is None or isinstance(value, bool):
+        raise ValueError
+    number = kind(value)  # int("512"), float("1e-4"), str("no")
+    if kind is float and not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _flatten(tree, prefix=""):
+    """{'a': {'b': 1}} -> {'a.b': 1}; dataclasses likewise."""
+    if dataclasses.is_dataclass(tree):
+        tree = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _schema(Config, prefix=""):
+    """{'training.batch_size': (field, type, default)} in the order of the dataclasses; sections map to None."""
+    hints, keys = typing.get_type_hints(Config), {}
+    for field in dataclasses.fields(Config):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            keys[prefix + field.name] = None
+            keys.update(_schema(kind, f"{prefix}{field.name}."))
+        else:
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            keys[prefix + field.name] = (field, kind, default)
+    return keys
+
+
+def _typed(flat, schema, where):
+    """Check and convert a flat {dotted key: raw value} against the schema."""
+    values = {}
+    for key, raw in flat.items():
+        if key not in schema:
+            known = [k for k in schema if schema[k]] or list(schema)
+            same_leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+            hint = f"; did you mean {same_leaf[0]}?" if same_leaf else _nearest(key, known)
+            raise UserError(f"{where}: unknown key {key}{hint} (-h lists every key)")
+        if schema[key] is None:  # a section: `training:` with nothing under it is fine, a value is not
+            if raw in ("", None):
+                continue
+            raise UserError(f"{where}: {key} is a section; set {key}.<key> instead of {key}={raw}")
+        field, kind, _ = schema[key]
+        try:
+            value = _convert(raw, kind)
+        except (ValueError, OverflowError):
+            hint = _nearest(str(raw), list(map(str, typing.get_args(kind)))) if typing.get_origin(kind) is typing.Literal else ""
+            raise UserError(f"{where}: {key}: expected {_describe(kind)}, found {raw!r}{hint}") from None
+        for bound in field.metadata.get("bounds", ()):
+            op, limit = bound.split()
+            numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
+            compare = {">": float.__gt__, ">=": float.__ge__, "<": float.__lt__, "<=": float.__le__}[op]
+            if not all(compare(float(v), float(limit)) for v in numbers):
+                raise UserError(f"{where}: {key}: must be {bound}, found {raw}")
+        values[key] = value
+    return values
+
+
+def load_config(Config, path, overrides=(), demo=False):
+    """The config dataclass from a YAML file and `key=value` overrides.
+
+    Strings in the file are converted by the field's type, so `1e-4` is a number and `no` a word where a word is asked for.
+    The file's `demo:` section is checked always and applied with `demo=True` (before the overrides). An empty
+    `output_dir` becomes `results/[demo/]<file name>[,overrides that change the run]`.
+
+    Args: Config: dataclass, nested one dataclass a section, with an `experiment` name and an `output_dir`.
+        path: a YAML file, or None for the defaults. overrides: list of 'section.key=value'.
+    Raises: UserError (a ValueError), in one line: unknown or duplicate key, wrong type, out of range, missing file,
+        a YAML of another experiment.
+    """
+    schema = _schema(Config)
+    raw = read_yaml(path) if path is not None else {}
+    name = raw.get("experiment", schema["experiment"][2])
+    if name != schema["experiment"][2]:
+        raise UserError(f"{path}: is a config of exp_{name}.py (experiment: {name}), not of exp_{schema['experiment'][2]}.py")
+    demo_section = raw.pop("demo", None) or {}
+    if not isinstance(demo_section, dict):
+        raise UserError(f"{path}: demo is a section of keys, found {demo_section!r}")
+    values = _typed(_flatten(raw), schema, path)
+    demo_values = _typed(_flatten(demo_section), schema, f"{path}: demo")
+    if demo:
+        values.update(demo_values)
+    changed = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"{item!r}: an override is written key=value, e.g. seed=1")
+        try:
+            parsed = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError:
+            parsed = text
+        changed[key.strip()] = "" if parsed is None else parsed
+    values.update(_typed(changed, schema, "command line"))
+    if not values.get("output_dir"):
+        stem = Path(path).stem if path is not None else schema["experiment"][2]
+        named = [f"{key}={_plain(changed[key])}" for key in sorted(changed) if not key.startswith(NEUTRAL_KEYS)]
+        folder = re.sub(r"[^\w.=,+\-\[\]]+", "_", ",".join([stem, *named]))
+        if len(folder) > 200:  # file systems stop at 255 bytes
+            folder = f"{folder[:180]}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
+        values["output_dir"] = str(Path("results", "demo" if demo else "", folder))
+    return _build(Config, values)
+
+
+def _plain(value):
+    return "[" + ",".join(map(_plain, value)) + "]" if isinstance(value, list) else str(value)
+
+
+def _build(Config, values, prefix=""):
+    kwargs = {}
+    for field in dataclasses.fields(Config):
+        kind = typing.get_type_hints(Config)[field.name]
+        if dataclasses.is_dataclass(kind):
+            kwargs[field.name] = _build(kind, values, f"{prefix}{field.name}.")
+        elif prefix + field.name in values:
+            kwargs[field.name] = values[prefix + field.name]
+    return Config(**kwargs)
+
+
+def config_dict(cfg):
+    """The config as nested plain dicts, as it goes into config.yaml and the checkpoints."""
+    return dataclasses.asdict(cfg)
+
+
+def config_changes(old, new):
+    """['training.learning_rate=0.001 (was 0.0001)', ...] between two config dicts, neutral keys left out."""
+    old, new = _flatten(old), _flatten(new)
+    keys = [k for k in {**old, **new} if not k.startswith(NEUTRAL_KEYS)]
+    return [f"{k}={new.get(k)} (was {old.get(k)})" for k in keys if old.get(k) != new.get(k)]
+
+
+def _config_help(Config, prefix=""):
+    """One line a key: name, default, bounds and the trailing comment on the field in the source."""
+    source = inspect.getsource(Config).splitlines()
+    hints, lines = typing.get_type_hints(Config), []
+    body = ast.parse("\n".join(source)).body[0].body
+    comments = {n.target.id: source[n.end_lineno - 1].partition("# ")[2] for n in body if isinstance(n, ast.AnnAssign)}
+    for name in comments:
+        if dataclasses.is_dataclass(hints[name]):
+            lines += ["", *_config_help(hints[name], f"{prefix}{name}.")]
+            continue
+        field, kind, default = _schema(Config)[name]
+        note = "" if typing.get_origin(kind) is not typing.Literal else f" [{' | '.join(map(str, typing.get_args(kind)))}]"
+        bounds = "".join(f" ({b})" for b in field.metadata.get("bounds", ()))
+        lines.append(f"  {prefix + name + '=' + _plain('null' if default is None else default):44} {comments[name]}{note}{bounds}")
+    return lines
+
+
+def parse_command_line(argv, Config, doc, stages):
+    """`config.yaml [key=value ...] [--stage S] [--demo] [--fresh]` -> (config, arguments). -h lists every key."""
+    parser = argparse.ArgumentParser(
+        description=doc, epilog="config keys, defaults and meaning (set in the YAML, or as key=value):\n" + "\n".join(_config_help(Config)),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a config key, e.g. seed=1 training.learning_rate=3e-4")
+    parser.add_argument("--stage", choices=stages, default="all", help="run only this part (default: all)")
+    parser.add_argument("--demo", action="store_true", help="synthetic stand-in data, a run of about a minute on a laptop CPU")
+    parser.add_argument("--fresh", action="store_true", help="move an existing run folder to .old-N and start again")
+    args = parser.parse_intermixed_args(argv)
+    if "=" in args.config:
+        parser.error(f"the config file comes first, found {args.config!r}")
+    return load_config(Config, args.config, args.overrides, demo=args.demo), args
+
+
+def exit_codes(main):
+    """Make `main(argv)` return 0 done, 2 a user's mistake, 1 anything else, 130/143 stopped by Ctrl-C/SIGTERM.
+
+    What a user can cause is one line on stderr; only a bug shows a traceback.
+    """
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+            return 0
+        except UserError as error:
+            message, code = str(error), 2
+        except Stopped as stop:
+            message, code = str(stop), 128 + stop.signum
+        except KeyboardInterrupt:
+            message, code = "stopped by Ctrl-C", 130
+        except torch.OutOfMemoryError as error:
+            message, code = f"out of GPU memory ({str(error).split('. ')[0]}); lower the batch size or evaluation.chunk_size", 1
+        except (OSError, FloatingPointError) as error:
+            message, code = str(error), 1
+        print(f"error: {' '.join(message.split())}" if code < 128 else message, file=sys.stderr)
+        return code
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------------- device, seeds, stop
+
+def pick_device(name="auto"):
+    """torch.device from "auto" (cuda, else mps, else cpu), "cuda", "mps" or "cpu"; also switches TF32 matmul on.
+
+    Raises: UserError if the device asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    kind = name.split(":")[0]
+    if not available.get(kind, False):
+        raise UserError(f"device={name} is not available here; use one of auto, {', '.join(k for k in available if available[k])}")
+    torch.set_float32_matmul_precision("high")
+    return torch.device(name)
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and torch (all devices) and ask for deterministic kernels, so that equal runs give equal bits."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def rng_state():
+    """All random states as plain types and tensors (so that a checkpoint loads with weights_only=True)."""
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state):
+    """Restore what `rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Stopped(Exception):
+    """A run that ended itself after Ctrl-C or SIGTERM, with its checkpoint saved."""
+
+    def __init__(self, signum, message):
+        super().__init__(message)
+        self.signum = signum
+
+
+class StopSignal:
+    """Context in which the first Ctrl-C or SIGTERM only sets `.signum`, so that a loop can save and stop between steps.
+
+    A second one acts at once.
+    """
+
+    def __enter__(self):
+        self.signum = 0
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, signum, frame):
+        self.signum = signum
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *exc):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------- losses
+
+BLOCK = 1024  # rows of the [N, N] logits held at once
+
+
+def _row_blocks(block_fn, n_rows, chunk_size):
+    """[block_fn(slice of rows), ...]; each block's [chunk, N] intermediates are recomputed in backward, not stored."""
+    size = min(n_rows, chunk_size or BLOCK)
+    rows = [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]
+    if len(rows) == 1 or not torch.is_grad_enabled():
+        return [block_fn(r) for r in rows]
+    return [checkpoint(block_fn, r, use_reentrant=False, preserve_rng_state=False, determinism_check="none") for r in rows]
+
+
+def _check_pairs(a, b, ids, false_negatives):
+    if a.ndim != 2 or a.shape != b.shape or len(a) == 0:
+        raise ValueError(f"a and b must be equal [N, D] with N > 0, found {list(a.shape)} and {list(b.shape)}")
+    if false_negatives not in ("ignore", "mask", "multi_positive"):
+        raise ValueError(f"false_negatives must be ignore, mask or multi_positive, found {false_negatives!r}")
+    if false_negatives != "ignore" and ids is None:
+        raise ValueError(f"false_negatives={false_negatives!r} needs ids [N]; without ids use 'ignore'")
+    if ids is not None and ids.shape != a.shape[:1]:
+        raise ValueError(f"ids must be [{len(a)}], found {list(ids.shape)}")
+    if a.dtype != torch.float64:  # logits in float32 also under autocast
+        a, b = a.float(), b.float()
+    return a, b
+
+
+def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smoothing=0.0, chunk_size=None):
+    """Symmetric InfoNCE: mean over rows and over both directions of the cross-entropy of logit_scale * a b^T.
+
+    a, b: [N, D] float, L2-normalised; row i of a is the partner of row i of b. logit_scale: scalar (1 / temperature).
+    ids: [N] int, which image or movie a row belongs to. false_negatives: what becomes of pairs of equal id off the
+    diagonal: "ignore" leaves them as negatives, "mask" drops them from the denominator, "multi_positive" makes them
+    positives (soft targets, each row normalised). label_smoothing: eps spread evenly over the columns of a row that are
+    not dropped. chunk_size: rows of logits held at once (default 1024); it changes memory, not the value.
+    Returns: scalar, float32 (float64 for float64 input).
+    Raises: ValueError on shapes that disagree or ids that are missing.
+    Source: van den Oord et al. 2018; the symmetric form of CLIP (Radford et al. 2021). Soft targets as in UniCL (Yang et al. 2022).
+    """
+    a, b = _check_pairs(a, b, ids, false_negatives)
+    n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
+    dropped = torch.finfo(a.dtype).min / 4  # finite: a block may drop all of a column, and -inf - -inf is nan
+    columns = torch.arange(n, device=a.device)
+    with torch.autocast(a.device.type, enabled=False):
+        if masked or soft:  # rows that carry each row's id, [N]; a count without a host synchronisation
+            ordered = ids.sort().values
+            group = (torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)).to(a.dtype)
+        if label_smoothing:
+            share = 1 / (n + 1 - group) if masked else a.new_full((n,), 1 / n)  # 1 / columns kept, [N]
+
+        def block(rows):
+            """log-sum-exp of these rows; of each column over these rows; what the targets take off, both ways."""
+            logits = logit_scale * (a[rows] @ b.T)  # [chunk, N]
+            target = 0 if soft else 2 * (1 - label_smoothing) * logit_scale * (a[rows] * b[rows]).sum(1)  # [chunk]
+            if masked or soft:
+                same = ids[rows, None] == ids
+            if masked:
+                logits = logits.masked_fill(same & (columns[rows, None] != columns), dropped)
+            if soft:
+                target = 2 * (1 - label_smoothing) * (logits * same).sum(1) / group[rows]
+            if label_smoothing:
+                kept = logits.masked_fill(logits == dropped, 0)
+                target = target + label_smoothing * (kept.sum(1) * share[rows] + kept @ share)
+            return logits.logsumexp(1), logits.logsumexp(0), target
+
+        row_lse, column_lse, target = zip(*_row_blocks(block, n, chunk_size), strict=True)
+        return (torch.cat(row_lse) + torch.stack(column_lse).logsumexp(0) - torch.cat(target)).mean() / 2
+
+
+def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignore", chunk_size=None):
+    """Pairwise sigmoid loss: -sum_ij log sigmoid(z_ij (logit_scale a_i.b_j + logit_bias)) / N, z = 1 for partners, else -1.
+
+    a, b: [N, D] float, L2-normalised. logit_scale, logit_bias: scalars. ids, false_negatives, chunk_size: as in `info_nce`;
+    "mask" drops pairs of equal id off the diagonal, "multi_positive" gives them z = 1.
+    Returns: scalar, float32 (float64 for float64 input).
+    Raises: ValueError on shapes that disagree or ids that are missing.
+    Source: SigLIP, Zhai et al. 2023, algorithm 1 (the sum is divided by N, not N^2).
+    """
+    a, b = _check_pairs(a, b, ids, false_negatives)
+    n, dropped = len(a), torch.finfo(a.dtype).min / 4
+    columns = torch.arange(n, device=a.device)
+    with torch.autocast(a.device.type, enabled=False):
+
+        def block(rows):
+            logits = logit_scale * (a[rows] @ b.T) + logit_bias  # [chunk, N]
+            if false_negatives == "ignore":
+                positive = 0
+            else:
+                same = ids[rows, None] == ids
+                positive = (logits * same).sum() if false_negatives == "multi_positive" else 0
+                if false_negatives == "mask":
+                    logits = logits.masked_fill(same & (columns[rows, None] != columns), dropped)
+            # -log sigmoid(-x) = softplus(x) and -log sigmoid(x) = softplus(x) - x; beyond 40 softplus(x) is x in float64 too
+            return F.softplus(logits, threshold=40).sum() - positive
+
+        total = torch.stack(_row_blocks(block, n, chunk_size)).sum()
+        if false_negatives != "multi_positive":
+            total = total - (logit_scale * (a * b).sum() + n * logit_bias)
+        return total / n
+
+
+# -------------------------------------------------------------------------------------------------------------- schedule
+
+def warmup_cosine(step, total_steps, warmup_steps):
+    """Learning-rate factor in [0, 1]: linear 0 -> 1 over warmup_steps, then half a cosine to 0, and 0 ever after.
+
+    Source: Loshchilov & Hutter 2017 (SGDR) without restarts; clamped, as an unclamped cosine rises again past its end.
+    """
+    if step < warmup_steps:
+        return max(step, 0) / warmup_steps
+    if step >= total_steps:
+        return 0.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+
+
+# --------------------------------------------------------------------------------------------------------------- metrics
+
+def _miss_probability(better, tied, own, k):
+    """P(none of the top k is one's own) with `better` others above, `tied` others level, ties in random order; [Q] float64.
+
+    1 - C(t+m-r, m) / C(t+m, m) is the hit; the quotient is written as the product of (t-j) / (t+m-j) over j < r.
+    """
+    places = (k - better).clamp(min=0)  # of the tied group inside the top k
+    miss = torch.ones_like(better, dtype=torch.float64)
+    for j in range(int(min(k, (tied + own).max()))):
+        inside = (j < places) & (j < tied + own)
+        miss = torch.where(inside, miss * (tied - j).clamp(min=0) / (tied + own - j).clamp(min=1), miss)
+    return miss
+
+
+def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=512):
+    """Retrieval quality of every query; `retrieval_metrics` averages it, a bootstrap resamples it.
+
+    queries: [Q, D], gallery: [G, D], float, L2-normalised for cosine. query_ids: [Q], gallery_ids: [G] int; the gallery
+    rows that carry the query's id are its own, and the best of them counts. Scores are computed in float64 and compared in
+    float32, so that equal rows tie whatever the block size. Ties: the expectation over their random order; AP ranks an
+    own row below every other row of the same score. AP@k is divided by min(k, own rows).
+    Returns: dict of [Q] float64 on the CPU: `hit@k` (probability), `AP@k`, `rank` (expected, from 1), `chance@k`.
+    Raises: ValueError on non-finite input, shapes that disagree, or a query without an own row in the gallery.
+    """
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries [Q, D] and gallery [G, D] needed, found {list(queries.shape)} and {list(gallery.shape)}")
+    if query_ids.shape != queries.shape[:1] or gallery_ids.shape != gallery.shape[:1]:
+        raise ValueError(f"one id a row needed, found {list(query_ids.shape)} ids for {len(queries)} queries and "
+                         f"{list(gallery_ids.shape)} for {len(gallery)} gallery rows")
+    if not len(queries) or not len(gallery):
+        raise ValueError(f"nothing to retrieve: {len(queries)} queries, {len(gallery)} gallery rows")
+    for name, x in (("queries", queries), ("gallery", gallery)):
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name}: {int((~torch.isfinite(x)).any(1).sum())} rows of {len(x)} hold non-finite values")
+    device = torch.device("cpu") if queries.device.type == "mps" else queries.device  # MPS has no float64
+    queries, gallery = queries.detach().to(device), gallery.detach().to(device, torch.float64)
+    gallery_ids, order = gallery_ids.to(device).sort(stable=True)  # own rows of a query become one range
+    gallery, query_ids = gallery[order], query_ids.to(device)
+    first, last = torch.searchsorted(gallery_ids, query_ids), torch.searchsorted(gallery_ids, query_ids, right=True)
+    n_own = last - first  # [Q]
+    if (n_own == 0).any():
+        raise ValueError(f"{int((n_own == 0).sum())} of {len(queries)} queries have no row of their id in the gallery, "
+                         f"the first is id {int(query_ids[n_own == 0][0])}")
+    offsets = torch.arange(int(n_own.max()), device=device)
+    out = {name: [] for name in (*(f"hit@{k}" for k in ks), *(f"AP@{k}" for k in map_ks), "rank")}
+    for i in range(0, len(queries), chunk_size):
+        rows = slice(i, i + chunk_size)
+        scores = (queries[rows].double() @ gallery.T).float()  # [q, G]
+        own_columns = first[rows, None] + offsets  # [q, most own rows of any query]
+        is_own = own_columns < last[rows, None]
+        own_columns = own_columns.clamp(max=len(gallery) - 1)
+        own = scores.gather(1, own_columns).masked_fill(~is_own, -torch.inf)
+        best = own.amax(1, keepdim=True)
+        level = (own == best).sum(1)  # m, own rows at the best own score
+        better = torch.gt(scores, best).float().sum(1).long()  # b; a float sum is several times faster and exact to 2^24
+        tied = torch.ge(scores, best).float().sum(1).long() - better - level  # t
+        for k in ks:
+            out[f"hit@{k}"].append(1 - _miss_probability(better, tied, level, k))
+        out["rank"].append(better + (tied + level + 1).double() / (level + 1))
+        if map_ks:
+            if len(offsets) == 1:
+                worst = (better + tied + 1).double()
+                aps = {k: torch.where(worst <= k, 1 / worst, 0.0) for k in map_ks}
+            else:  # an own row a hair lower: below all rows that tie with it, above all that do not
+                below = torch.nextafter(own, torch.full_like(own, -torch.inf))
+                mine = torch.zeros_like(scores, dtype=torch.bool)
+                mine.scatter_(1, torch.where(is_own, own_columns, first[rows, None]), True)
+                scores.scatter_(1, torch.where(is_own, own_columns, first[rows, None]), torch.where(is_own, below, below[:, :1]))
+                top = mine.gather(1, scores.topk(min(max(map_ks), len(gallery)), dim=1).indices).double()
+                places = torch.arange(1, top.shape[1] + 1, device=device)
+                precision = top @ (places[:, None] <= places).double() / places  # own rows so far / place
+                aps = {k: (precision * top)[:, :k].sum(1) / n_own[rows].clamp(max=k) for k in map_ks}
+            for k in map_ks:
+                out[f"AP@{k}"].append(aps[k])
+    values = {name: torch.cat(parts).cpu() for name, parts in out.items()}
+    for k in ks:  # all G rows level
+        values[f"chance@{k}"] = (1 - _miss_probability(torch.zeros_like(n_own), len(gallery) - n_own, n_own, k)).cpu()
+    return values
+
+
+def retrieval_metrics(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=512):
+    """Means over queries of `retrieval_per_query` (same arguments, ties and errors).
+
+    Returns: dict of floats: `R@k` (0..1), `median_rank`, `mean_rank` (expected ranks, from 1), `MRR`, `mAP@k`.
+    """
+    q = retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks, map_ks, chunk_size)
+    return {**{f"R@{k}": q[f"hit@{k}"].mean().item() for k in ks},
+            "median_rank": float(np.median(q["rank"].numpy())), "mean_rank": q["rank"].mean().item(),
+            "MRR": (1 / q["rank"]).mean().item(), **{f"mAP@{k}": q[f"AP@{k}"].mean().item() for k in map_ks}}
+
+
+def multilabel_metrics(logits, targets, threshold=0.5):
+    """F1 at a probability threshold, mAP and ROC-AUC of multi-label predictions, over the whole set at once.
+
+    logits: [N, C] float. targets: [N, C] of 0/1. A label is predicted when sigmoid(logit) > threshold.
+    Returns: dict of floats `f1_micro`, `f1_macro`, `f1_weighted`, `f1_samples` (an F1 of 0/0 counts as 0), `mAP` and
+    `roc_auc` (macro, over the classes where they are defined: with a positive; with a positive and a negative; else nan).
+    Raises: ValueError on shapes that disagree, non-finite logits, targets other than 0/1, a threshold outside (0, 1).
+    Definitions as in scikit-learn, which the tests compare with.
+    """
+    if logits.ndim != 2 or logits.shape != targets.shape or not len(logits):
+        raise ValueError(f"logits and targets must be equal [N, C] with N > 0, found {list(logits.shape)} and {list(targets.shape)}")
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must lie in (0, 1), found {threshold}")
+    x, y = logits.detach().cpu().double().numpy(), targets.detach().cpu().double().numpy()
+    if not np.isfinite(x).all():
+        raise ValueError(f"logits: {int((~np.isfinite(x)).any(1).sum())} rows of {len(x)} hold non-finite values")
+    if not np.isin(y, (0, 1)).all():
+        raise ValueError("targets must be 0 or 1")
+    predicted = x > math.log(threshold / (1 - threshold))
+
+    def f1(axis):
+        hits, wrong = (predicted * y).sum(axis), (predicted != y).sum(axis)
+        return 2 * hits / np.maximum(2 * hits + wrong, 1)  # hits is 0 where the sum is
+
+    average_precision, auc = [], []
+    for c in range(x.shape[1]):
+        order = np.argsort(-x[:, c], kind="stable")
+        score, positive = x[order, c], y[order, c]
+        ends = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)  # last place of each run of equal scores
+        hits, seen = positive.cumsum()[ends], ends + 1
+        if hits[-1]:
+            average_precision.append((np.diff(hits, prepend=0) * hits / seen).sum() / hits[-1])
+        if 0 < hits[-1] < len(score):
+            recall, fall_out = np.append(0, hits / hits[-1]), np.append(0, (seen - hits) / (len(score) - hits[-1]))
+            auc.append((np.diff(fall_out) * (recall[1:] + recall[:-1]) / 2).sum())
+    support = y.sum(0)
+    return {"f1_micro": float(f1(None)), "f1_macro": float(f1(0).mean()), "f1_samples": float(f1(1).mean()),
+            "f1_weighted": float((f1(0) * support).sum() / max(support.sum(), 1)),
+            "mAP": float(np.mean(average_precision)) if average_precision else math.nan,
+            "roc_auc": float(np.mean(auc)) if auc else math.nan}
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+
+def _previous(path):
+    return path.with_name(f"{path.name}.previous")
+
+
+def atomic_write(path, write, keep_previous=False):
+    """Call write(binary file) on a temporary file, fsync, rename onto path: at any moment path is whole, old or new.
+
+    Raises: OSError naming the path (disk full, no permission); what was there stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, _previous(path))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error}); all that was saved before is kept, and the same command "
+                      "resumes from it once this is mended") from None
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain types atomically; the file it replaces is kept as `<path>.previous`.
+
+    Raises: OSError naming the path; the last good checkpoint stays.
+    """
+    atomic_write(path, lambda file: torch.save(state, file), keep_previous=True)
+
+
+def _read_checkpoint(path):
+    with zipfile.ZipFile(path) as archive:  # torch.load does not check the CRCs it writes
+        damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_checkpoint(path):
+    """The dict that `save_checkpoint` wrote, on the CPU (weights_only=True). A missing or damaged file falls back to
+    `<path>.previous` with a warning.
+
+    Raises: FileNotFoundError if neither is there, UserError if none can be read.
+    """
+    path, problems = Path(path), []
+    for candidate in (path, _previous(path)):
+        try:
+            state = _read_checkpoint(candidate)
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # zipfile, pickle and torch each raise their own kinds on a damaged file
+            problems.append(f"{candidate} is damaged ({type(error).__name__}: {str(error).splitlines()[0]})")
+            continue
+        if candidate != path:
+            warnings.warn(f"{problems[0] if problems else f'{path} is missing'}; using {candidate}", stacklevel=2)
+        return state
+    if problems:
+        raise UserError(f"{'; '.join(problems)}; delete it or use --fresh to start again")
+    raise FileNotFoundError(f"{path}: no such checkpoint; run the training first")
+
+
+# ------------------------------------------------------------------------------------------------------- the run's folder
+
+def write_json(path, value):
+    """Write JSON atomically; a non-finite number becomes null."""
+    def plain(v):
+        if isinstance(v, dict):
+            return {str(k): plain(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [plain(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+    text = json.dumps(plain(value), indent=2) + "\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path):
+    """The value in a JSON file. Raises: UserError naming the file if it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def fingerprint(paths):
+    """16 hex digits of the SHA-256 over the contents of the files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def open_run(cfg, fresh=False):
+    """Create cfg.output_dir or reopen it to resume; writes config.yaml and environment.json. Returns its Path.
+
+    `fresh` moves an existing run to `<folder>.old-N` first.
+    Raises: UserError if the folder cannot be written, holds a run of another config, or holds something else.
+    """
+    folder = Path(cfg.output_dir)
+    config_file = folder / "config.yaml"
+    if fresh and config_file.exists():
+        n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
+        print(f"moved the earlier run to {folder.with_name(f'{folder.name}.old-{n}')}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+        atomic_write(folder / ".writable", lambda file: None)
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"the output folder {folder} cannot be written ({error.strerror or error}); set output_dir=") from None
+    config = config_dict(cfg)
+    if config_file.exists():
+        changes = config_changes(yaml.safe_load(config_file.read_text()), config)
+        if changes:
+            raise UserError(f"{folder} holds a run of a different config: {', '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}; "
+                            "choose another output_dir= or move the old run aside with --fresh")
+    elif others:
+        raise UserError(f"{folder} is not empty and holds no run ({others[0]} ...); choose another output_dir=")
+    atomic_write(config_file, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+    return folder
+
+
+def check_same_data(folder, data_fingerprint):
+    """Record the data's fingerprint in environment.json; UserError if the folder's run was made from other data."""
+    path = Path(folder) / "environment.json"
+    known = read_json(path).get("data_fingerprint") if path.exists() else None
+    if known not in (None, data_fingerprint):
+        raise UserError(f"{folder} holds a run on other data (fingerprint {known}, now {data_fingerprint}); "
+                        "choose another output_dir= or move the old run aside with --fresh")
+    record_environment(folder, data_fingerprint=data_fingerprint)
+
+
+def record_environment(folder, **facts):
+    """Merge facts into environment.json: versions, device, git commit, command line, wall-clock times."""
+    path = Path(folder) / "environment.json"
+    environment = read_json(path) if path.exists() else {}
+    here = Path(__file__).parent
+
+    def git(*command):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    packages = ("torch", "numpy", "matplotlib", "pyarrow", "soundfile", "pillow")
+    environment.update(
+        command_line=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), time=datetime.datetime.now().isoformat(timespec="seconds"),
+        python=platform.python_version(), platform=platform.platform(), processors=os.cpu_count(), threads=torch.get_num_threads(),
+        versions={p: importlib.metadata.version(p) for p in packages}, cuda=torch.version.cuda,
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        git_commit=git("rev-parse", "HEAD"), git_dirty=bool(git("status", "--porcelain")), **facts)
+    write_json(path, environment)
+
+
+class RunLog:
+    """metrics.csv: one row a step or epoch, the same columns in every row; mirrored to W&B if asked for.
+
+    `rows` are those of the checkpoint: the file is rewritten from them, so a row after the last checkpoint is not there twice.
+    """
+
+    def __init__(self, folder, columns, rows=(), wandb=False, config=None):
+        self.path, self.columns = Path(folder) / "metrics.csv", list(columns)
+        lines = "\n".join(",".join(map(str, r)) for r in [self.columns, *([row[c] for c in self.columns] for row in rows)])
+        atomic_write(self.path, lambda file: file.write(f"{lines}\n".encode()))
+        self.wandb = None
+        if wandb:
+            try:
+                import wandb as package
+            except ImportError:
+                raise UserError("wandb=true needs the package: pip install wandb") from None
+            self.wandb = package.init(project=Path(sys.argv[0]).stem, name=Path(folder).name, id=hashlib.sha256(
+                str(Path(folder).resolve()).encode()).hexdigest()[:16], resume="allow", config=config, dir=str(folder))
+
+    def write(self, row):
+        """Append one dict with exactly the columns given at the start."""
+        if set(row) != set(self.columns):
+            raise ValueError(f"metrics.csv has the columns {self.columns}, the row has {sorted(row)}")
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow([row[c] for c in self.columns])
+        if self.wandb:
+            self.wandb.log(row)
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def progress(items, label):
+    """tqdm over items when the terminal is interactive, else the items."""
+    return tqdm(items, desc=label, leave=False, dynamic_ncols=True) if sys.stderr.isatty() else items
+
+
+def format_table(header, rows):
+    """Plain aligned text: the first column left, the others right; floats with one decimal, None as a dash."""
+    def cell(v):
+        return "-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v)
+    cells = [[cell(v) for v in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# ----------------------------------------------------------------------------------------------------------------- plots
+
+def new_figure(n_panels=1, width=4.6, height=3.6):
+    """(figure, list of axes) in one row; matplotlib is imported here, so that -h and imports stay quick."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, n_panels, figsize=(width * n_panels, height), squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def save_figure(figure, path):
+    """Write a PNG atomically and free the figure."""
+    import matplotlib.pyplot as plt
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    plt.close(figure)
+
+
+def plot_curves(path, panels, xlabel="epoch", title=None, mark=None):
+    """One panel a quantity: panels = {ylabel: {line label: list of values, from 1}}; `mark` draws a line at the chosen epoch."""
+    figure, axes = new_figure(len(panels))
+    for axis, (ylabel, lines) in zip(axes, panels.items(), strict=True):
+        for label, values in lines.items():
+            axis.plot(range(1, len(values) + 1), values, marker="." if len(values) < 30 else None, label=label)
+        if mark is not None:
+            axis.axvline(mark, color="grey", linestyle=":", linewidth=1, label="chosen")
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=8)
+    if title:
+        figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def plot_embedding_space(path, groups, title, method="pca"):
+    """Two dimensions of several sets of embeddings: groups = {label: [N, D]}; equal rows of the first two sets are joined.
+
+    method: "pca", or "tsne" (scikit-learn). Raises: UserError if scikit-learn is asked for and missing.
+    """
+    stacked = torch.cat([x.detach().float().cpu() for x in groups.values()])
+    if method == "tsne":
+        try:
+            from sklearn.manifold import TSNE
+        except ImportError:
+            raise UserError("evaluation.projection=tsne needs scikit-learn: pip install scikit-learn") from None
+        flat = TSNE(random_state=0, perplexity=min(30, (len(stacked) - 1) / 3)).fit_transform(stacked.numpy())
+    else:
+        centred = stacked - stacked.mean(0)
+        flat = (centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T).numpy()
+    figure, (axis,) = new_figure(width=5.6, height=5)
+    parts = np.split(flat, np.cumsum([len(x) for x in groups.values()])[:-1])
+    if len(parts) > 1 and len(parts[0]) == len(parts[1]):
+        axis.plot(*np.stack([parts[0], parts[1]], axis=2).transpose(1, 2, 0), color="grey", alpha=0.25, linewidth=0.5)
+    for (label, _), xy in zip(groups.items(), parts, strict=True):
+        axis.scatter(*xy.T, s=8, label=label)
+    axis.set(xlabel=f"{method.upper()} 1", ylabel=f"{method.upper()} 2", title=title)
+    axis.legend()
+    save_figure(figure, path)
+
+
+def plot_similarity_matrix(path, similarity, title, xlabel, ylabel):
+    """A [N, M] matrix of scores as an image with its colour bar."""
+    figure, (axis,) = new_figure(width=5.2, height=4.6)
+    image = axis.imshow(similarity.detach().float().cpu().numpy(), cmap="viridis", interpolation="nearest")
+    figure.colorbar(image, ax=axis, label="cosine similarity")
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    save_figure(figure, path)

@@ -1,0 +1,821 @@
+"""Projection heads on COCO: which head and contrastive loss best align frozen SigLIP images with frozen E5-Mistral text?
+
+Small heads are trained on precomputed embeddings and judged by image-text retrieval on held-out images, beside chance,
+ridge regression and CCA. Losses: softmax InfoNCE (CLIP, Radford et al. 2021, arXiv 2103.00020) and the pairwise sigmoid
+(SigLIP, Zhai et al. 2023, arXiv 2303.15343).
+
+    python exp_coco_heads.py configs/siglip.yaml                    # split, train, evaluate, plots
+    python exp_coco_heads.py configs/siglip.yaml --demo             # synthetic data, under 90 s on two CPU cores
+    python exp_coco_heads.py configs/siglip.yaml --stage compare compare='[results/siglip, results/clip]'
+
+It prints the test table last: R@1/5/10 image-to-text and text-to-image, RSUM with its 95% interval, median ranks, the
+baselines and chance. Shapes: P pairs (one a caption), M unique images, D_img and D_txt the encoders' widths, D the
+shared width, B pairs a batch.
+
+Deviations from the recipe this follows: the gallery holds unique images (a repeated gallery shows as R@5 = R@1 for text
+to image); captions of the same image in a batch are no negatives; the sigmoid loss learns its scale and bias; inputs
+are regularised by feature dropout, because heads on a few thousand images overfit within two epochs; validation has
+min(10%, 1,000) images where 1% would be fewer; the last batch of an epoch is not short.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+import common
+import demo_data
+from common import UserError, ranged
+
+
+# ---------------------------------------------------------------------------------------------------------------- config
+
+@dataclass
+class DataConfig:
+    dir: str = "pretrain_encoded"  # folder of the {name}_image_embeddings.pt, _text_embeddings.pt and _metadata.json files
+    name: str = "train2017"  # the files that are split by image
+    train: int | float | str = "auto"  # share or number of images; rest: all that validation and test leave; auto: 0.8, or rest with a test file
+    val: int | float | str = "auto"  # share or number of images; auto: 1%, but at least min(10%, 1,000 images)
+    test: int | float | str = 0.04  # share or number of images; or a held-out file's name (val2017); or karpathy
+    karpathy_ids: str = ""  # with test=karpathy: JSON list or text file of the test images' COCO image ids or caption ids
+    split_seed: int = 42  # of the split by image; the same for every `seed`, so that runs share their test set
+
+
+@dataclass
+class ModelConfig:
+    type: Literal["mlp", "siglip", "clip"] = "siglip"  # projection head
+    output_dim: int = ranged(512, ">= 1")  # D, width of the shared space
+    hidden_dim: int | None = ranged(None, ">= 1")  # of mlp (null: 1024) and clip (null: half the input width)
+    dropout: float = ranged(0.1, ">= 0", "< 1")  # after the hidden layer of mlp and clip
+    input_dropout: float = ranged(0.5, ">= 0", "< 1")  # share of the input features dropped in training
+    learnable_temp: bool = True  # train logit_scale (and the sigmoid's bias)
+
+
+@dataclass
+class LossConfig:
+    type: Literal["clip", "siglip"] = "siglip"  # clip: softmax InfoNCE; siglip: pairwise sigmoid
+    temperature: float | None = ranged(None, "> 0")  # starting 1 / logit_scale (null: 0.07 for clip, 0.1 for siglip)
+    logit_bias: float | str = -10.0  # siglip: starting bias; auto: -log(batch_size - 1)
+    label_smoothing: float = ranged(0.0, ">= 0", "< 1")  # clip
+    false_negatives: Literal["mask", "multi_positive", "ignore"] = "mask"  # captions of the same image in a batch
+
+
+@dataclass
+class TrainingConfig:
+    batch_size: int = ranged(512, ">= 2")  # pairs a step
+    learning_rate: float = ranged(1e-4, "> 0")  # AdamW
+    weight_decay: float = ranged(0.01, ">= 0")  # not on scale, bias, norms
+    num_epochs: int = ranged(50, ">= 1")  # at most
+    patience: int = ranged(5, ">= 1")  # epochs without a better validation before stopping
+    monitor: Literal["loss", "r1", "rsum"] = "rsum"  # validation quantity that picks the best epoch (r1: mean of both directions)
+    warmup_steps: int = ranged(0, ">= 0")  # linear warm-up
+    schedule: Literal["constant", "cosine"] = "cosine"  # after the warm-up: cosine to 0 over num_epochs
+    one_caption_per_image: bool = False  # an epoch is one random caption of each image instead of all
+    save_every_steps: int = ranged(0, ">= 0")  # extra checkpoints inside an epoch (0: one an epoch)
+    compile: bool = False  # torch.compile the heads
+
+
+@dataclass
+class EvaluationConfig:
+    chunk_size: int = ranged(512, ">= 1")  # queries scored at once: memory, not numbers
+    n_bootstrap: int = ranged(1000, ">= 0")  # resamples of the test images for the 95% intervals
+    projection: Literal["pca", "tsne"] = "pca"  # picture of the shared space (tsne needs scikit-learn)
+    plots: bool = True  # draw the PNGs
+
+
+@dataclass
+class Config:
+    experiment: str = "coco_heads"  # which script a YAML belongs to
+    seed: int = ranged(42, ">= 0")  # weights, data order, dropout
+    device: str = "auto"  # auto | cuda | mps | cpu
+    output_dir: str = ""  # run folder (empty: results/<config name>[,overrides])
+    wandb: bool = False  # mirror metrics.csv to Weights & Biases
+    compare: list[str] = field(default_factory=list)  # run folders for --stage compare
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+@dataclass
+class Data:
+    """Embeddings on the device, stored in half precision, and the split by image."""
+    images: torch.Tensor  # [M, D_img] one row a unique image
+    texts: torch.Tensor  # [P, D_txt] one row a caption
+    image_index: torch.Tensor  # [P] int64: the caption's row in images
+    image_ids: list  # [M] ids as the metadata has them
+    splits: dict  # "train" | "val" | "test" -> [n] int64 rows of texts
+    fingerprint: str
+    synthetic: bool
+
+
+def embedding_files(folder, name):
+    return [Path(folder) / f"{name}_{part}" for part in ("image_embeddings.pt", "text_embeddings.pt", "metadata.json")]
+
+
+def load_tensor(path):
+    """A memory-mapped [rows, D] float tensor; UserError naming the file if it is anything else."""
+    try:
+        tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # zip, pickle and torch raise kinds of their own on a damaged file
+        raise UserError(f"{path}: not a readable .pt file ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                        "copy or encode it again") from None
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or not tensor.is_floating_point():
+        found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise UserError(f"{path}: expected a float tensor [rows, dim], found {found}")
+    return tensor
+
+
+def to_half(source, rows, path, device, chunk=16384):
+    """source[rows] on the device in half precision (float16, or bfloat16 where float16 would overflow), checked row by row."""
+    bad, first, largest = 0, None, 0.0
+    for i in range(0, len(rows), chunk):
+        block = source[rows[i:i + chunk]].float()
+        wrong = (~torch.isfinite(block).all(1)).nonzero()[:, 0]
+        if len(wrong) and first is None:
+            first = int(rows[i + int(wrong[0])])
+        bad, largest = bad + len(wrong), max(largest, float(block.abs().nan_to_num(0, 0, 0).max()))
+    if bad:
+        raise UserError(f"{path}: {bad} of {len(rows)} rows hold NaN or infinite values, the first is row {first}; encode them again")
+    half = source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.float16 if largest < 6e4 else torch.bfloat16
+    out = torch.empty(len(rows), source.shape[1], dtype=half, device=device)
+    for i in range(0, len(rows), chunk):
+        out[i:i + chunk] = source[rows[i:i + chunk]].to(device, half)
+    return out
+
+
+def load_embeddings(folder, name, device):
+    """(images [M, D_img], texts [P, D_txt], image_index [P], image ids [M], metadata) of one set of three files.
+
+    The image file has a row per caption (repeats are dropped) or a row per image with `image_index` in the metadata.
+    Raises: UserError naming file, expected and found.
+    """
+    image_file, text_file, metadata_file = embedding_files(folder, name)
+    for path in (image_file, text_file, metadata_file):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; put the encoded embeddings there (README, 'Data'), point data.dir= at them, "
+                            "or try --demo, which needs no data")
+    metadata = common.read_json(metadata_file)
+    ids = metadata.get("image_ids") if isinstance(metadata, dict) else None
+    if not isinstance(ids, list) or not ids:
+        raise UserError(f"{metadata_file}: expected a list image_ids with one id a caption row, found {type(ids).__name__}; "
+                        "without it captions of one image cannot be kept in one split")
+    images, texts = load_tensor(image_file), load_tensor(text_file)
+    if len(texts) != len(ids):
+        raise UserError(f"{text_file}: expected {len(ids)} rows (image_ids in {metadata_file.name}), found {len(texts)}")
+    unique = {image: row for row, image in enumerate(dict.fromkeys(ids))}  # in order of first appearance
+    image_index = torch.tensor([unique[i] for i in ids])  # [P]
+    given = metadata.get("image_index")
+    if len(images) == len(ids) and (len(unique) < len(ids) or given is None):  # a row per caption
+        first = torch.full((len(unique),), len(ids)).scatter_reduce(0, image_index, torch.arange(len(ids)), "amin")
+        for i in range(0, len(ids), 16384):
+            one, other = images[i:i + 16384].float(), images[first[image_index[i:i + 16384]]].float()
+            wrong = ((one - other).norm(dim=1) > 0.1 * one.norm(dim=1)).nonzero()[:, 0]
+            if len(wrong):
+                row = i + int(wrong[0])
+                raise UserError(f"{image_file}: rows {int(first[image_index[row]])} and {row} carry the same image id {ids[row]} in "
+                                f"{metadata_file.name} but different embeddings; the files do not belong together")
+    elif given is not None:  # a row per image
+        first = torch.full((len(unique),), -1)
+        if len(given) != len(ids) or min(given) < 0 or max(given) >= len(images):
+            raise UserError(f"{metadata_file}: image_index must hold {len(ids)} rows of {image_file.name} (0 to {len(images) - 1}), "
+                            f"found {len(given)} from {min(given)} to {max(given)}")
+        first[image_index] = torch.tensor(given)
+        if not torch.equal(first[image_index], torch.tensor(given)):
+            raise UserError(f"{metadata_file}: image_index and image_ids disagree: captions of one image id point at different image rows")
+    else:
+        raise UserError(f"{image_file}: expected {len(ids)} rows (one a caption), or fewer with image_index in {metadata_file.name}; "
+                        f"found {len(images)} rows and no image_index")
+    everything = torch.arange(len(ids))
+    return to_half(images, first, image_file, device), to_half(texts, everything, text_file, device), image_index, list(unique), metadata
+
+
+def read_karpathy(path, image_ids, caption_ids):
+    """The set of test image ids in a file of COCO image ids or caption ids. image_ids: of each caption; caption_ids: likewise."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        listed = {str(i) for i in (json.loads(text) if text.lstrip().startswith("[") else text.split())}
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.karpathy_ids={path}: cannot be read ({error}); give a JSON list or a text file of image or caption ids") from None
+    known = set(map(str, image_ids))
+    if not listed <= known and listed <= set(map(str, caption_ids)):
+        return {image for image, caption in zip(image_ids, caption_ids, strict=True) if str(caption) in listed}
+    if not listed or not listed <= known:
+        raise UserError(f"data.karpathy_ids={path}: {len(listed - known)} of {len(listed)} ids are neither all image_ids nor all caption_ids of the metadata")
+    return {image for image in image_ids if str(image) in listed}
+
+
+def load_data(cfg):
+    """Read the files of cfg.data, put them on the device and split them by image. Raises: UserError in one line."""
+    device, d = common.pick_device(cfg.device), cfg.data
+    names = [d.name]
+    if d.test == "karpathy":
+        if not d.karpathy_ids:
+            raise UserError("data.test=karpathy needs data.karpathy_ids=<file of the 5,000 test images' ids>")
+        if embedding_files(d.dir, "val2017")[0].is_file():  # the Karpathy test images lie in both
+            names.append("val2017")
+    elif isinstance(d.test, str):
+        names.append(d.test)
+    sets = [load_embeddings(d.dir, name, device) for name in names]
+    for (images, texts, *_), name in zip(sets[1:], names[1:], strict=True):
+        widths, expected = (images.shape[1], texts.shape[1]), (sets[0][0].shape[1], sets[0][1].shape[1])
+        if widths != expected:
+            raise UserError(f"{d.dir}: {name} has image and text widths {widths}, {d.name} has {expected}; encode both with the same models")
+    image_ids = [i for s in sets for i in s[3]]
+    if len(set(map(str, image_ids))) < len(image_ids):
+        twice = set(map(str, sets[0][3])) & set(map(str, sets[1][3]))
+        raise UserError(f"{d.dir}: {len(twice)} image ids are in both {names[0]} and {names[1]} (e.g. {min(twice)}); training would see test images")
+    offsets = [0, *np.cumsum([len(s[0]) for s in sets])]
+    image_index = torch.cat([s[2] + offset for s, offset in zip(sets, offsets, strict=False)])
+    images, texts = ((sets[0][i] if len(sets) == 1 else torch.cat([s[i] for s in sets])) for i in (0, 1))
+
+    pool = sorted(range(len(sets[0][0])), key=lambda row: str(image_ids[row]))  # the split depends on ids and seed, not on file order
+    pool = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(d.split_seed)).tolist()]
+    n = len(pool)
+    if d.test == "karpathy":
+        caption_images = [image_ids[row] for row in image_index.tolist()]
+        caption_ids = [c for s in sets for c in s[4].get("caption_ids", [None] * len(s[1]))]
+        wanted = read_karpathy(d.karpathy_ids, caption_images, caption_ids)
+        test = [row for row, image in enumerate(image_ids) if image in wanted]
+        pool = [row for row in pool if image_ids[row] not in wanted]
+    elif isinstance(d.test, str):
+        test = list(range(offsets[1], offsets[2]))
+    else:
+        pool, test = split_off(pool, d.test, n, "test")
+    pool, val = split_off(pool, max(0.01, min(0.1, 1000 / n)) if d.val == "auto" else d.val, n, "val")
+    share = ("rest" if isinstance(d.test, str) else 0.8) if d.train == "auto" else d.train
+    train = pool if share == "rest" else split_off(pool, share, n, "train")[1]
+    splits, role = {}, torch.full((len(image_ids),), -1)
+    for number, (split, rows) in enumerate((("train", train), ("val", val), ("test", test))):
+        assert (role[rows] == -1).all(), "an image is in two splits"
+        role[rows] = number
+        splits[split] = (role[image_index] == number).nonzero()[:, 0].to(device)
+        if len(rows) < 2:
+            raise UserError(f"the {split} split has {len(rows)} of {n} images; change data.{split}")
+    return Data(images, texts, image_index.to(device), image_ids, splits, common.fingerprint(f for name in names for f in embedding_files(d.dir, name)),
+                any(s[4].get("synthetic", False) for s in sets))
+
+
+def split_off(pool, amount, n, split):
+    """(what is left, what is taken) of a shuffled list; amount: a share of n or a number of images."""
+    if isinstance(amount, str):
+        raise UserError(f"data.{split}={amount}: expected a share such as 0.1, a number of images{', rest' if split == 'train' else ''} or auto")
+    count = round(amount * n) if isinstance(amount, float) else amount
+    if not 0 < count <= len(pool):
+        raise UserError(f"data.{split}={amount}: asks for {count} images, {len(pool)} of {n} are left for it")
+    return pool[count:], pool[:count]
+
+
+def write_splits(folder, cfg, data):
+    """splits.json, written once: image ids of each split, seed, fingerprint. Prints the counts."""
+    ids = {}
+    for split, rows in data.splits.items():
+        ids[split] = [data.image_ids[i] for i in data.image_index[rows].unique().tolist()]
+        print(f"{split:5} {len(ids[split]):7,} images {len(rows):8,} captions")
+    path = folder / "splits.json"
+    record = {"split_seed": cfg.data.split_seed, "data_fingerprint": data.fingerprint, "image_ids": ids}
+    if not path.exists():
+        common.write_json(path, record)
+    elif common.read_json(path) != record:
+        raise UserError(f"{path}: holds another split than this config makes of this data; use --fresh")
+
+
+def make_batch(data, indices):
+    """Rows [B] of captions -> {image [B, D_img], text [B, D_txt] float32, ids [B] the image's row}."""
+    rows = data.image_index[indices]
+    return {"image": data.images[rows].float(), "text": data.texts[indices].float(), "ids": rows}
+
+
+def epoch_batches(data, cfg, epoch):
+    """The caption rows of one epoch as a list of [B] batches of equal size (one row more or less): a pure function of (seed, epoch)."""
+    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
+    rows = data.splits["train"]
+    rows = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+    if cfg.training.one_caption_per_image:  # the first of each image in the shuffled order
+        images, order = data.image_index[rows].sort(stable=True)
+        first = torch.cat([images.new_ones(1, dtype=torch.bool), images[1:] != images[:-1]])
+        rows = rows[order[first].sort().values]
+    return rows.tensor_split(max(1, math.ceil(len(rows) / cfg.training.batch_size)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- model
+
+class MLPHead(nn.Module):
+    """Linear-GELU-Dropout-Linear(-LayerNorm): [B, input_dim] -> [B, output_dim]."""
+
+    def __init__(self, input_dim, hidden_dim, output_dim, dropout, norm):
+        super().__init__()
+        self.hidden = nn.Linear(input_dim, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden_dim, output_dim)
+        self.norm = nn.LayerNorm(output_dim) if norm else nn.Identity()
+
+    def forward(self, x):
+        return self.norm(self.output(self.dropout(F.gelu(self.hidden(x)))))
+
+
+class SigLIPHead(nn.Module):
+    """LayerNorm-Linear: [B, input_dim] -> [B, output_dim]."""
+
+    def __init__(self, input_dim, output_dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(input_dim)
+        self.output = nn.Linear(input_dim, output_dim)
+
+    def forward(self, x):
+        return self.output(self.norm(x))
+
+
+def make_head(model, input_dim):
+    if model.type == "siglip":
+        return SigLIPHead(input_dim, model.output_dim)
+    if model.type == "mlp":
+        return MLPHead(input_dim, model.hidden_dim or 1024, model.output_dim, model.dropout, norm=True)
+    return MLPHead(input_dim, model.hidden_dim or input_dim // 2, model.output_dim, model.dropout, norm=False)  # clip
+
+
+class ProjectionModel(nn.Module):
+    """One head a modality, a shared logit scale and (sigmoid loss) bias.
+
+    forward(image [B, D_img], text [B, D_txt]) -> (z_image, z_text), both [B, D], L2-normalised.
+    """
+
+    def __init__(self, image_head, text_head, loss, batch_size, input_dropout=0.0, learnable_temp=True):
+        super().__init__()
+        self.image_head, self.text_head = image_head, text_head
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.loss_type, self.false_negatives, self.label_smoothing = loss.type, loss.false_negatives, loss.label_smoothing
+        temperature = loss.temperature or {"clip": 0.07, "siglip": 0.1}[loss.type]
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learnable_temp)
+        bias = -math.log(batch_size - 1) if loss.logit_bias == "auto" else float(loss.logit_bias)
+        self.logit_bias = nn.Parameter(torch.tensor(bias), requires_grad=learnable_temp) if loss.type == "siglip" else None
+        self.clamp()
+
+    def embed_image(self, x):
+        return F.normalize(self.image_head(self.input_dropout(x)).float(), dim=-1)
+
+    def embed_text(self, x):
+        return F.normalize(self.text_head(self.input_dropout(x)).float(), dim=-1)
+
+    def forward(self, image, text):
+        return self.embed_image(image), self.embed_text(text)
+
+    def loss(self, z_image, z_text, ids):
+        """The training objective of a batch of normalised pairs [B, D]; ids [B]: the image a row belongs to."""
+        scale = self.log_scale.exp()
+        if self.loss_type == "siglip":
+            return common.sigmoid_loss(z_image, z_text, scale, self.logit_bias, ids, self.false_negatives)
+        return common.info_nce(z_image, z_text, scale, ids, self.false_negatives, self.label_smoothing)
+
+    @torch.no_grad()
+    def clamp(self):
+        self.log_scale.clamp_(0, math.log(100))
+
+
+def build_model(cfg, data):
+    """ProjectionModel on the data's device; the widths are the data's."""
+    heads = [make_head(cfg.model, x.shape[1]) for x in (data.images, data.texts)]
+    model = ProjectionModel(*heads, cfg.loss, cfg.training.batch_size, cfg.model.input_dropout, cfg.model.learnable_temp).to(data.images.device)
+    if cfg.training.compile:
+        model.compile()
+    return model
+
+
+def build_optimizer(cfg, model):
+    """AdamW; no weight decay on scale, biases and norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": cfg.training.weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.training.learning_rate, fused=parameters[0].is_cuda)
+
+
+# ------------------------------------------------------------------------------------------------------------- objective
+
+def train_step(model, batch, optimizer):
+    """One optimisation step -> {loss, logit_scale[, logit_bias]} as 0-d tensors (no synchronisation). bf16 autocast on CUDA."""
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=batch["image"].is_cuda):
+        z_image, z_text = model(batch["image"], batch["text"])
+    loss = model.loss(z_image, z_text, batch["ids"])
+    loss.backward()
+    optimizer.step()
+    model.clamp()
+    return {"loss": loss.detach(), **logit_parameters(model)}
+
+
+def logit_parameters(model):
+    scalars = {"logit_scale": model.log_scale.detach().exp()}
+    return scalars if model.logit_bias is None else {**scalars, "logit_bias": model.logit_bias.detach().clone()}
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+KS = (1, 5, 10)
+
+
+@torch.no_grad()
+def embed(embed_image, embed_text, data, split, chunk=8192):
+    """Unique images and all captions of a split through two functions -> z_image [m, D], z_text [n, D], own image of a caption [n]."""
+    rows = data.splits[split]
+    images, own = data.image_index[rows].unique(return_inverse=True)
+    z_image = torch.cat([embed_image(data.images[i].float()) for i in images.split(chunk)])
+    z_text = torch.cat([embed_text(data.texts[r].float()) for r in rows.split(chunk)])
+    return z_image, z_text, own
+
+
+def retrieval(z_image, z_text, own, chunk_size=512):
+    """Both directions, one value a query: ({"i2t": ..., "t2i": ...} as common.retrieval_per_query gives them)."""
+    image_ids = torch.arange(len(z_image), device=own.device)
+    options = {"ks": KS, "map_ks": (5, 10), "chunk_size": chunk_size}
+    return {"i2t": common.retrieval_per_query(z_image, z_text, image_ids, own, **options),
+            "t2i": common.retrieval_per_query(z_text, z_image, own, image_ids, **options)}
+
+
+def summarise(per_query):
+    """Recall and mAP in %, ranks from 1: {"i2t_R@1": ..., "RSUM": ...}."""
+    out = {}
+    for way, q in per_query.items():
+        out |= {f"{way}_R@{k}": 100 * q[f"hit@{k}"].mean().item() for k in KS}
+        out |= {f"{way}_mAP@{k}": 100 * q[f"AP@{k}"].mean().item() for k in (5, 10)}
+        out |= {f"{way}_median_rank": float(np.median(q["rank"])), f"{way}_mean_rank": q["rank"].mean().item(),
+                f"{way}_MRR": (1 / q["rank"]).mean().item()}
+    out["RSUM"] = sum(out[f"{way}_R@{k}"] for way in per_query for k in KS)
+    return out
+
+
+def chance(per_query):
+    """What random scores give, exactly, in the keys of `summarise` that have it."""
+    out = {f"{way}_R@{k}": 100 * q[f"chance@{k}"].mean().item() for way, q in per_query.items() for k in KS}
+    return {**out, "RSUM": sum(out.values())}
+
+
+def bootstrap(per_query, own, n_resamples, seed=0):
+    """95% percentile intervals of recalls and RSUM over resampled test images (a caption goes with its image)."""
+    own, rng = own.cpu().numpy(), np.random.default_rng(seed)
+    n_captions = np.bincount(own)
+    hits = {f"i2t_R@{k}": per_query["i2t"][f"hit@{k}"].numpy() for k in KS}
+    hits |= {f"t2i_R@{k}": np.bincount(own, per_query["t2i"][f"hit@{k}"].numpy()) for k in KS}  # sum over an image's captions
+    draws = {name: np.empty(n_resamples) for name in hits}
+    for i in range(n_resamples):
+        sample = rng.integers(len(n_captions), size=len(n_captions))
+        for name, values in hits.items():
+            weight = len(sample) if name.startswith("i2t") else n_captions[sample].sum()
+            draws[name][i] = 100 * values[sample].sum() / weight
+    draws["RSUM"] = sum(draws.values())
+    return {name: np.percentile(values, (2.5, 97.5)).tolist() for name, values in draws.items()} if n_resamples else {}
+
+
+def covariances(data, split="train", chunk=16384):
+    """(mean image, mean text, C_ii, C_tt, C_it) over the pairs of a split, float64 on the CPU; products of blocks in float32."""
+    rows, sums, products = data.splits[split], 0, 0
+    centre_image, centre_text = data.images[:1].float(), data.texts[:1].float()  # any row: keeps the float32 products well scaled
+    for r in rows.split(chunk):
+        both = torch.cat([data.images[data.image_index[r]].float() - centre_image, data.texts[r].float() - centre_text], dim=1)
+        sums, products = sums + both.sum(0).double().cpu(), products + (both.T @ both).double().cpu()
+    mean, d = sums / len(rows), data.images.shape[1]
+    covariance = products / len(rows) - mean[:, None] * mean
+    return (mean[:d] + centre_image[0].cpu(), mean[d:] + centre_text[0].cpu(), covariance[:d, :d], covariance[d:, d:], covariance[:d, d:])
+
+
+def linear_baselines(data, chunk_size=512):
+    """Ridge regression (image to text) and regularised CCA in closed form on the training pairs, the strength of the
+    regularisation chosen by validation RSUM. Returns {name: (embed_image, embed_text, chosen settings, validation RSUM)}.
+
+    CCA: Hotelling 1936, with shrinkage of both covariances towards their mean variance and the canonical directions
+    weighted by correlation^power (Gong et al. 2014).
+    """
+    mean_image, mean_text, c_image, c_text, c_cross = covariances(data)
+    device = data.images.device
+
+    def shrunk(c, amount):
+        return (1 - amount) * c + amount * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
+
+    def projection(mean, matrix):
+        mean, matrix = mean.float().to(device), matrix.float().to(device)
+        return lambda x: F.normalize((x - mean) @ matrix, dim=-1)
+
+    candidates = []
+    for strength in (0.03, 0.1, 0.3, 1.0, 3.0):
+        weights = torch.linalg.solve(c_image + strength * c_image.diagonal().mean() * torch.eye(len(c_image), dtype=c_image.dtype), c_cross)
+        candidates.append(("ridge", f"lambda {strength:g}", mean_image, weights, mean_text, torch.eye(len(c_text), dtype=weights.dtype)))
+    for shrinkage in (0.1, 0.5, 0.7):
+        whiten = []
+        for c in (c_image, c_text):
+            values, vectors = torch.linalg.eigh(shrunk(c, shrinkage))
+            whiten.append(vectors * values.clamp(min=values[-1] * 1e-10).rsqrt() @ vectors.T)
+        left, correlation, right = torch.linalg.svd(whiten[0] @ c_cross @ whiten[1], full_matrices=False)
+        for dims in sorted({min(d, len(correlation)) for d in (128, 256, 512)}):
+            for power in (0, 0.5, 1):
+                scale = correlation[:dims] ** power
+                candidates.append(("CCA", f"shrinkage {shrinkage:g}, {dims} dims, power {power:g}", mean_image, whiten[0] @ left[:, :dims] * scale,
+                                   mean_text, whiten[1] @ right[:dims].T * scale))
+    best = {}
+    for name, setting, *sides in candidates:
+        heads = projection(*sides[:2]), projection(*sides[2:])
+        rsum = summarise(retrieval(*embed(*heads, data, "val"), chunk_size))["RSUM"]
+        if name not in best or rsum > best[name][3]:
+            best[name] = (*heads, setting, rsum)
+    return best
+
+
+def read_best(folder, data):
+    """best_model.pt of a run; UserError if it is missing, damaged or made for other widths."""
+    path = folder / "best_model.pt"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; train first (run without --stage evaluate)")
+    best = common.load_checkpoint(path)
+    widths = [data.images.shape[1], data.texts.shape[1]]
+    if best["input_dims"] != widths:
+        raise UserError(f"{path}: trained on image and text widths {best['input_dims']}, the data have {widths}; "
+                        "use the run's own embeddings or train anew with --fresh")
+    return best
+
+
+def evaluate(cfg, data=None):
+    """Judge best_model.pt on the test images beside the baselines; writes results.json, evaluation_results/, plots. Returns the results.
+
+    Does nothing but return them when they are there already, made with the same evaluation settings.
+    """
+    folder = common.open_run(cfg)
+    data = data or load_data(cfg)
+    best = read_best(folder, data)
+    done = folder / "results.json"
+    settings = dataclasses.asdict(cfg.evaluation)
+    if done.exists():
+        results = common.read_json(done)
+        if results["evaluation"] == settings and results["data_fingerprint"] == data.fingerprint:
+            return results
+    started = time.time()
+    model = build_model(cfg, data)
+    model.load_state_dict(best["model_state_dict"])
+    model.eval()
+    z_image, z_text, own = embed(model.embed_image, model.embed_text, data, "test")
+    per_query = retrieval(z_image, z_text, own, cfg.evaluation.chunk_size)
+    baselines = {"chance": chance(per_query)}
+    for name, (image, text, setting, _) in linear_baselines(data, cfg.evaluation.chunk_size).items():
+        scores = summarise(retrieval(*embed(image, text, data, "test"), cfg.evaluation.chunk_size))
+        baselines[name] = {**scores, "setting": setting}
+    results = {
+        "experiment": cfg.experiment, "synthetic": data.synthetic, "seed": cfg.seed, "head": cfg.model.type, "loss": cfg.loss.type,
+        "n_images": len(z_image), "n_captions": len(z_text), "n_train_captions": len(data.splits["train"]), "best_epoch": best["epoch"],
+        "units": "recalls, RSUM and mAP in percent; ranks from 1; intervals: 95% bootstrap over test images",
+        "data_fingerprint": data.fingerprint, "test": summarise(per_query),
+        "interval95": bootstrap(per_query, own, cfg.evaluation.n_bootstrap), "baselines": baselines,
+        "logit": {name: value.item() for name, value in logit_parameters(model).items()}, "evaluation": settings}
+    out = folder / "evaluation_results"
+    out.mkdir(exist_ok=True)
+    if cfg.evaluation.plots:
+        plot_evaluation(out, cfg, results, z_image, z_text, own, per_query)
+    text = report(results)
+    common.write_json(out / "metrics.json", {k: results[k] for k in ("test", "interval95", "baselines")})
+    common.atomic_write(out / "metrics.txt", lambda file: file.write(f"{text}\n".encode()))
+    common.record_environment(folder, evaluate_seconds=round(time.time() - started, 2))
+    common.write_json(done, results)  # last: its presence says that the evaluation is complete
+    return results
+
+
+COLUMNS = [f"{way}_R@{k}" for way in ("i2t", "t2i") for k in KS] + ["RSUM", "i2t_median_rank", "t2i_median_rank", "i2t_mAP@10", "t2i_MRR"]
+
+
+def report(results):
+    """The final table as text: chance, baselines, the trained head with its intervals, and what to make of them."""
+    test, rows = results["test"], []
+    for name, scores in [*results["baselines"].items(), (f"{results['head']} + {results['loss']} loss", test)]:
+        rows.append([name, *(scores.get(c) for c in COLUMNS[:-1]), None if "t2i_MRR" not in scores else f"{scores['t2i_MRR']:.3f}"])
+    for i, side in enumerate(("  95% from", "  95% to") if results["interval95"] else ()):
+        rows.append([side, *(results["interval95"][c][i] if c in results["interval95"] else None for c in COLUMNS)])
+    header = ["", *(c.replace("_", " ").replace("i2t", "I2T").replace("t2i", "T2I").replace("median rank", "medR") for c in COLUMNS)]
+    lines = [f"test: {results['n_images']:,} images, {results['n_captions']:,} captions; recalls in %, epoch {results['best_epoch']}, seed {results['seed']}"
+             + ("  [SYNTHETIC demo data]" if results["synthetic"] else ""), common.format_table(header, rows)]
+    lines += [f"{name}: {s['setting']} (chosen on validation)" for name, s in results["baselines"].items() if "setting" in s]
+    beaten = [name for name, s in results["baselines"].items() if s["RSUM"] >= test["RSUM"]]
+    if beaten:
+        lines.append(f"NOTE: the trained head does not beat {' and '.join(beaten)} by RSUM on these test images")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+def validate(model, data, cfg):
+    """Validation loss (batches of batch_size in one fixed shuffled order) and recalls -> dict of floats."""
+    model.eval()
+    z_image, z_text, own = embed(model.embed_image, model.embed_text, data, "val")
+    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).to(own.device)
+    with torch.no_grad():
+        batches = order.tensor_split(max(1, math.ceil(len(order) / cfg.training.batch_size)))
+        loss = sum(model.loss(z_image[own[i]], z_text[i], own[i]) * len(i) for i in batches) / len(order)
+    scores = summarise(retrieval(z_image, z_text, own, cfg.evaluation.chunk_size))
+    model.train()
+    return {"val_loss": loss.item(), **{f"val_{k.replace('@', '')}": scores[k] for k in ("i2t_R@1", "t2i_R@1", "RSUM")}}
+
+
+LOG_COLUMNS = ("epoch", "global_step", "train_loss", "val_loss", "val_i2t_R1", "val_t2i_R1", "val_RSUM", "logit_scale", "logit_bias", "learning_rate")
+
+
+def check_finite(losses, step, cfg, optimizer, model):
+    """FloatingPointError naming the first step of this epoch whose loss is not finite."""
+    wrong = (~torch.isfinite(losses[:step])).nonzero()
+    if len(wrong):
+        scale = {k: round(v.item(), 4) for k, v in logit_parameters(model).items()}
+        raise FloatingPointError(f"non-finite {cfg.loss.type} loss ({losses[wrong[0, 0]].item()}) at step {int(wrong[0, 0]) + 1} of the epoch, "
+                                 f"learning rate {optimizer.param_groups[0]['lr']:g}, {scale}; lower training.learning_rate (the last good checkpoint is kept)")
+
+
+def train(cfg, data=None):
+    """Train to early stopping or num_epochs, resuming exactly from checkpoint_latest.pt; writes best_model.pt. Returns the history."""
+    folder, t = common.open_run(cfg), cfg.training
+    data = data or load_data(cfg)
+    common.check_same_data(folder, data.fingerprint)
+    write_splits(folder, cfg, data)
+    common.seed_everything(cfg.seed)
+    model = build_model(cfg, data)
+    optimizer = build_optimizer(cfg, model)
+    device = data.images.device
+    epoch, first_step, global_step, history, best, stale, finished = 0, 0, 0, [], None, 0, False
+    losses = torch.empty(len(epoch_batches(data, cfg, 0)), device=device)  # of this epoch's steps: read by the host once an epoch
+    latest = folder / "checkpoint_latest.pt"
+    if latest.exists() or latest.with_name(f"{latest.name}.previous").exists():
+        state = common.load_checkpoint(latest)
+        model.load_state_dict(state["model_state_dict"])
+        optimizer.load_state_dict(state["optimizer_state_dict"])
+        epoch, global_step, history, position = state["epoch"], state["global_step"], state["history"], state["position"]
+        first_step, best, stale, finished = position["step"], position["best"], position["stale"], position["finished"]
+        losses[:first_step] = position["losses"]
+        common.set_rng_state(state["rng"])
+        if finished:
+            print(f"{folder}: training is complete ({len(history)} epochs)")
+            return history
+        print(f"resuming {folder} at epoch {epoch + 1}, step {first_step}")
+    steps_per_epoch = len(losses)
+    total_steps = steps_per_epoch * t.num_epochs
+
+    def save(step):
+        common.save_checkpoint(latest, {
+            "epoch": epoch, "global_step": global_step, "best_val_loss": min((row["val_loss"] for row in history), default=None),
+            "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
+            "scheduler_state_dict": {"step": global_step, "total_steps": total_steps, "warmup_steps": t.warmup_steps},
+            "scaler_state_dict": {}, "history": history, "config": common.config_dict(cfg), "rng": common.rng_state(),
+            "position": {"step": step, "losses": losses[:step].cpu().clone(), "best": best, "stale": stale, "finished": finished}})
+
+    log = common.RunLog(folder, LOG_COLUMNS, history, cfg.wandb, common.config_dict(cfg))
+    model.train()
+    started, trained_epochs = time.time(), 0
+    with common.StopSignal() as stop:
+        while not finished:
+            epoch_started = time.time()
+            batches = epoch_batches(data, cfg, epoch)
+            for step in common.progress(range(first_step, steps_per_epoch), f"epoch {epoch + 1}"):
+                factor = common.warmup_cosine(global_step, total_steps, t.warmup_steps)
+                if t.schedule == "constant" and global_step >= t.warmup_steps:
+                    factor = 1.0
+                for group in optimizer.param_groups:
+                    group["lr"] = t.learning_rate * factor
+                scalars = train_step(model, make_batch(data, batches[step]), optimizer)
+                losses[step] = scalars["loss"]
+                global_step += 1
+                if stop.signum or (t.save_every_steps and global_step % t.save_every_steps == 0 and step + 1 < steps_per_epoch):
+                    check_finite(losses, step + 1, cfg, optimizer, model)
+                    save(step + 1)
+                    if stop.signum:
+                        raise common.Stopped(stop.signum, f"stopped at epoch {epoch + 1}, step {step + 1}; the same command resumes from {latest}")
+            check_finite(losses, steps_per_epoch, cfg, optimizer, model)
+            scores = validate(model, data, cfg)
+            row = {"epoch": epoch + 1, "global_step": global_step, "train_loss": losses.mean().item(), **scores,
+                   **{"logit_bias": "", **{k: v.item() for k, v in scalars.items() if k != "loss"}}, "learning_rate": t.learning_rate * factor}
+            history.append(row)
+            score = {"loss": -row["val_loss"], "r1": (row["val_i2t_R1"] + row["val_t2i_R1"]) / 2, "rsum": row["val_RSUM"]}[t.monitor]
+            better = best is None or score > best
+            best, stale = (score, 0) if better else (best, stale + 1)
+            epoch, first_step = epoch + 1, 0
+            finished = epoch == t.num_epochs or stale >= t.patience
+            if better:
+                common.save_checkpoint(folder / "best_model.pt", {
+                    "model_state_dict": model.state_dict(), "config": common.config_dict(cfg), "epoch": epoch, "global_step": global_step,
+                    "input_dims": [data.images.shape[1], data.texts.shape[1]], "validation": scores})
+            save(0)
+            log.write(row)
+            trained_epochs += 1
+            print(f"epoch {epoch:3}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  val I2T R@1 {row['val_i2t_R1']:.1f}  "
+                  f"T2I R@1 {row['val_t2i_R1']:.1f}  RSUM {row['val_RSUM']:.1f}{' *' if better else '  '}  {time.time() - epoch_started:.1f} s", flush=True)
+    log.close()
+    seconds = time.time() - started
+    common.record_environment(folder, device=str(device), train_seconds=round(seconds, 2), seconds_per_epoch=round(seconds / trained_epochs, 3))
+    common.write_json(folder / "loss_history.json", {"train_loss": [r["train_loss"] for r in history], "val_loss": [r["val_loss"] for r in history]})
+    return history
+
+
+# ----------------------------------------------------------------------------------------------------------------- plots
+
+def mark(title, synthetic):
+    return f"{title} (synthetic data)" if synthetic else title
+
+
+def plot_training(folder, cfg, history, synthetic):
+    chosen = max(history, key=lambda r: {"loss": -r["val_loss"], "r1": r["val_i2t_R1"] + r["val_t2i_R1"], "rsum": r["val_RSUM"]}[cfg.training.monitor])
+    panels = {f"{cfg.loss.type} loss": {"train": [r["train_loss"] for r in history], "validation": [r["val_loss"] for r in history]},
+              "validation R@1 [%]": {"image to text": [r["val_i2t_R1"] for r in history], "text to image": [r["val_t2i_R1"] for r in history]},
+              "logit scale": {"logit scale": [r["logit_scale"] for r in history]}}
+    common.plot_curves(folder / "training_curves.png", panels, title=mark(f"{cfg.model.type} head, {cfg.loss.type} loss", synthetic), mark=chosen["epoch"])
+
+
+def plot_evaluation(folder, cfg, results, z_image, z_text, own, per_query):
+    """embedding_space.png, similarity_matrix.png, rank_histogram.png in folder."""
+    first = torch.full((len(z_image),), len(own), device=own.device).scatter_reduce(0, own, torch.arange(len(own), device=own.device), "amin")
+    n = min(200, len(z_image))
+    shown = {"image": z_image[:n], "first caption": z_text[first[:n]]}
+    name = f"{cfg.model.type} head, {cfg.loss.type} loss"
+    common.plot_embedding_space(folder / "embedding_space.png", shown, mark(f"{name}: {n} test pairs", results["synthetic"]), cfg.evaluation.projection)
+    n = min(60, len(z_image))
+    common.plot_similarity_matrix(folder / "similarity_matrix.png", z_image[:n] @ z_text[first[:n]].T,
+                                  mark(f"{name}: first {n} test images", results["synthetic"]), "first caption of image", "image")
+    figure, axes = common.new_figure(2)
+    for axis, (way, label, gallery) in zip(axes, (("i2t", "image to text", len(z_text)), ("t2i", "text to image", len(z_image))), strict=True):
+        ranks = per_query[way]["rank"].numpy()
+        axis.hist(ranks, bins=np.geomspace(1, gallery + 1, 40), color="tab:blue")
+        axis.axvline(np.median(ranks), color="black", linestyle=":", label=f"median {np.median(ranks):g}")
+        axis.set(xscale="log", xlabel=f"rank of the best own item among {gallery:,}", ylabel="queries", title=f"{label}, n = {len(ranks):,}")
+        axis.legend()
+    figure.suptitle(mark(name, results["synthetic"]))
+    common.save_figure(figure, folder / "rank_histogram.png")
+
+
+def compare(cfg):
+    """Finished runs side by side: runs that differ only in their seed become one row, mean +- sd. Writes compare.png and compare.txt."""
+    if not cfg.compare:
+        raise UserError("--stage compare needs compare='[results/siglip, results/clip, ...]'")
+    groups = {}
+    for name in cfg.compare:
+        path = Path(name) / "results.json"
+        if not path.exists():
+            raise UserError(f"{path}: no such file; compare takes folders of finished runs")
+        results, config = common.read_json(path), yaml.safe_load((Path(name) / "config.yaml").read_text())
+        key = json.dumps({k: config[k] for k in ("data", "model", "loss", "training")} | {"data": results["data_fingerprint"]}, sort_keys=True)
+        groups.setdefault(key, []).append((Path(name).name.split(",seed=")[0], results))
+    columns = COLUMNS[:7]
+    first = next(iter(groups.values()))[0][1]
+    table = [[name, 1, *(scores.get(c) for c in columns)] for name, scores in first["baselines"].items()]
+    figure, (axis,) = common.new_figure(width=7)
+    for runs in groups.values():
+        values = np.array([[r["test"][c] for c in columns] for _, r in runs])
+        sd = values.std(0, ddof=1) if len(runs) > 1 else [None] * len(columns)
+        table.append([runs[0][0], len(runs), *(f"{m:.1f}" if s is None else f"{m:.1f} +- {s:.1f}" for m, s in zip(values.mean(0), sd, strict=True))])
+        axis.errorbar(range(6), values.mean(0)[:6], yerr=None if len(runs) == 1 else sd[:6], marker="o", capsize=3, label=f"{runs[0][0]} (n = {len(runs)})")
+    for name, scores in first["baselines"].items():
+        axis.plot(range(6), [scores[c] for c in columns[:6]], linestyle=":", color="grey")
+        axis.annotate(name, (5, scores[columns[5]]), fontsize=8, color="grey")
+    axis.set_xticks(range(6), [c.replace("_", " ").upper() for c in columns[:6]])
+    axis.set(ylabel="recall [%]", title=mark(f"{first['n_images']:,} test images", first["synthetic"]))
+    axis.legend(fontsize=8)
+    text = common.format_table(["run", "seeds", *(c.replace("_", " ").replace("i2t", "I2T").replace("t2i", "T2I") for c in columns)], table)
+    if any(r["data_fingerprint"] != first["data_fingerprint"] or r["n_images"] != first["n_images"] for runs in groups.values() for _, r in runs):
+        text += "\nNOTE: these runs were not tested on the same data; the baselines are those of the first"
+    out = Path(cfg.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    common.save_figure(figure, out / "compare.png")
+    common.atomic_write(out / "compare.txt", lambda file: file.write(f"{text}\n".encode()))
+    print(f"{text}\n{out / 'compare.txt'}, {out / 'compare.png'}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+STAGES = ("all", "split", "train", "evaluate", "compare")
+
+
+@common.exit_codes
+def main(argv):
+    cfg, args = common.parse_command_line(argv, Config, __doc__, STAGES)
+    if args.stage == "compare":
+        return compare(cfg)
+    if args.demo:
+        cfg.data.dir = demo_data.write_coco("data/demo/coco_heads")
+    folder = common.open_run(cfg, fresh=args.fresh)
+    data = load_data(cfg)
+    common.check_same_data(folder, data.fingerprint)
+    if args.stage == "split":
+        write_splits(folder, cfg, data)
+        print(folder / "splits.json")
+    if args.stage in ("all", "train"):
+        history = train(cfg, data)
+        if cfg.evaluation.plots:
+            plot_training(folder, cfg, history, data.synthetic)
+    if args.stage in ("all", "evaluate"):
+        print(f"\n{report(evaluate(cfg, data))}")
+    if args.stage != "split":
+        print(f"files: {folder}/ (results.json, metrics.csv, best_model.pt, training_curves.png, evaluation_results/)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

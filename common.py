@@ -157,16 +157,13 @@ def _flatten(tree, prefix=""):
 
 
 def _schema(Config, prefix=""):
-    """{'training.batch_size': (field, type, default)} in the order of the dataclasses; sections map to None."""
+    """{'training.batch_size': (field, type)} in the order of the dataclasses; a section maps to None."""
     hints, keys = typing.get_type_hints(Config), {}
     for field in dataclasses.fields(Config):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            keys[prefix + field.name] = None
-            keys.update(_schema(kind, f"{prefix}{field.name}."))
-        else:
-            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-            keys[prefix + field.name] = (field, kind, default)
+        section = dataclasses.is_dataclass(hints[field.name])
+        keys[prefix + field.name] = None if section else (field, hints[field.name])
+        if section:
+            keys.update(_schema(hints[field.name], f"{prefix}{field.name}."))
     return keys
 
 
@@ -183,7 +180,7 @@ def _typed(flat, schema, where):
             if raw in ("", None):
                 continue
             raise UserError(f"{where}: {key} is a section; set {key}.<key> instead of {key}={raw}")
-        field, kind, _ = schema[key]
+        field, kind = schema[key]
         try:
             value = _convert(raw, kind)
         except (ValueError, OverflowError):
@@ -211,11 +208,11 @@ def load_config(Config, path, overrides=(), demo=False):
     Raises: UserError (a ValueError), in one line: unknown or duplicate key, wrong type, out of range, missing file,
         a YAML of another experiment.
     """
-    schema = _schema(Config)
+    cfg, schema = Config(), _schema(Config)
     raw = read_yaml(path) if path is not None else {}
-    name = raw.get("experiment", schema["experiment"][2])
-    if name != schema["experiment"][2]:
-        raise UserError(f"{path}: is a config of exp_{name}.py (experiment: {name}), not of exp_{schema['experiment'][2]}.py")
+    name = raw.get("experiment", cfg.experiment)
+    if name != cfg.experiment:
+        raise UserError(f"{path}: is a config of exp_{name}.py (experiment: {name}), not of exp_{cfg.experiment}.py")
     demo_section = raw.pop("demo", None) or {}
     if not isinstance(demo_section, dict):
         raise UserError(f"{path}: demo is a section of keys, found {demo_section!r}")
@@ -235,33 +232,20 @@ def load_config(Config, path, overrides=(), demo=False):
         changed[key.strip()] = "" if parsed is None else parsed
     values.update(_typed(changed, schema, "command line"))
     if not values.get("output_dir"):
-        stem = Path(path).stem if path is not None else schema["experiment"][2]
+        stem = Path(path).stem if path is not None else cfg.experiment
         named = [f"{key}={_plain(changed[key])}" for key in sorted(changed) if not key.startswith(NEUTRAL_KEYS)]
         folder = re.sub(r"[^\w.=,+\-\[\]]+", "_", ",".join([stem, *named]))
         if len(folder) > 200:  # file systems stop at 255 bytes
             folder = f"{folder[:180]}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
         values["output_dir"] = str(Path("results", "demo" if demo else "", folder))
-    return _build(Config, values)
+    for key, value in values.items():
+        *sections, leaf = key.split(".")
+        setattr(functools.reduce(getattr, sections, cfg), leaf, value)
+    return cfg
 
 
 def _plain(value):
-    return "[" + ",".join(map(_plain, value)) + "]" if isinstance(value, list) else str(value)
-
-
-def _build(Config, values, prefix=""):
-    kwargs = {}
-    for field in dataclasses.fields(Config):
-        kind = typing.get_type_hints(Config)[field.name]
-        if dataclasses.is_dataclass(kind):
-            kwargs[field.name] = _build(kind, values, f"{prefix}{field.name}.")
-        elif prefix + field.name in values:
-            kwargs[field.name] = values[prefix + field.name]
-    return Config(**kwargs)
-
-
-def config_dict(cfg):
-    """The config as nested plain dicts, as it goes into config.yaml and the checkpoints."""
-    return dataclasses.asdict(cfg)
+    return "[" + ",".join(map(_plain, value)) + "]" if isinstance(value, list) else "null" if value is None else str(value)
 
 
 def config_changes(old, new):
@@ -271,27 +255,26 @@ def config_changes(old, new):
     return [f"{k}={new.get(k)} (was {old.get(k)})" for k in keys if old.get(k) != new.get(k)]
 
 
-def _config_help(Config, prefix=""):
-    """One line a key: name, default, bounds and the trailing comment on the field in the source."""
-    source = inspect.getsource(Config).splitlines()
-    hints, lines = typing.get_type_hints(Config), []
-    body = ast.parse("\n".join(source)).body[0].body
-    comments = {n.target.id: source[n.end_lineno - 1].partition("# ")[2] for n in body if isinstance(n, ast.AnnAssign)}
-    for name in comments:
-        if dataclasses.is_dataclass(hints[name]):
-            lines += ["", *_config_help(hints[name], f"{prefix}{name}.")]
+def _config_help(section, prefix=""):
+    """One line a key: name, default, the trailing comment on the field in the source, choices and bounds."""
+    source, lines = inspect.getsource(type(section)).splitlines(), []
+    hints = typing.get_type_hints(type(section))
+    statements = {n.target.id: source[n.end_lineno - 1] for n in ast.parse("\n".join(source)).body[0].body if isinstance(n, ast.AnnAssign)}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += ["", *_config_help(value, f"{prefix}{field.name}.")]
             continue
-        field, kind, default = _schema(Config)[name]
-        note = "" if typing.get_origin(kind) is not typing.Literal else f" [{' | '.join(map(str, typing.get_args(kind)))}]"
+        choices = f" [{_describe(hints[field.name])}]" if typing.get_origin(hints[field.name]) is typing.Literal else ""
         bounds = "".join(f" ({b})" for b in field.metadata.get("bounds", ()))
-        lines.append(f"  {prefix + name + '=' + _plain('null' if default is None else default):44} {comments[name]}{note}{bounds}")
+        lines.append(f"  {f'{prefix}{field.name}={_plain(value)}':44} {statements[field.name].partition('# ')[2]}{choices}{bounds}")
     return lines
 
 
 def parse_command_line(argv, Config, doc, stages):
     """`config.yaml [key=value ...] [--stage S] [--demo] [--fresh]` -> (config, arguments). -h lists every key."""
     parser = argparse.ArgumentParser(
-        description=doc, epilog="config keys, defaults and meaning (set in the YAML, or as key=value):\n" + "\n".join(_config_help(Config)),
+        description=doc, epilog="config keys, defaults and meaning (set in the YAML, or as key=value):\n" + "\n".join(_config_help(Config())),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a config key, e.g. seed=1 training.learning_rate=3e-4")
@@ -773,7 +756,7 @@ def open_run(cfg, fresh=False):
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"the output folder {folder} cannot be written ({error.strerror or error}); set output_dir=") from None
-    config = config_dict(cfg)
+    config = dataclasses.asdict(cfg)
     if config_file.exists():
         changes = config_changes(yaml.safe_load(config_file.read_text()), config)
         if changes:

@@ -37,7 +37,6 @@ import common
 import demo_data
 from common import UserError, ranged
 
-
 # ---------------------------------------------------------------------------------------------------------------- config
 
 @dataclass
@@ -214,7 +213,8 @@ def read_karpathy(path, image_ids, caption_ids):
     if not listed <= known and listed <= set(map(str, caption_ids)):
         return {image for image, caption in zip(image_ids, caption_ids, strict=True) if str(caption) in listed}
     if not listed or not listed <= known:
-        raise UserError(f"data.karpathy_ids={path}: {len(listed - known)} of {len(listed)} ids are neither all image_ids nor all caption_ids of the metadata")
+        raise UserError(f"data.karpathy_ids={path}: {len(listed - known)} of {len(listed)} ids are no image_ids of the metadata, "
+                        "and they are not all caption_ids either")
     return {image for image in image_ids if str(image) in listed}
 
 
@@ -265,8 +265,8 @@ def load_data(cfg):
         splits[split] = (role[image_index] == number).nonzero()[:, 0].to(device)
         if len(rows) < 2:
             raise UserError(f"the {split} split has {len(rows)} of {n} images; change data.{split}")
-    return Data(images, texts, image_index.to(device), image_ids, splits, common.fingerprint(f for name in names for f in embedding_files(d.dir, name)),
-                any(s[4].get("synthetic", False) for s in sets))
+    fingerprint = common.fingerprint(file for name in names for file in embedding_files(d.dir, name))
+    return Data(images, texts, image_index.to(device), image_ids, splits, fingerprint, any(s[4].get("synthetic", False) for s in sets))
 
 
 def split_off(pool, amount, n, split):
@@ -598,8 +598,8 @@ def report(results):
     for i, side in enumerate(("  95% from", "  95% to") if results["interval95"] else ()):
         rows.append([side, *(results["interval95"][c][i] if c in results["interval95"] else None for c in COLUMNS)])
     header = ["", *(c.replace("_", " ").replace("i2t", "I2T").replace("t2i", "T2I").replace("median rank", "medR") for c in COLUMNS)]
-    lines = [f"test: {results['n_images']:,} images, {results['n_captions']:,} captions; recalls in %, epoch {results['best_epoch']}, seed {results['seed']}"
-             + ("  [SYNTHETIC demo data]" if results["synthetic"] else ""), common.format_table(header, rows)]
+    lines = [f"test: {results['n_images']:,} images, {results['n_captions']:,} captions; recalls in %; epoch {results['best_epoch']}, "
+             f"seed {results['seed']}{'  [SYNTHETIC demo data]' if results['synthetic'] else ''}", common.format_table(header, rows)]
     lines += [f"{name}: {s['setting']} (chosen on validation)" for name, s in results["baselines"].items() if "setting" in s]
     beaten = [name for name, s in results["baselines"].items() if s["RSUM"] >= test["RSUM"]]
     if beaten:
@@ -630,8 +630,14 @@ def check_finite(losses, step, cfg, optimizer, model):
     wrong = (~torch.isfinite(losses[:step])).nonzero()
     if len(wrong):
         scale = {k: round(v.item(), 4) for k, v in logit_parameters(model).items()}
-        raise FloatingPointError(f"non-finite {cfg.loss.type} loss ({losses[wrong[0, 0]].item()}) at step {int(wrong[0, 0]) + 1} of the epoch, "
-                                 f"learning rate {optimizer.param_groups[0]['lr']:g}, {scale}; lower training.learning_rate (the last good checkpoint is kept)")
+        first = int(wrong[0])
+        raise FloatingPointError(f"non-finite {cfg.loss.type} loss ({losses[first].item()}) at step {first + 1} of the epoch, learning rate "
+                                 f"{optimizer.param_groups[0]['lr']:g}, {scale}; lower training.learning_rate (the last good checkpoint is kept)")
+
+
+def monitored(row, monitor):
+    """The quantity that picks the best epoch, larger is better, from a row of the history."""
+    return {"loss": -row["val_loss"], "r1": (row["val_i2t_R1"] + row["val_t2i_R1"]) / 2, "rsum": row["val_RSUM"]}[monitor]
 
 
 def train(cfg, data=None):
@@ -667,10 +673,10 @@ def train(cfg, data=None):
             "epoch": epoch, "global_step": global_step, "best_val_loss": min((row["val_loss"] for row in history), default=None),
             "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
             "scheduler_state_dict": {"step": global_step, "total_steps": total_steps, "warmup_steps": t.warmup_steps},
-            "scaler_state_dict": {}, "history": history, "config": common.config_dict(cfg), "rng": common.rng_state(),
+            "scaler_state_dict": {}, "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(),
             "position": {"step": step, "losses": losses[:step].cpu().clone(), "best": best, "stale": stale, "finished": finished}})
 
-    log = common.RunLog(folder, LOG_COLUMNS, history, cfg.wandb, common.config_dict(cfg))
+    log = common.RunLog(folder, LOG_COLUMNS, history, cfg.wandb, dataclasses.asdict(cfg))
     model.train()
     started, trained_epochs = time.time(), 0
     with common.StopSignal() as stop:
@@ -694,22 +700,22 @@ def train(cfg, data=None):
             check_finite(losses, steps_per_epoch, cfg, optimizer, model)
             scores = validate(model, data, cfg)
             row = {"epoch": epoch + 1, "global_step": global_step, "train_loss": losses.mean().item(), **scores,
-                   **{"logit_bias": "", **{k: v.item() for k, v in scalars.items() if k != "loss"}}, "learning_rate": t.learning_rate * factor}
+                   "logit_bias": None, **{k: v.item() for k, v in scalars.items() if k != "loss"}, "learning_rate": t.learning_rate * factor}
             history.append(row)
-            score = {"loss": -row["val_loss"], "r1": (row["val_i2t_R1"] + row["val_t2i_R1"]) / 2, "rsum": row["val_RSUM"]}[t.monitor]
+            score = monitored(row, t.monitor)
             better = best is None or score > best
             best, stale = (score, 0) if better else (best, stale + 1)
             epoch, first_step = epoch + 1, 0
             finished = epoch == t.num_epochs or stale >= t.patience
             if better:
                 common.save_checkpoint(folder / "best_model.pt", {
-                    "model_state_dict": model.state_dict(), "config": common.config_dict(cfg), "epoch": epoch, "global_step": global_step,
+                    "model_state_dict": model.state_dict(), "config": dataclasses.asdict(cfg), "epoch": epoch, "global_step": global_step,
                     "input_dims": [data.images.shape[1], data.texts.shape[1]], "validation": scores})
             save(0)
             log.write(row)
             trained_epochs += 1
-            print(f"epoch {epoch:3}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  val I2T R@1 {row['val_i2t_R1']:.1f}  "
-                  f"T2I R@1 {row['val_t2i_R1']:.1f}  RSUM {row['val_RSUM']:.1f}{' *' if better else '  '}  {time.time() - epoch_started:.1f} s", flush=True)
+            print(f"epoch {epoch:3}  train loss {row['train_loss']:.4f}  val: loss {row['val_loss']:.4f}  I2T R@1 {row['val_i2t_R1']:.1f}  T2I R@1 "
+                  f"{row['val_t2i_R1']:.1f}  RSUM {row['val_RSUM']:.1f}{' *' if better else '  '}  {time.time() - epoch_started:.1f} s", flush=True)
     log.close()
     seconds = time.time() - started
     common.record_environment(folder, device=str(device), train_seconds=round(seconds, 2), seconds_per_epoch=round(seconds / trained_epochs, 3))
@@ -724,11 +730,12 @@ def mark(title, synthetic):
 
 
 def plot_training(folder, cfg, history, synthetic):
-    chosen = max(history, key=lambda r: {"loss": -r["val_loss"], "r1": r["val_i2t_R1"] + r["val_t2i_R1"], "rsum": r["val_RSUM"]}[cfg.training.monitor])
+    chosen = max(history, key=lambda row: monitored(row, cfg.training.monitor))
     panels = {f"{cfg.loss.type} loss": {"train": [r["train_loss"] for r in history], "validation": [r["val_loss"] for r in history]},
               "validation R@1 [%]": {"image to text": [r["val_i2t_R1"] for r in history], "text to image": [r["val_t2i_R1"] for r in history]},
               "logit scale": {"logit scale": [r["logit_scale"] for r in history]}}
-    common.plot_curves(folder / "training_curves.png", panels, title=mark(f"{cfg.model.type} head, {cfg.loss.type} loss", synthetic), mark=chosen["epoch"])
+    title = mark(f"{cfg.model.type} head, {cfg.loss.type} loss", synthetic)
+    common.plot_curves(folder / "training_curves.png", panels, title=title, mark=chosen["epoch"])
 
 
 def plot_evaluation(folder, cfg, results, z_image, z_text, own, per_query):
@@ -737,14 +744,15 @@ def plot_evaluation(folder, cfg, results, z_image, z_text, own, per_query):
     n = min(200, len(z_image))
     shown = {"image": z_image[:n], "first caption": z_text[first[:n]]}
     name = f"{cfg.model.type} head, {cfg.loss.type} loss"
-    common.plot_embedding_space(folder / "embedding_space.png", shown, mark(f"{name}: {n} test pairs", results["synthetic"]), cfg.evaluation.projection)
+    title = mark(f"{name}: {n} test pairs", results["synthetic"])
+    common.plot_embedding_space(folder / "embedding_space.png", shown, title, cfg.evaluation.projection)
     n = min(60, len(z_image))
     common.plot_similarity_matrix(folder / "similarity_matrix.png", z_image[:n] @ z_text[first[:n]].T,
                                   mark(f"{name}: first {n} test images", results["synthetic"]), "first caption of image", "image")
     figure, axes = common.new_figure(2)
     for axis, (way, label, gallery) in zip(axes, (("i2t", "image to text", len(z_text)), ("t2i", "text to image", len(z_image))), strict=True):
         ranks = per_query[way]["rank"].numpy()
-        axis.hist(ranks, bins=np.geomspace(1, gallery + 1, 40), color="tab:blue")
+        axis.hist(ranks, bins=np.unique(np.geomspace(1, gallery + 1, 40).round()) - 0.5, color="tab:blue")
         axis.axvline(np.median(ranks), color="black", linestyle=":", label=f"median {np.median(ranks):g}")
         axis.set(xscale="log", xlabel=f"rank of the best own item among {gallery:,}", ylabel="queries", title=f"{label}, n = {len(ranks):,}")
         axis.legend()
@@ -772,7 +780,8 @@ def compare(cfg):
         values = np.array([[r["test"][c] for c in columns] for _, r in runs])
         sd = values.std(0, ddof=1) if len(runs) > 1 else [None] * len(columns)
         table.append([runs[0][0], len(runs), *(f"{m:.1f}" if s is None else f"{m:.1f} +- {s:.1f}" for m, s in zip(values.mean(0), sd, strict=True))])
-        axis.errorbar(range(6), values.mean(0)[:6], yerr=None if len(runs) == 1 else sd[:6], marker="o", capsize=3, label=f"{runs[0][0]} (n = {len(runs)})")
+        bars = None if len(runs) == 1 else sd[:6]
+        axis.errorbar(range(6), values.mean(0)[:6], yerr=bars, marker="o", capsize=3, label=f"{runs[0][0]} (n = {len(runs)})")
     for name, scores in first["baselines"].items():
         axis.plot(range(6), [scores[c] for c in columns[:6]], linestyle=":", color="grey")
         axis.annotate(name, (5, scores[columns[5]]), fontsize=8, color="grey")

@@ -1,0 +1,559 @@
+"""Losses, metrics, schedule, checkpoints and config against naive float64 loops, reference values and scikit-learn."""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+import common
+from common import UserError, info_nce, ranged, retrieval_metrics, sigmoid_loss
+
+IDS = torch.tensor([0, 0, 1, 1, 2, 3, 3, 4])
+
+
+def sine_pairs():
+    """The pairs that the reference values were computed on: N=8, D=5, float64."""
+    i, j = torch.arange(8.0, dtype=torch.float64)[:, None], torch.arange(5.0, dtype=torch.float64)
+    return F.normalize(torch.sin(1 + 5 * i + j), dim=1), F.normalize(torch.sin(1.3 + 5 * i + j), dim=1)
+
+
+def random_pairs(n=37, d=6, seed=0, n_ids=15):
+    g = torch.Generator().manual_seed(seed)
+    a, b = (F.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1) for _ in range(2))
+    return a, b, torch.randint(n_ids, (n,), generator=g)
+
+
+def naive_info_nce(a, b, scale, ids=None, false_negatives="ignore", eps=0.0):
+    """Loops over rows and columns, as the definition reads."""
+    n, total = len(a), 0.0
+    for x, y in ((a, b), (b, a)):
+        for i in range(n):
+            same = [j for j in range(n) if ids is not None and ids[i] == ids[j]] or [i]
+            kept = [j for j in range(n) if j == i or false_negatives != "mask" or j not in same]
+            positives = same if false_negatives == "multi_positive" else [i]
+            logits = {j: scale * (x[i] @ y[j]) for j in kept}
+            log_sum = torch.stack(list(logits.values())).exp().sum().log()
+            for j in kept:
+                target = (1 - eps) / len(positives) * (j in positives) + eps / len(kept)
+                total = total - target * (logits[j] - log_sum)
+    return total / (2 * n)
+
+
+def naive_sigmoid(a, b, scale, bias, ids=None, false_negatives="ignore"):
+    total = 0.0
+    for i in range(len(a)):
+        for j in range(len(a)):
+            same = ids is not None and bool(ids[i] == ids[j]) and i != j
+            if same and false_negatives == "mask":
+                continue
+            z = 1 if i == j or (same and false_negatives == "multi_positive") else -1
+            total = total - torch.log(torch.sigmoid(z * (scale * (a[i] @ b[j]) + bias)))
+    return total / len(a)
+
+
+# ---------------------------------------------------------------------------------------------------------------- losses
+
+@pytest.mark.parametrize(("scale", "kwargs", "value"), [
+    (1 / 0.07, {}, 0.5241731903), (1.0, {}, 1.3894025189), (100.0, {}, 1.1438948838),
+    (1.0, {"label_smoothing": 0.1}, 1.4818636180), (20.0, {"label_smoothing": 0.1}, 2.3733673259),
+    (20.0, {"label_smoothing": 0.1, "ids": IDS, "false_negatives": "mask"}, 2.4367725364),
+    (1 / 0.07, {"ids": IDS, "false_negatives": "multi_positive"}, 3.7326922322),
+    (1 / 0.07, {"ids": IDS, "false_negatives": "mask"}, 0.5215317836)])
+def test_info_nce_reference_values(scale, kwargs, value):
+    assert info_nce(*sine_pairs(), scale, **kwargs).item() == pytest.approx(value, abs=1e-9)
+    assert info_nce(*sine_pairs(), scale, chunk_size=3, **kwargs).item() == pytest.approx(value, abs=1e-9)
+
+
+def test_info_nce_gradient_of_the_log_scale():
+    p = torch.tensor(math.log(1 / 0.07), dtype=torch.float64, requires_grad=True)
+    info_nce(*sine_pairs(), p.exp()).backward()
+    assert p.grad.item() == pytest.approx(-0.0349983318, abs=1e-10)
+
+
+def test_sigmoid_loss_reference_values():
+    p = torch.tensor(math.log(10.0), dtype=torch.float64, requires_grad=True)
+    b = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
+    loss = sigmoid_loss(*sine_pairs(), p.exp(), b)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.3541021520, abs=1e-10)
+    assert p.grad.item() == pytest.approx(-2.7844927026, abs=1e-10)
+    assert b.grad.item() == pytest.approx(-0.2818069722, abs=1e-10)
+    assert sigmoid_loss(*sine_pairs(), 10.0, -10.0, IDS, "multi_positive").item() == pytest.approx(6.1762494184, abs=1e-10)
+
+
+def test_closed_forms():
+    same = F.normalize(torch.ones(12, 4, dtype=torch.float64), dim=1)
+    assert info_nce(same, same, 14.0).item() == pytest.approx(math.log(12), abs=1e-12)
+    assert sigmoid_loss(same, same, 10.0, -10.0).item() == pytest.approx(12 * math.log(2), abs=1e-11)
+    eye = torch.eye(4, dtype=torch.float64)
+    assert sigmoid_loss(eye, eye, 10.0, -10.0).item() == pytest.approx(0.6932833773, abs=1e-10)
+    assert info_nce(eye, eye, 1 / 0.07).item() == pytest.approx(math.log(1 + 3 * math.exp(-1 / 0.07)), rel=1e-9)
+
+
+@pytest.mark.parametrize("false_negatives", ["ignore", "mask", "multi_positive"])
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_info_nce_against_loops(false_negatives, eps):
+    a, b, ids = random_pairs()
+    expected = naive_info_nce(a, b, 9.0, ids, false_negatives, eps).item()
+    assert info_nce(a, b, 9.0, ids, false_negatives, eps).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("false_negatives", ["ignore", "mask", "multi_positive"])
+def test_sigmoid_loss_against_loops(false_negatives):
+    a, b, ids = random_pairs()
+    expected = naive_sigmoid(a, b, 9.0, -3.0, ids, false_negatives).item()
+    assert sigmoid_loss(a, b, 9.0, -3.0, ids, false_negatives).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("false_negatives", ["ignore", "mask", "multi_positive"])
+@pytest.mark.parametrize("name", ["info_nce", "smoothed", "sigmoid"])
+@pytest.mark.parametrize("sorted_ids", [False, True])  # sorted: with blocks of 1 or 2 a whole block of a column is masked
+def test_blocks_change_neither_value_nor_gradient(name, false_negatives, sorted_ids):
+    def run(chunk_size):
+        a, b, ids = random_pairs(n_ids=6)
+        ids = ids.sort().values if sorted_ids else ids
+        leaves = [a.requires_grad_(), b.requires_grad_(), *(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.5, -4.0))]
+        if name == "sigmoid":
+            loss = sigmoid_loss(a, b, leaves[2].exp(), leaves[3], ids, false_negatives, chunk_size)
+        else:
+            loss = info_nce(a, b, leaves[2].exp(), ids, false_negatives, 0.1 * (name == "smoothed"), chunk_size) + 0 * leaves[3]
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    whole = run(37)
+    for chunk_size in (1, 2, 5, 36):
+        for one, other in zip(run(chunk_size), whole, strict=True):
+            assert torch.isfinite(one).all()
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_losses_are_float32_under_autocast_and_finite_at_the_largest_scale():
+    a, b, ids = random_pairs(64, 16)
+    a, b = a.bfloat16(), b.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        for loss in (info_nce(a, b, 100.0, ids, "mask"), sigmoid_loss(a, b, 100.0, -10.0, ids, "mask")):
+            assert loss.dtype == torch.float32
+            assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [({"false_negatives": "mask"}, "needs ids"), ({"false_negatives": "drop"}, "must be ignore"),
+                                                 ({"ids": torch.arange(3)}, "ids must be")])
+def test_loss_argument_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        info_nce(*sine_pairs(), 1.0, **kwargs)
+
+
+def test_loss_shape_errors():
+    a, b = sine_pairs()
+    for loss in (lambda: info_nce(a, b[:5], 1.0), lambda: sigmoid_loss(a[:0], b[:0], 1.0, 0.0)):
+        with pytest.raises(ValueError, match="must be equal"):
+            loss()
+
+
+# -------------------------------------------------------------------------------------------------------------- schedule
+
+def test_warmup_cosine():
+    expected = {0: 0, 1: 2e-6, 50: 1e-4, 100: 2e-4, 325: 1.707107e-4, 550: 1e-4, 775: 2.928932e-5, 999: 6.092342e-10, 1000: 0, 5000: 0}
+    for step, value in expected.items():
+        assert 2e-4 * common.warmup_cosine(step, 1000, 100) == pytest.approx(value, rel=1e-6)
+    assert common.warmup_cosine(0, 10, 0) == 1.0
+    assert common.warmup_cosine(3, 2, 5) == 0.6  # warm-up longer than the run
+    assert common.warmup_cosine(5, 5, 5) == 0.0
+
+
+# --------------------------------------------------------------------------------------------------------------- metrics
+
+def five_captions():
+    rng = np.random.RandomState(0)
+    u = rng.normal(size=(200, 16))
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    v = u[np.arange(1000) // 5] + 0.45 * rng.normal(size=(1000, 16))
+    v /= np.linalg.norm(v, axis=1, keepdims=True)
+    return torch.from_numpy(u), torch.from_numpy(v), torch.arange(200), torch.arange(1000) // 5
+
+
+def naive_retrieval(queries, gallery, query_ids, gallery_ids, k):
+    """Expected hit and rank of the best own row by averaging over random orders of the ties; AP with ties against the model."""
+    scores = (queries.double() @ gallery.double().T).float().numpy()
+    own = (query_ids[:, None] == gallery_ids).numpy()
+    rng, hits, ranks, aps = np.random.default_rng(0), [], [], []
+    for s, mine in zip(scores, own, strict=True):
+        hit, rank = [], []
+        for _ in range(400):
+            order = np.lexsort((rng.random(len(s)), -s))
+            place = 1 + np.flatnonzero(mine[order])[0]
+            hit.append(place <= k)
+            rank.append(place)
+        hits.append(np.mean(hit))
+        ranks.append(np.mean(rank))
+        found = mine[np.lexsort((mine, -s))][:k]
+        aps.append(sum(found[:i + 1].mean() for i in range(len(found)) if found[i]) / min(k, mine.sum()))
+    return np.mean(hits), np.mean(ranks), np.mean(aps)
+
+
+def test_retrieval_reference_values():
+    u, v, image_ids, own = five_captions()
+    t2i = retrieval_metrics(v, u, own, image_ids)
+    assert [t2i[k] for k in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")] == pytest.approx([0.271, 0.539, 0.666, 4, 14.837], abs=1e-9)
+    assert t2i["mAP@10"] == pytest.approx(0.38480, abs=5e-6)
+    i2t = retrieval_metrics(u, v, image_ids, own, map_ks=(5, 10))
+    assert [i2t[k] for k in ("R@1", "R@5", "R@10", "median_rank")] == pytest.approx([0.415, 0.820, 0.895, 2], abs=1e-9)
+    assert [i2t["mAP@5"], i2t["mAP@10"]] == pytest.approx([0.17772, 0.20542], abs=5e-6)
+
+
+def test_a_collapsed_model_scores_chance():
+    _, _, image_ids, own = five_captions()
+    x = F.normalize(torch.randn(1, 16), dim=1)
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        u, v = x.expand(200, -1).to(dtype), x.expand(1000, -1).to(dtype)
+        for queries, gallery, q_ids, g_ids in ((u, v, image_ids, own), (v, u, own, image_ids)):
+            q = common.retrieval_per_query(queries, gallery, q_ids, g_ids)
+            assert q["hit@1"].mean().item() == pytest.approx(0.005, abs=1e-12)
+            for k in (1, 5, 10):
+                torch.testing.assert_close(q[f"hit@{k}"], q[f"chance@{k}"])
+
+
+def test_independent_noise_scores_chance():
+    g = torch.Generator().manual_seed(1)
+    a, b = (F.normalize(torch.randn(3000, 32, generator=g), dim=1) for _ in range(2))
+    ids = torch.arange(3000)
+    for k in (1, 5, 10):
+        p = k / 3000
+        assert abs(retrieval_metrics(a, b, ids, ids)[f"R@{k}"] - p) < 4 * math.sqrt(p / 3000)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
+def test_ties_against_random_orders(chunk_size):
+    g = torch.Generator().manual_seed(3)
+    gallery = torch.randint(0, 2, (12, 3), generator=g).float()  # few values: many ties, own rows tied with each other too
+    queries = torch.randint(0, 2, (40, 3), generator=g).float()
+    gallery_ids, query_ids = torch.randint(0, 4, (12,), generator=g), torch.randint(0, 4, (40,), generator=g)
+    gallery_ids[:4] = torch.arange(4)
+    for k in (1, 3, 5):
+        hit, rank, ap = naive_retrieval(queries, gallery, query_ids, gallery_ids, k)
+        m = retrieval_metrics(queries, gallery, query_ids, gallery_ids, ks=(k,), map_ks=(k,), chunk_size=chunk_size)
+        assert m[f"R@{k}"] == pytest.approx(hit, abs=0.012)
+        assert m["mean_rank"] == pytest.approx(rank, abs=0.05)
+        assert m[f"mAP@{k}"] == pytest.approx(ap, abs=1e-12)
+
+
+def test_hit_probability_closed_form():
+    for better, tied, own, k in ((0, 4, 2, 3), (2, 5, 1, 5), (3, 0, 1, 3), (0, 0, 3, 1), (7, 2, 2, 5), (1, 9, 4, 10)):
+        r = min(max(k - better, 0), tied + own)
+        expected = 1 - math.comb(tied + own - r, own) / math.comb(tied + own, own)
+        got = 1 - common._miss_probability(*(torch.tensor([x]) for x in (better, tied, own)), k)
+        assert got.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_block_size_and_gallery_order_change_nothing():
+    u, v, image_ids, own = five_captions()
+    u, v = u.float(), v.float()
+    v[100:140] = v[0]  # duplicates: ties must stay ties wherever a block ends
+    shuffle = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    reference = retrieval_metrics(u, v, image_ids, own)
+    for chunk_size in (1, 3, 64, 4096):
+        assert retrieval_metrics(u, v, image_ids, own, chunk_size=chunk_size) == reference
+    assert retrieval_metrics(u, v[shuffle], image_ids, own[shuffle]) == reference
+
+
+def test_retrieval_errors():
+    u, v, image_ids, own = five_captions()
+    bad = u.clone()
+    bad[3, 2] = math.nan
+    for args, message in (((bad, v, image_ids, own), "1 rows of 200"), ((u, v, image_ids + 1, own), "no row of their id"),
+                          ((u, v[:, :3], image_ids, own), "queries"), ((u, v, own, own), "one id a row"), ((u[:0], v, own[:0], own), "nothing")):
+        with pytest.raises(ValueError, match=message):
+            retrieval_metrics(*args)
+
+
+def test_multilabel_metrics_against_scikit_learn():
+    g = torch.Generator().manual_seed(0)
+    targets = (torch.rand(300, 7, generator=g) < torch.tensor([0.5, 0.3, 0.1, 0.05, 0.02, 0.4, 0.2])).float()
+    logits = (targets + torch.randn(300, 7, generator=g)).mul(4).round() / 4 - 0.5  # rounded: ties
+    targets[5], logits[5] = 0, -3  # a row with nothing true and nothing predicted
+    p = torch.sigmoid(logits.double()).numpy()
+    for threshold in (0.5, 0.3):
+        m = common.multilabel_metrics(logits, targets, threshold)
+        for average in ("micro", "macro", "weighted", "samples"):
+            expected = f1_score(targets, logits.double().numpy() > math.log(threshold / (1 - threshold)), average=average, zero_division=0)
+            assert m[f"f1_{average}"] == pytest.approx(expected, abs=1e-12)
+        assert m["mAP"] == pytest.approx(average_precision_score(targets, p, average="macro"), abs=1e-12)
+        assert m["roc_auc"] == pytest.approx(roc_auc_score(targets, p, average="macro"), abs=1e-12)
+
+
+def test_multilabel_metrics_edge_cases():
+    logits = torch.tensor([[1.0, 2.0, -1.0], [2.0, 1.0, -2.0]])
+    m = common.multilabel_metrics(logits, torch.tensor([[0, 1, 0], [1, 1, 0]]))  # one class without negatives, one without positives
+    assert (m["roc_auc"], m["mAP"]) == (1.0, 1.0)
+    assert math.isnan(common.multilabel_metrics(logits, torch.zeros(2, 3))["mAP"])
+    for args, message in (((logits, torch.zeros(2, 2)), "equal"), ((logits * math.nan, torch.zeros(2, 3)), "non-finite"),
+                          ((logits, torch.full((2, 3), 0.5)), "0 or 1"), ((logits, torch.zeros(2, 3), 1.5), "threshold")):
+        with pytest.raises(ValueError, match=message):
+            common.multilabel_metrics(*args)
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+
+def test_checkpoint_round_trip_with_random_states(tmp_path):
+    common.seed_everything(5)
+    path = tmp_path / "checkpoint.pt"
+    common.save_checkpoint(path, {"rng": common.rng_state(), "tensor": torch.arange(3), "history": [{"loss": 1.5}]})
+    import random
+    draws = (random.random(), np.random.rand(), torch.rand(2).tolist())
+    state = common.load_checkpoint(path)
+    common.set_rng_state(state["rng"])
+    assert (random.random(), np.random.rand(), torch.rand(2).tolist()) == draws
+    assert state["history"] == [{"loss": 1.5}]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove"])
+def test_damaged_checkpoint_falls_back_with_a_warning(tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    for epoch in (1, 2):
+        common.save_checkpoint(path, {"epoch": epoch, "weights": torch.full((5000,), float(epoch))})
+    blob = bytearray(path.read_bytes())
+    if damage == "flip":
+        blob[len(blob) // 2] ^= 1  # one bit inside the weights: torch.load alone does not notice
+    path.write_bytes({"truncate": blob[:len(blob) // 2], "flip": blob, "empty": b"", "remove": b""}[damage])
+    if damage == "remove":  # killed between the two renames
+        path.unlink()
+    with pytest.warns(UserWarning, match="previous"):
+        assert common.load_checkpoint(path)["epoch"] == 1
+    (tmp_path / "checkpoint.pt.previous").write_bytes(b"junk")
+    with pytest.raises((UserError, FileNotFoundError)), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        common.load_checkpoint(path)
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run the training first"):
+        common.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_failed_save_keeps_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    common.save_checkpoint(path, {"epoch": 1})
+
+    def full_disk(file):
+        file.write(b"partial")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match=r"checkpoint\.pt could not be written"):
+        common.atomic_write(path, full_disk, keep_previous=True)
+    assert common.load_checkpoint(path)["epoch"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- config
+
+@dataclass
+class Training:
+    batch_size: int = ranged(512, ">= 2")  # pairs a step
+    learning_rate: float = ranged(1e-4, "> 0")  # step size
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
+    mode: Literal["fast", "slow"] = "fast"  # how
+    note: str = ""  # a word
+    hidden: int | None = None  # width
+    amount: int | float | str = 0.5  # share, number or word
+    bn: bool = False  # flag
+
+
+@dataclass
+class Config:
+    experiment: str = "toy"  # script
+    seed: int = 42  # seed
+    output_dir: str = ""  # folder
+    device: str = "auto"  # device
+    training: Training = field(default_factory=Training)
+
+
+def load(tmp_path, text, *overrides, **kwargs):
+    path = tmp_path / "toy.yaml"
+    path.write_text(text)
+    return common.load_config(Config, path, overrides, **kwargs)
+
+
+def test_yaml_values_take_the_type_of_their_field(tmp_path):
+    cfg = load(tmp_path, "training:\n  learning_rate: 1e-4\n  note: no\n  hidden: null\n  betas: [0.8, 1e-1]\n  bn: yes\n  amount: 3\n")
+    t = cfg.training
+    assert (t.learning_rate, t.note, t.hidden, t.betas, t.bn, t.amount) == (1e-4, "no", None, [0.8, 0.1], True, 3)
+    text = 'training:\n  mode: \\"slow\\"  # quotes escaped in a document\n  amount: val2017\nseed: 7'
+    cfg = load(tmp_path, text, "training.amount=0.25", "training.hidden=8")
+    assert (cfg.training.mode, cfg.training.amount, cfg.training.hidden, cfg.seed) == ("slow", 0.25, 8, 7)
+    assert load(tmp_path, "") == dataclasses.replace(Config(), output_dir=str(Path("results/toy")))
+    assert load(tmp_path, "training:\n").training == Training()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("training:\n  batchsize: 3", r"unknown key training.batchsize; did you mean training.batch_size\?"),
+    ("batch_size: 3", r"did you mean training.batch_size\?"),
+    ("seed: 1\nseed: 2", "line 2: duplicate key 'seed'"),
+    ("training:\n  batch_size: many", "training.batch_size: expected a whole number, found 'many'"),
+    ("training:\n  batch_size: 1.5", "expected a whole number"),
+    ("training:\n  batch_size: [3]", "expected a whole number"),
+    ("training:\n  batch_size:", "expected a whole number"),
+    ("training:\n  batch_size: 1", "must be >= 2, found 1"),
+    ("training:\n  learning_rate: -1e-3", "must be > 0"),
+    ("training:\n  learning_rate: nan", "expected a number"),
+    ("training:\n  bn: maybe", "expected true or false"),
+    ("training:\n  mode: fats", r"expected one of fast, slow, found 'fats'; did you mean fast\?"),
+    ("training:\n  betas: 0.9", "expected a list of numbers"),
+    ("training: 5", "training is a section"),
+    ("experiment: other", r"is a config of exp_other.py"),
+    ("- a\n- b", "expected `key: value` lines"),
+    ("a: [1", "not valid YAML"),
+    ("demo:\n  sede: 1", r"demo: unknown key sede; did you mean seed\?")])
+def test_config_errors_are_one_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path, text)
+    assert "toy.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("override", "message"), [("seed", "key=value"), ("sed=1", "did you mean seed"), ("training=1", "is a section"),
+                                                   ("seed=x", "whole number")])
+def test_override_errors(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, "", override)
+
+
+def test_missing_config_names_the_nearest(tmp_path):
+    (tmp_path / "siglip.yaml").write_text("")
+    with pytest.raises(UserError, match=r"siglp.yaml: no such config; did you mean .*siglip.yaml\?"):
+        common.load_config(Config, tmp_path / "siglp.yaml")
+
+
+def test_output_dir_names_what_changes_the_run(tmp_path):
+    assert load(tmp_path, "", "training.batch_size=64", "seed=1", "device=cpu").output_dir == "results/toy,seed=1,training.batch_size=64"
+    assert load(tmp_path, "", demo=True).output_dir == "results/demo/toy"
+    assert load(tmp_path, "", "seed=1", "output_dir=here").output_dir == "here"
+    assert load(tmp_path, "", "training.note=a/b c").output_dir == "results/toy,training.note=a_b_c"
+    assert len(Path(load(tmp_path, "", f"training.note={'x' * 400}").output_dir).name) < 200
+
+
+def test_demo_section_and_precedence(tmp_path):
+    text = "seed: 1\ndemo:\n  seed: 2\n  training:\n    batch_size: 8\n"
+    assert load(tmp_path, text).seed == 1
+    demo = load(tmp_path, text, "training.batch_size=4", demo=True)
+    assert (demo.seed, demo.training.batch_size) == (2, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------- run folders
+
+def test_open_run_refuses_another_run_and_fresh_moves_it(tmp_path):
+    cfg = load(tmp_path, "", f"output_dir={tmp_path / 'run'}")
+    folder = common.open_run(cfg)
+    (folder / "checkpoint_latest.pt").write_bytes(b"x")
+    common.open_run(dataclasses.replace(cfg, device="cpu"))  # a neutral key
+    with pytest.raises(UserError, match=r"different config: seed=7 \(was 42\)"):
+        common.open_run(dataclasses.replace(cfg, seed=7))
+    for n in (1, 2):
+        common.open_run(dataclasses.replace(cfg, seed=6 + n), fresh=True)
+        assert (tmp_path / f"run.old-{n}" / "config.yaml").exists()
+    assert (tmp_path / "run.old-1" / "checkpoint_latest.pt").exists()
+    assert not (tmp_path / "run" / "checkpoint_latest.pt").exists()
+
+
+def test_open_run_protects_other_folders(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no run"):
+        common.open_run(load(tmp_path, "", f"output_dir={tmp_path}"), fresh=True)
+    with pytest.raises(UserError, match="cannot be written"):
+        common.open_run(load(tmp_path, "", f"output_dir={tmp_path / 'thesis.txt'}"))
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_data_fingerprint_is_checked(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"1")
+    one = common.fingerprint([tmp_path / "a.bin"])
+    (tmp_path / "a.bin").write_bytes(b"2")
+    other = common.fingerprint([tmp_path / "a.bin"])
+    common.check_same_data(tmp_path, one)
+    common.check_same_data(tmp_path, one)
+    with pytest.raises(UserError, match=f"other data .fingerprint {one}, now {other}"):
+        common.check_same_data(tmp_path, other)
+    environment = common.read_json(tmp_path / "environment.json")
+    assert environment["versions"]["torch"] == torch.__version__
+    assert {"command_line", "git_commit", "git_dirty", "python"} <= set(environment)
+
+
+def test_run_log_rewrites_what_the_checkpoint_holds(tmp_path):
+    log = common.RunLog(tmp_path, ["epoch", "loss"])
+    for epoch in (1, 2, 3):
+        log.write({"epoch": epoch, "loss": epoch / 3})
+    log = common.RunLog(tmp_path, ["epoch", "loss"], [{"epoch": 1, "loss": 1 / 3}])
+    log.write({"loss": 2 / 3, "epoch": 2})
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,loss", f"1,{1 / 3}", f"2,{2 / 3}"]
+    with pytest.raises(ValueError, match="columns"):
+        log.write({"epoch": 3})
+
+
+def test_write_json_has_no_nan(tmp_path):
+    common.write_json(tmp_path / "x.json", {"a": [math.nan, 1.0], "b": {"c": math.inf}})
+    assert common.read_json(tmp_path / "x.json") == {"a": [None, 1.0], "b": {"c": None}}
+
+
+def test_format_table():
+    lines = common.format_table(["", "R@1"], [["chance", 0.1], ["head", None], ["long name", "12.3 +- 0.4"]]).splitlines()
+    assert lines[0].endswith("R@1")
+    assert len({len(line) for line in lines if "head" not in line}) == 1
+    assert lines[3].split() == ["head", "-"]
+
+
+# ----------------------------------------------------------------------------------------------------- device, exit codes
+
+def test_pick_device():
+    assert common.pick_device("cpu").type == "cpu"
+    assert common.pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(UserError, match="device=tpu"):
+        common.pick_device("tpu")
+
+
+def test_seed_everything_repeats():
+    draws = []
+    for _ in range(2):
+        common.seed_everything(3)
+        draws.append((torch.rand(3).tolist(), np.random.rand()))
+    assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (None, 0), (UserError("bad\nkey"), 2), (OSError(28, "No space left"), 1), (FloatingPointError("nan loss"), 1),
+    (KeyboardInterrupt(), 130), (common.Stopped(signal.SIGTERM, "saved"), 143)])
+def test_exit_codes(error, code, capsys):
+    @common.exit_codes
+    def main(argv):
+        if error:
+            raise error
+    assert main([]) == code
+    assert capsys.readouterr().err.count("\n") == (code != 0)
+
+
+def test_a_bug_still_shows_its_traceback():
+    @common.exit_codes
+    def main(argv):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        main([])
+
+
+def test_stop_signal_notes_the_first_and_lets_the_second_through():
+    with pytest.raises(KeyboardInterrupt), common.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_import_is_light():
+    code = "import sys, exp_coco_heads; print([m for m in ('matplotlib', 'optuna', 'transformers', 'sklearn') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -9,7 +9,6 @@ Shapes: N rows (pairs) of D features; Q queries against G gallery rows; C classe
 import argparse
 import ast
 import contextlib
-import csv
 import dataclasses
 import datetime
 import difflib
@@ -806,8 +805,8 @@ class RunLog:
 
     def __init__(self, folder, columns, rows=(), wandb=False, config=None):
         self.path, self.columns = Path(folder) / "metrics.csv", list(columns)
-        lines = "\n".join(",".join(map(str, r)) for r in [self.columns, *([row[c] for c in self.columns] for row in rows)])
-        atomic_write(self.path, lambda file: file.write(f"{lines}\n".encode()))
+        text = "".join(map(self._line, [dict(zip(self.columns, self.columns, strict=True)), *rows]))
+        atomic_write(self.path, lambda file: file.write(text.encode()))
         self.wandb = None
         if wandb:
             try:
@@ -817,12 +816,15 @@ class RunLog:
             self.wandb = package.init(project=Path(sys.argv[0]).stem, name=Path(folder).name, id=hashlib.sha256(
                 str(Path(folder).resolve()).encode()).hexdigest()[:16], resume="allow", config=config, dir=str(folder))
 
+    def _line(self, row):
+        return ",".join("" if row[c] is None else str(row[c]) for c in self.columns) + "\n"
+
     def write(self, row):
         """Append one dict with exactly the columns given at the start."""
         if set(row) != set(self.columns):
             raise ValueError(f"metrics.csv has the columns {self.columns}, the row has {sorted(row)}")
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([row[c] for c in self.columns])
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(self._line(row))
         if self.wandb:
             self.wandb.log(row)
 

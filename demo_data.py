@@ -15,14 +15,15 @@ from common import atomic_write
 
 def nonlinear_map(n_in, n_out, generator):
     """A fixed random two-layer tanh network [.., n_in] -> [.., n_out] with features of unequal scale, as encoders have."""
-    first = torch.randn(n_in, 4 * n_in, generator=generator) * 1.5 / n_in**0.5
+    first = 3 * torch.randn(n_in, 4 * n_in, generator=generator) / n_in**0.5
+    bias = torch.randn(4 * n_in, generator=generator)
     second = torch.randn(4 * n_in, n_out, generator=generator) / (4 * n_in) ** 0.5
     scale = torch.exp(0.5 * torch.randn(n_out, generator=generator))
     offset = torch.randn(n_out, generator=generator)
-    return lambda x: torch.tanh(x @ first) @ second * scale + offset
+    return lambda x: torch.tanh(x @ first + bias) @ second * scale + offset
 
 
-def write_coco(folder="data/demo/coco_heads", n_train=3000, n_val=500, n_captions=5, n_factors=24, image_dim=192, text_dim=256):
+def write_coco(folder="data/demo/coco_heads", n_train=3000, n_val=500, n_captions=5, n_factors=8, image_dim=192, text_dim=256):
     """Image and caption embeddings as exp_coco_heads.py reads them: train2017_* (a row per caption) and val2017_* (a row per image).
 
     An image shows shared factors and private ones (style); a caption mentions most of the shared factors, imprecisely, and
@@ -42,7 +43,7 @@ def write_coco(folder="data/demo/coco_heads", n_train=3000, n_val=500, n_caption
         images = see(torch.cat([shared, 0.7 * torch.randn(n, n_factors, generator=g)], dim=1))
         images += 0.1 * torch.randn(images.shape, generator=g)
         index = torch.arange(n).repeat_interleave(n_captions)
-        mentioned = torch.rand(len(index), n_factors, generator=g) < 0.8
+        mentioned = torch.rand(len(index), n_factors, generator=g) < 0.7
         content = shared[index] * mentioned + 0.3 * torch.randn(len(index), n_factors, generator=g)
         texts = read(torch.cat([content, 0.7 * torch.randn(len(index), n_factors, generator=g)], dim=1))
         metadata = {"dataset_name": f"synthetic {name}", "synthetic": True, "image_ids": (index + start).tolist(),

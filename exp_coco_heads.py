@@ -43,7 +43,7 @@ from common import UserError, ranged
 class DataConfig:
     dir: str = "pretrain_encoded"  # folder of the {name}_image_embeddings.pt, _text_embeddings.pt and _metadata.json files
     name: str = "train2017"  # the files that are split by image
-    train: int | float | str = "auto"  # share or number of images; rest: all that validation and test leave; auto: 0.8, or rest with a test file
+    train: int | float | str = "auto"  # share or number of images; rest: all that is left; auto: 0.8, or rest with a test file
     val: int | float | str = "auto"  # share or number of images; auto: 1%, but at least min(10%, 1,000 images)
     test: int | float | str = 0.04  # share or number of images; or a held-out file's name (val2017); or karpathy
     karpathy_ids: str = ""  # with test=karpathy: JSON list or text file of the test images' COCO image ids or caption ids
@@ -57,6 +57,7 @@ class ModelConfig:
     hidden_dim: int | None = ranged(None, ">= 1")  # of mlp (null: 1024) and clip (null: half the input width)
     dropout: float = ranged(0.1, ">= 0", "< 1")  # after the hidden layer of mlp and clip
     input_dropout: float = ranged(0.5, ">= 0", "< 1")  # share of the input features dropped in training
+    standardize: bool = True  # z-score the input features with the training split's mean and deviation
     learnable_temp: bool = True  # train logit_scale (and the sigmoid's bias)
 
 
@@ -256,8 +257,10 @@ def load_data(cfg):
     else:
         pool, test = split_off(pool, d.test, n, "test")
     pool, val = split_off(pool, max(0.01, min(0.1, 1000 / n)) if d.val == "auto" else d.val, n, "val")
-    share = ("rest" if isinstance(d.test, str) else 0.8) if d.train == "auto" else d.train
-    train = pool if share == "rest" else split_off(pool, share, n, "train")[1]
+    if d.train == "rest" or (d.train == "auto" and isinstance(d.test, str)):
+        train = pool
+    else:
+        train = split_off(pool, min(round(0.8 * n), len(pool)) if d.train == "auto" else d.train, n, "train")[1]
     splits, role = {}, torch.full((len(image_ids),), -1)
     for number, (split, rows) in enumerate((("train", train), ("val", val), ("test", test))):
         assert (role[rows] == -1).all(), "an image is in two splits"
@@ -353,9 +356,13 @@ class ProjectionModel(nn.Module):
     forward(image [B, D_img], text [B, D_txt]) -> (z_image, z_text), both [B, D], L2-normalised.
     """
 
-    def __init__(self, image_head, text_head, loss, batch_size, input_dropout=0.0, learnable_temp=True):
+    def __init__(self, image_head, text_head, loss, batch_size, input_dropout=0.0, learnable_temp=True, statistics=None):
         super().__init__()
         self.image_head, self.text_head = image_head, text_head
+        for name, (mean, deviation) in (statistics or {}).items():  # fixed, and saved with the weights
+            self.register_buffer(f"{name}_mean", mean)
+            self.register_buffer(f"{name}_deviation", deviation)
+        self.standardize = statistics is not None
         self.input_dropout = nn.Dropout(input_dropout)
         self.loss_type, self.false_negatives, self.label_smoothing = loss.type, loss.false_negatives, loss.label_smoothing
         temperature = loss.temperature or {"clip": 0.07, "siglip": 0.1}[loss.type]
@@ -365,9 +372,11 @@ class ProjectionModel(nn.Module):
         self.clamp()
 
     def embed_image(self, x):
+        x = (x - self.image_mean) / self.image_deviation if self.standardize else x
         return F.normalize(self.image_head(self.input_dropout(x)).float(), dim=-1)
 
     def embed_text(self, x):
+        x = (x - self.text_mean) / self.text_deviation if self.standardize else x
         return F.normalize(self.text_head(self.input_dropout(x)).float(), dim=-1)
 
     def forward(self, image, text):
@@ -385,10 +394,21 @@ class ProjectionModel(nn.Module):
         self.log_scale.clamp_(0, math.log(100))
 
 
+def feature_statistics(data, chunk=16384):
+    """{"image": (mean [D_img], deviation [D_img]), "text": ...} over the training pairs, float32; a constant feature gets deviation 1."""
+    rows, out = data.splits["train"], {}
+    for name, source, index in (("image", data.images, data.image_index[rows]), ("text", data.texts, rows)):
+        mean = sum(source[i].float().sum(0) for i in index.split(chunk)) / len(index)
+        variance = sum((source[i].float() - mean).square().sum(0) for i in index.split(chunk)) / len(index)
+        out[name] = mean, torch.where(variance > 1e-12, variance, 1).sqrt()
+    return out
+
+
 def build_model(cfg, data):
     """ProjectionModel on the data's device; the widths are the data's."""
     heads = [make_head(cfg.model, x.shape[1]) for x in (data.images, data.texts)]
-    model = ProjectionModel(*heads, cfg.loss, cfg.training.batch_size, cfg.model.input_dropout, cfg.model.learnable_temp).to(data.images.device)
+    model = ProjectionModel(*heads, cfg.loss, cfg.training.batch_size, cfg.model.input_dropout, cfg.model.learnable_temp,
+                            feature_statistics(data) if cfg.model.standardize else None).to(data.images.device)
     if cfg.training.compile:
         model.compile()
     return model

@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import inspect
@@ -415,6 +416,21 @@ def _check_pairs(a, b, ids, false_negatives):
     return a, b
 
 
+def _groups(ids):
+    """(ids as int32 ranks, number of rows that carry each row's id), both [N], without a host synchronisation."""
+    ordered = ids.sort().values
+    first = torch.searchsorted(ordered, ids)
+    return first.int(), torch.searchsorted(ordered, ids, right=True) - first
+
+
+def _same(ids, rows, diagonal=True):
+    """[chunk, N] bool: pairs of equal id, with or without the pairs of a row and its own partner."""
+    same = ids[rows, None] == ids
+    if not diagonal:
+        same[:, rows].fill_diagonal_(False)
+    return same
+
+
 def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smoothing=0.0, chunk_size=None):
     """Symmetric InfoNCE: mean over rows and over both directions of the cross-entropy of logit_scale * a b^T.
 
@@ -430,23 +446,20 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
     a, b = _check_pairs(a, b, ids, false_negatives)
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
     dropped = torch.finfo(a.dtype).min / 4  # finite: a block may drop all of a column, and -inf - -inf is nan
-    columns = torch.arange(n, device=a.device)
     with torch.autocast(a.device.type, enabled=False):
-        if masked or soft:  # rows that carry each row's id, [N]; a count without a host synchronisation
-            ordered = ids.sort().values
-            group = (torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)).to(a.dtype)
+        if masked or soft:
+            ids, group = _groups(ids)
         if label_smoothing:
-            share = 1 / (n + 1 - group) if masked else a.new_full((n,), 1 / n)  # 1 / columns kept, [N]
+            share = 1 / (n + 1 - group).to(a.dtype) if masked else a.new_full((n,), 1 / n)  # 1 / columns kept, [N]
 
         def block(rows):
             """log-sum-exp of these rows; of each column over these rows; what the targets take off, both ways."""
-            logits = logit_scale * (a[rows] @ b.T)  # [chunk, N]
+            logits = (logit_scale * a[rows]) @ b.T  # [chunk, N]
             target = 0 if soft else 2 * (1 - label_smoothing) * logit_scale * (a[rows] * b[rows]).sum(1)  # [chunk]
-            if masked or soft:
-                same = ids[rows, None] == ids
             if masked:
-                logits = logits.masked_fill(same & (columns[rows, None] != columns), dropped)
+                logits = logits.masked_fill_(_same(ids, rows, diagonal=False), dropped)
             if soft:
+                same = _same(ids, rows)
                 target = 2 * (1 - label_smoothing) * (logits * same).sum(1) / group[rows]
             if label_smoothing:
                 kept = logits.masked_fill(logits == dropped, 0)
@@ -467,24 +480,22 @@ def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignor
     Source: SigLIP, Zhai et al. 2023, algorithm 1 (the sum is divided by N, not N^2).
     """
     a, b = _check_pairs(a, b, ids, false_negatives)
-    n, dropped = len(a), torch.finfo(a.dtype).min / 4
-    columns = torch.arange(n, device=a.device)
+    n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
     with torch.autocast(a.device.type, enabled=False):
+        if masked or soft:
+            ids, _ = _groups(ids)
 
         def block(rows):
-            logits = logit_scale * (a[rows] @ b.T) + logit_bias  # [chunk, N]
-            if false_negatives == "ignore":
-                positive = 0
-            else:
-                same = ids[rows, None] == ids
-                positive = (logits * same).sum() if false_negatives == "multi_positive" else 0
-                if false_negatives == "mask":
-                    logits = logits.masked_fill(same & (columns[rows, None] != columns), dropped)
+            logits = (logit_scale * a[rows]) @ b.T
+            logits += logit_bias  # [chunk, N]
+            positive = (logits * _same(ids, rows)).sum() if soft else 0
+            if masked:
+                logits = logits.masked_fill_(_same(ids, rows, diagonal=False), torch.finfo(a.dtype).min / 4)
             # -log sigmoid(-x) = softplus(x) and -log sigmoid(x) = softplus(x) - x; beyond 40 softplus(x) is x in float64 too
             return F.softplus(logits, threshold=40).sum() - positive
 
         total = torch.stack(_row_blocks(block, n, chunk_size)).sum()
-        if false_negatives != "multi_positive":
+        if not soft:
             total = total - (logit_scale * (a * b).sum() + n * logit_bias)
         return total / n
 
@@ -831,6 +842,24 @@ class RunLog:
     def close(self):
         if self.wandb:
             self.wandb.finish()
+
+
+def finished_runs(items):
+    """[(folder, results, config)] of the runs named in `compare=[...]`; a pattern such as results/siglip* names several.
+
+    Raises: UserError for a folder without results.json.
+    """
+    pieces, runs = ",".join(items).split(","), []  # a folder's own commas (results/siglip,seed=1) were taken for the list's: put them back
+    while pieces:
+        for n in range(len(pieces), 0, -1):
+            name = ",".join(pieces[:n]).strip()
+            if found := sorted(glob.glob(f"{name}/results.json")):
+                break
+        else:
+            raise UserError(f"{pieces[0].strip()}/results.json: no such file; compare takes folders of finished runs")
+        runs += [(Path(p).parent, read_json(p), yaml.safe_load((Path(p).parent / "config.yaml").read_text())) for p in found]
+        pieces = pieces[n:]
+    return runs
 
 
 def progress(items, label):

@@ -21,6 +21,7 @@ min(10%, 1,000) images where 1% would be fewer; the last batch of an epoch is no
 import dataclasses
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -30,7 +31,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import nn
 
 import common
@@ -785,13 +785,9 @@ def compare(cfg):
     if not cfg.compare:
         raise UserError("--stage compare needs compare='[results/siglip, results/clip, ...]'")
     groups = {}
-    for name in cfg.compare:
-        path = Path(name) / "results.json"
-        if not path.exists():
-            raise UserError(f"{path}: no such file; compare takes folders of finished runs")
-        results, config = common.read_json(path), yaml.safe_load((Path(name) / "config.yaml").read_text())
-        key = json.dumps({k: config[k] for k in ("data", "model", "loss", "training")} | {"data": results["data_fingerprint"]}, sort_keys=True)
-        groups.setdefault(key, []).append((Path(name).name.split(",seed=")[0], results))
+    for folder, results, config in common.finished_runs(cfg.compare):
+        key = json.dumps([config["model"], config["loss"], config["training"], results["data_fingerprint"]], sort_keys=True)
+        groups.setdefault(key, []).append((re.sub(r",seed=\d+", "", folder.name), results))
     columns = COLUMNS[:7]
     first = next(iter(groups.values()))[0][1]
     table = [[name, 1, *(scores.get(c) for c in columns)] for name, scores in first["baselines"].items()]

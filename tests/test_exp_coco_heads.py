@@ -279,7 +279,7 @@ def test_baselines_in_closed_form(tmp_path, coco_demo):
     data = exp.load_data(config(tmp_path, coco_demo))
     rows = data.splits["train"]
     x, y = data.images[data.image_index[rows]].double(), data.texts[rows].double()
-    mean_image, mean_text, c_image, c_text, c_cross = exp.covariances(data, chunk=333)
+    mean_image, _, c_image, c_text, c_cross = exp.covariances(data, chunk=333)
     torch.testing.assert_close(mean_image.double(), x.mean(0), rtol=0, atol=1e-5)
     xc, yc = x - x.mean(0), y - y.mean(0)
     for got, expected in ((c_image, xc.T @ xc), (c_text, yc.T @ yc), (c_cross, xc.T @ yc)):
@@ -355,14 +355,14 @@ MOMENTS = {
     "mid-epoch": "step = exp.train_step; n = [0]\ndef f(*a):\n    n[0] += 1\n    if n[0] == 13: kill()\n    return step(*a)\nexp.train_step = f",
     "during a save": "import torch; save = torch.save; n = [0]\ndef f(state, file):\n    save(state, file); n[0] += 1\n"
                      "    if n[0] == 6: file.truncate(2000); kill()\ntorch.save = f",
-    "between the renames of a save": "replace = os.replace; n = [0]\ndef f(a, b):\n    n[0] += str(b).endswith('latest.pt.previous'); replace(a, b)\n"
+    "between the renames of a save": "replace = os.replace; n = [0]\ndef f(a, b):\n    replace(a, b); n[0] += str(b).endswith('latest.pt.previous')\n"
                                      "    if n[0] == 4: kill()\nos.replace = f",
-    "at an epoch's end, before its row is logged": "write = common.RunLog.write; n = [0]\ndef f(self, row):\n    n[0] += 1\n    if n[0] == 3: kill()\n"
-                                                   "    write(self, row)\ncommon.RunLog.write = f",
+    "at an epoch's end": "write = common.RunLog.write; n = [0]\ndef f(self, row):\n    n[0] += 1\n    if n[0] == 3: kill()\n"
+                         "    write(self, row)\ncommon.RunLog.write = f",
     "after training, before the plots": "def f(*a): kill()\nexp.plot_training = f",
     "during evaluation": "def f(*a): kill()\nexp.linear_baselines = f",
-    "during evaluation, all but the last file written": "write = common.write_json\ndef f(path, value):\n    if str(path).endswith('results.json'): kill()\n"
-                                                        "    write(path, value)\ncommon.write_json = f",
+    "before the last file is written": "write = common.write_json\ndef f(path, value):\n    if str(path).endswith('results.json'): kill()\n"
+                                       "    write(path, value)\ncommon.write_json = f",
     "after completion": "import atexit; atexit.register(kill)"}
 
 
@@ -492,7 +492,8 @@ BAD_DATA = {
     "not a tensor": (lambda f: {"train2017_image_embeddings": torch.arange(6)}, r"expected a float tensor \[rows, dim\], found torch.int64 \[6\]"),
     "metadata": (lambda f: {"train2017_metadata": b"{"}, r"train2017_metadata.json: cannot be read as JSON"),
     "image_index": (lambda f: {"train2017_image_embeddings": tensor(f, "train2017_image_embeddings")[::5].clone(),
-                               "train2017_metadata": lambda m: {**m, "image_index": [300] * 1500}}, r"image_index must hold 1500 rows .*\(0 to 299\)"),
+                               "train2017_metadata": lambda m: {**m, "image_index": [300] * 1500}},
+                    r"image_index must hold 1500 rows .*\(0 to 299\)"),
     "one id, two images": (lambda f: {"train2017_metadata": lambda m: {**m, "image_ids": [i // 10 for i in range(1500)]}},
                            r"rows 0 and 5 carry the same image id 0"),
 }

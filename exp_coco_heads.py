@@ -504,7 +504,7 @@ def covariances(data, split="train", chunk=16384):
     centre_image, centre_text = data.images[:1].float(), data.texts[:1].float()  # any row: keeps the float32 products well scaled
     for r in rows.split(chunk):
         both = torch.cat([data.images[data.image_index[r]].float() - centre_image, data.texts[r].float() - centre_text], dim=1)
-        sums, products = sums + both.sum(0).double().cpu(), products + (both.T @ both).double().cpu()
+        sums, products = sums + both.sum(0).cpu().double(), products + (both.T @ both).cpu().double()
     mean, d = sums / len(rows), data.images.shape[1]
     covariance = products / len(rows) - mean[:, None] * mean
     return (mean[:d] + centre_image[0].cpu(), mean[d:] + centre_text[0].cpu(), covariance[:d, :d], covariance[d:, d:], covariance[:d, d:])

@@ -1,0 +1,106 @@
+"""Every script as a person runs it: --help, the demos (shrunk), the configs, the README's commands."""
+
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import common
+
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+DEMOS = {  # overrides that shrink a config's demo to a few seconds
+    "siglip": ["training.num_epochs=2"], "quick_test": [],
+    "clip": ["training.num_epochs=2", "model.hidden_dim=64"], "mlp": ["training.num_epochs=2", "model.hidden_dim=64"]}
+
+
+def script_of(config):
+    return f"exp_{yaml.safe_load(config.read_text())['experiment']}"
+
+
+def run(*args, cwd=ROOT):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)
+def test_every_config_loads_plain_and_as_demo(config):
+    module = importlib.import_module(script_of(config))
+    assert common.load_config(module.Config, config).output_dir == f"results/{config.stem}"
+    assert common.load_config(module.Config, config, demo=True).output_dir == f"results/demo/{config.stem}"
+    assert config.stem in DEMOS
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)
+def test_every_demo_runs_and_reports_synthetic_results(config, tmp_path):
+    result = run(ROOT / f"{script_of(config)}.py", config, "--demo", "device=cpu", *DEMOS[config.stem], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "SYNTHETIC" in result.stdout
+    assert "chance" in result.stdout
+    folder = next((tmp_path / "results/demo").iterdir())
+    assert json.loads((folder / "results.json").read_text())["synthetic"] is True
+
+
+@pytest.mark.parametrize("script", sorted({script_of(c) for c in CONFIGS}))
+def test_help_lists_every_key_with_a_comment(script):
+    result = run(ROOT / f"{script}.py", "-h")
+    assert result.returncode == 0
+
+    def check(section, prefix=""):
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if dataclasses.is_dataclass(value):
+                check(value, f"{prefix}{field.name}.")
+            else:
+                assert re.search(rf"^  {re.escape(prefix + field.name)}=\S* +\S+", result.stdout, flags=re.MULTILINE), prefix + field.name
+    check(importlib.import_module(script).Config())
+
+
+@pytest.mark.parametrize("args", [[], ["--stage", "dance", "configs/siglip.yaml"], ["configs/siglip.yaml", "--demmo"], ["seed=1"]])
+def test_wrong_usage_exits_2(args):
+    result = run(ROOT / "exp_coco_heads.py", *args)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def readme_commands():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if re.search(r"python \w+\.py", line)]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_readme_command_parses(command):
+    """The script, its config and every override of each command in the README exist; nothing is run."""
+    words = shlex.split(re.search(r"python (\w+\.py.*?)(?:&&|;|$)", command).group(1))
+    assert (ROOT / words[0]).exists()
+    if words[0].startswith("exp_") and "-h" not in words:
+        module = importlib.import_module(words[0].removesuffix(".py"))
+        if "$" in words[1]:
+            words[1] = "configs/siglip.yaml"
+        common.parse_command_line(words[1:], module.Config, module.__doc__, module.STAGES)
+
+
+def test_readme_opens_with_two_commands_and_the_test_command():
+    text = (ROOT / "README.md").read_text()
+    assert "python -m pytest" in text
+    assert "--demo" in text.split("## ")[1]
+    assert len(readme_commands()) > 5
+
+
+def test_demo_data_is_deterministic_and_not_rewritten(tmp_path):
+    import demo_data
+    one, other = (demo_data.write_coco(tmp_path / n, n_train=40, n_val=10) for n in "ab")
+    files = [sorted((tmp_path / n).iterdir()) for n in "ab"]
+    parts = ("image_embeddings.pt", "metadata.json", "text_embeddings.pt")
+    assert [p.name for p in files[0]] == [f"{split}2017_{part}" for split in ("train", "val") for part in parts]
+    assert common.fingerprint(files[0]) == common.fingerprint(files[1])
+    before = [p.stat().st_mtime_ns for p in files[0]]
+    assert demo_data.write_coco(one, n_train=40, n_val=10) == one != other
+    assert [p.stat().st_mtime_ns for p in files[0]] == before

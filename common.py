@@ -99,7 +99,7 @@ def _describe(kind):
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(_describe(k) for k in typing.get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null", dict: "a section"}
     return names.get(kind) or f"a list of {_describe((typing.get_args(kind) or (str,))[0]).removeprefix('a ')}s"
 
 
@@ -117,7 +117,9 @@ def _convert(value, kind):
         if not isinstance(value, (list, tuple)):
             raise ValueError
         return [_convert(v, args[0] if args else str) for v in value]
-    if isinstance(value, (list, dict)):
+    if kind is dict and isinstance(value, dict):
+        return value
+    if kind is dict or isinstance(value, (list, dict)):
         raise ValueError
     if isinstance(value, str):
         value = re.sub(r'^\\"(.*)\\"$', r"\1", value.strip())  # \"siglip\": quotes escaped by a Markdown editor
@@ -143,36 +145,34 @@ def _convert(value, kind):
     return number
 
 
-def _flatten(tree, prefix=""):
-    """{'a': {'b': 1}} -> {'a.b': 1}; dataclasses likewise."""
-    if dataclasses.is_dataclass(tree):
-        tree = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+def flatten(tree, prefix="", leaves=()):
+    """{'a': {'b': 1}} -> {'a.b': 1}, except for the dicts named in leaves."""
     flat = {}
     for key, value in tree.items():
-        if isinstance(value, dict) or dataclasses.is_dataclass(value):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+        if isinstance(value, dict) and prefix + key not in leaves:
+            flat.update(flatten(value, f"{prefix}{key}.", leaves))
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[prefix + key] = value
     return flat
 
 
-def _schema(Config, prefix=""):
+def config_schema(Config, prefix=""):
     """{'training.batch_size': (field, type)} in the order of the dataclasses; a section maps to None."""
     hints, keys = typing.get_type_hints(Config), {}
     for field in dataclasses.fields(Config):
         section = dataclasses.is_dataclass(hints[field.name])
         keys[prefix + field.name] = None if section else (field, hints[field.name])
         if section:
-            keys.update(_schema(hints[field.name], f"{prefix}{field.name}."))
+            keys.update(config_schema(hints[field.name], f"{prefix}{field.name}."))
     return keys
 
 
-def _typed(flat, schema, where):
-    """Check and convert a flat {dotted key: raw value} against the schema."""
+def typed(flat, schema, where):
+    """A flat {dotted key: raw value} checked and converted against the schema."""
     values = {}
     for key, raw in flat.items():
         if key not in schema:
-            known = [k for k in schema if schema[k]] or list(schema)
+            known = [k for k in schema if schema[k]]
             same_leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
             hint = f"; did you mean {same_leaf[0]}?" if same_leaf else _nearest(key, known)
             raise UserError(f"{where}: unknown key {key}{hint} (-h lists every key)")
@@ -208,7 +208,7 @@ def load_config(Config, path, overrides=(), demo=False):
     Raises: UserError (a ValueError), in one line: unknown or duplicate key, wrong type, out of range, missing file,
         a YAML of another experiment.
     """
-    cfg, schema = Config(), _schema(Config)
+    cfg, schema = Config(), config_schema(Config)
     raw = read_yaml(path) if path is not None else {}
     name = raw.get("experiment", cfg.experiment)
     if name != cfg.experiment:
@@ -216,8 +216,8 @@ def load_config(Config, path, overrides=(), demo=False):
     demo_section = raw.pop("demo", None) or {}
     if not isinstance(demo_section, dict):
         raise UserError(f"{path}: demo is a section of keys, found {demo_section!r}")
-    values = _typed(_flatten(raw), schema, path)
-    demo_values = _typed(_flatten(demo_section), schema, f"{path}: demo")
+    values = typed(flatten(raw, leaves=[k for k, v in schema.items() if v and v[1] is dict]), schema, path)
+    demo_values = typed(flatten(demo_section), schema, f"{path}: demo")
     if demo:
         values.update(demo_values)
     changed = {}
@@ -230,8 +230,8 @@ def load_config(Config, path, overrides=(), demo=False):
         except yaml.YAMLError:
             parsed = text
         changed[key.strip()] = "" if parsed is None else parsed
-    values.update(_typed(changed, schema, "command line"))
-    if not values.get("output_dir"):
+    values.update(typed(changed, schema, "command line"))
+    if "output_dir" in schema and not values.get("output_dir"):
         stem = Path(path).stem if path is not None else cfg.experiment
         named = [f"{key}={_plain(changed[key])}" for key in sorted(changed) if not key.startswith(NEUTRAL_KEYS)]
         folder = re.sub(r"[^\w.=,+\-\[\]]+", "_", ",".join([stem, *named]))
@@ -250,7 +250,7 @@ def _plain(value):
 
 def config_changes(old, new):
     """['training.learning_rate=0.001 (was 0.0001)', ...] between two config dicts, neutral keys left out."""
-    old, new = _flatten(old), _flatten(new)
+    old, new = flatten(old), flatten(new)
     keys = [k for k in {**old, **new} if not k.startswith(NEUTRAL_KEYS)]
     return [f"{k}={new.get(k)} (was {old.get(k)})" for k in keys if old.get(k) != new.get(k)]
 
@@ -271,11 +271,11 @@ def _config_help(section, prefix=""):
     return lines
 
 
-def parse_command_line(argv, Config, doc, stages):
-    """`config.yaml [key=value ...] [--stage S] [--demo] [--fresh]` -> (config, arguments). -h lists every key."""
-    parser = argparse.ArgumentParser(
-        description=doc, epilog="config keys, defaults and meaning (set in the YAML, or as key=value):\n" + "\n".join(_config_help(Config())),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_command_line(argv, configs, doc, stages):
+    """`config.yaml [key=value ...] [--stage S] [--demo] [--fresh]` -> arguments; -h lists every key of the config dataclasses."""
+    keys = "\n\n".join("\n".join(_config_help(Config())) for Config in configs)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=f"config keys, defaults and meaning (set in the YAML, or as key=value):\n{keys}")
     parser.add_argument("config", help="a YAML file in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a config key, e.g. seed=1 training.learning_rate=3e-4")
     parser.add_argument("--stage", choices=stages, default="all", help="run only this part (default: all)")
@@ -284,7 +284,7 @@ def parse_command_line(argv, Config, doc, stages):
     args = parser.parse_intermixed_args(argv)
     if "=" in args.config:
         parser.error(f"the config file comes first, found {args.config!r}")
-    return load_config(Config, args.config, args.overrides, demo=args.demo), args
+    return args
 
 
 def exit_codes(main):

@@ -18,7 +18,9 @@ are regularised by feature dropout, because heads on a few thousand images overf
 min(10%, 1,000) images where 1% would be fewer; the last batch of an epoch is not short.
 """
 
+import copy
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -31,6 +33,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 
 import common
@@ -52,10 +55,14 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    type: Literal["mlp", "siglip", "clip"] = "siglip"  # projection head
+    type: Literal["mlp", "siglip", "clip", "align", "blip", "attention", "transformer", "cross_modal"] = "siglip"  # head (transformer: attention)
     output_dim: int = ranged(512, ">= 1")  # D, width of the shared space
-    hidden_dim: int | None = ranged(None, ">= 1")  # of mlp (null: 1024) and clip (null: half the input width)
-    dropout: float = ranged(0.1, ">= 0", "< 1")  # after the hidden layer of mlp and clip
+    hidden_dim: int | None = ranged(None, ">= 1")  # null: 1024; clip half the input width, align 2048; attention: all 8 tokens together
+    num_heads: int = ranged(8, ">= 1")  # of attention and cross_modal
+    num_layers: int = ranged(2, ">= 1")  # of attention
+    dropout: float = ranged(0.1, ">= 0", "< 1")  # inside every head but siglip
+    use_bn: bool = True  # align: BatchNorm on the hidden layer (false: LayerNorm)
+    momentum: float = ranged(0.995, ">= 0", "<= 1")  # of the copies that the queue and blip losses use
     input_dropout: float = ranged(0.5, ">= 0", "< 1")  # share of the input features dropped in training
     standardize: bool = True  # z-score the input features with the training split's mean and deviation
     learnable_temp: bool = True  # train logit_scale (and the sigmoid's bias)
@@ -63,11 +70,13 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    type: Literal["clip", "siglip"] = "siglip"  # clip: softmax InfoNCE; siglip: pairwise sigmoid
-    temperature: float | None = ranged(None, "> 0")  # starting 1 / logit_scale (null: 0.07 for clip, 0.1 for siglip)
-    logit_bias: float | str = -10.0  # siglip: starting bias; auto: -log(batch_size - 1)
-    label_smoothing: float = ranged(0.0, ">= 0", "< 1")  # clip
-    false_negatives: Literal["mask", "multi_positive", "ignore"] = "mask"  # captions of the same image in a batch
+    type: Literal["clip", "siglip", "align", "queue", "blip"] = "siglip"  # clip: InfoNCE; siglip: pairwise sigmoid; align: InfoNCE, smoothed
+    temperature: float | None = ranged(None, "> 0")  # starting 1 / logit_scale (null: 0.07; siglip 0.1, align 1)
+    logit_bias: float | Literal["auto"] = -10.0  # siglip: starting bias; auto: -log(batch_size - 1)
+    label_smoothing: float | None = ranged(None, ">= 0", "< 1")  # of clip and align (null: 0, align 0.1)
+    false_negatives: Literal["mask", "multi_positive", "ignore"] | None = None  # captions of the same image (null: mask; blip multi_positive)
+    queue_size: int | None = ranged(None, ">= 1")  # of queue and blip: momentum keys kept (null: 4096, blip 57600; at most the training captions)
+    alpha: float = ranged(0.4, ">= 0", "<= 1")  # blip: weight of the momentum model's soft targets, ramped up over the first epoch
 
 
 @dataclass
@@ -106,6 +115,20 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class TuneConfig:
+    experiment: str = "coco_heads"  # tune YAML: which script it belongs to
+    base: str = "configs/siglip.yaml"  # tune YAML: the run config that every trial starts from
+    search_space: dict = field(default_factory=dict)  # tune YAML: config key -> list of choices, or {low, high[, log]}
+    study_name: str = "xclip_siglip_tuning"  # tune YAML: a changed search space gets a new name, with a hash appended
+    storage: str = "sqlite:///optuna_study.db"  # tune YAML: Optuna URL, or a path for a JournalStorage (quicker with many workers)
+    n_trials: int = ranged(50, ">= 1")  # tune YAML: in all, over restarts
+    n_jobs: int = ranged(3, ">= 1")  # tune YAML: worker processes
+    num_epochs: int = ranged(9, ">= 1")  # tune YAML: a trial's at most
+    n_captions: int = ranged(100_000, ">= 2")  # tune YAML: size of the tuning subset (whole images of the training split)
+    results_dir: str = "optuna_results"  # tune YAML: where best_config.yaml goes
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -302,6 +325,16 @@ def make_batch(data, indices):
     return {"image": data.images[rows].float(), "text": data.texts[indices].float(), "ids": rows}
 
 
+def tuning_subset(data, n_captions, seed):
+    """Training rows of whole images, drawn at random, holding min(n_captions, all) captions (at most one image more)."""
+    rows = data.splits["train"]
+    images = data.image_index[rows]
+    unique, counts = images.unique(return_counts=True)
+    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).to(unique.device)
+    before = counts[order].cumsum(0) - counts[order]
+    return rows[torch.isin(images, unique[order][before < n_captions])]
+
+
 def epoch_batches(data, cfg, epoch):
     """The caption rows of one epoch as a list of [B] batches of equal size (one row more or less): a pure function of (seed, epoch)."""
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
@@ -316,18 +349,65 @@ def epoch_batches(data, cfg, epoch):
 
 # ----------------------------------------------------------------------------------------------------------------- model
 
-class MLPHead(nn.Module):
-    """Linear-GELU-Dropout-Linear(-LayerNorm): [B, input_dim] -> [B, output_dim]."""
+TRAINING_ONLY = ("momentum_heads.", "queue", "steps")  # parts of the state that best_model.pt does without
 
-    def __init__(self, input_dim, hidden_dim, output_dim, dropout, norm):
+
+class MLPHead(nn.Module):
+    """Linear(-norm)-GELU-Dropout-Linear(-norm): [B, input_dim] -> [B, output_dim]; each norm may be None."""
+
+    def __init__(self, input_dim, hidden_dim, output_dim, dropout, hidden_norm=None, output_norm=None):
         super().__init__()
-        self.hidden = nn.Linear(input_dim, hidden_dim)
-        self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(hidden_dim, output_dim)
-        self.norm = nn.LayerNorm(output_dim) if norm else nn.Identity()
+        self.layers = nn.Sequential(
+            nn.Linear(input_dim, hidden_dim), hidden_norm(hidden_dim) if hidden_norm else nn.Identity(), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear(hidden_dim, output_dim), output_norm(output_dim) if output_norm else nn.Identity())
 
     def forward(self, x):
-        return self.norm(self.output(self.dropout(F.gelu(self.hidden(x)))))
+        return self.layers(x)
+
+
+class AttentionHead(nn.Module):
+    """The vector becomes 8 learned pseudo-tokens, a transformer encoder mixes them, their mean is projected.
+
+    Self-attention over the vector as one token would be an affine map in which queries and keys get no gradient.
+    """
+    N_TOKENS = 8
+
+    def __init__(self, input_dim, hidden_dim, output_dim, num_heads, num_layers, dropout):
+        super().__init__()
+        width, rest = divmod(hidden_dim, self.N_TOKENS)
+        if rest or width % num_heads:
+            raise UserError(f"model.hidden_dim={hidden_dim} must be a multiple of {self.N_TOKENS} tokens x model.num_heads={num_heads}")
+        self.tokens = nn.Linear(input_dim, hidden_dim)
+        self.position = nn.Parameter(0.02 * torch.randn(self.N_TOKENS, width))
+        layer = nn.TransformerEncoderLayer(width, num_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        self.norm, self.output = nn.LayerNorm(width), nn.Linear(width, output_dim)
+
+    def forward(self, x):
+        tokens = self.tokens(x).unflatten(1, self.position.shape) + self.position  # [B, 8, width]
+        return self.output(self.norm(self.encoder(tokens).mean(1)))
+
+
+class CrossModalHead(nn.Module):
+    """The vector attends to a learned memory [n_slots, hidden_dim] that both modalities share; the partner is never seen.
+
+    A head that attends to the query's own partner scores 100% on pure noise.
+    """
+
+    def __init__(self, input_dim, hidden_dim, output_dim, num_heads, dropout, memory):
+        super().__init__()
+        if hidden_dim % num_heads:
+            raise UserError(f"model.hidden_dim={hidden_dim} must be a multiple of model.num_heads={num_heads}")
+        self.memory = memory
+        self.query, self.norm = nn.Linear(input_dim, hidden_dim), nn.LayerNorm(hidden_dim)
+        self.attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout, batch_first=True)
+        self.output = MLPHead(hidden_dim, hidden_dim, output_dim, dropout)
+
+    def forward(self, x):
+        query = self.query(x)[:, None]  # [B, 1, hidden_dim]
+        memory = self.memory.expand(len(x), -1, -1)
+        read, _ = self.attention(self.norm(query), memory, memory, need_weights=False)
+        return self.output((query + read)[:, 0])
 
 
 class SigLIPHead(nn.Module):
@@ -342,73 +422,153 @@ class SigLIPHead(nn.Module):
         return self.output(self.norm(x))
 
 
-def make_head(model, input_dim):
-    if model.type == "siglip":
-        return SigLIPHead(input_dim, model.output_dim)
-    if model.type == "mlp":
-        return MLPHead(input_dim, model.hidden_dim or 1024, model.output_dim, model.dropout, norm=True)
-    return MLPHead(input_dim, model.hidden_dim or input_dim // 2, model.output_dim, model.dropout, norm=False)  # clip
+def make_heads(model, input_dims):
+    """[image head, text head] for the widths of the embeddings."""
+    hidden = model.hidden_dim or {"align": 2048}.get(model.type, 1024)
+    memory = nn.Parameter(torch.randn(64, hidden) / hidden**0.5) if model.type == "cross_modal" else None
+
+    def make(width):
+        if model.type == "siglip":
+            return SigLIPHead(width, model.output_dim)
+        if model.type in ("attention", "transformer"):
+            return AttentionHead(width, hidden, model.output_dim, model.num_heads, model.num_layers, model.dropout)
+        if model.type == "cross_modal":
+            return CrossModalHead(width, hidden, model.output_dim, model.num_heads, model.dropout, memory)
+        if model.type == "clip":
+            return MLPHead(width, model.hidden_dim or width // 2, model.output_dim, model.dropout)
+        if model.type == "align":
+            return MLPHead(width, hidden, model.output_dim, model.dropout, hidden_norm=nn.BatchNorm1d if model.use_bn else nn.LayerNorm)
+        return MLPHead(width, hidden, model.output_dim, model.dropout, output_norm=nn.LayerNorm)  # mlp, blip
+    return [make(width) for width in input_dims]
 
 
 class ProjectionModel(nn.Module):
-    """One head a modality, a shared logit scale and (sigmoid loss) bias.
+    """One head a modality, a shared logit scale and (sigmoid loss) bias; for the queue and blip losses momentum copies and queues.
 
     forward(image [B, D_img], text [B, D_txt]) -> (z_image, z_text), both [B, D], L2-normalised.
     """
 
-    def __init__(self, image_head, text_head, loss, batch_size, input_dropout=0.0, learnable_temp=True, statistics=None):
+    def __init__(self, heads, statistics, model, loss, batch_size, n_train, output_dim):
         super().__init__()
-        self.image_head, self.text_head = image_head, text_head
-        for name, (mean, deviation) in (statistics or {}).items():  # fixed, and saved with the weights
+        self.heads = nn.ModuleList(heads)  # image, text
+        for name, (mean, deviation) in zip(("image", "text"), statistics, strict=True):  # fixed, and saved with the weights
             self.register_buffer(f"{name}_mean", mean)
             self.register_buffer(f"{name}_deviation", deviation)
-        self.standardize = statistics is not None
-        self.input_dropout = nn.Dropout(input_dropout)
-        self.loss_type, self.false_negatives, self.label_smoothing = loss.type, loss.false_negatives, loss.label_smoothing
-        temperature = loss.temperature or {"clip": 0.07, "siglip": 0.1}[loss.type]
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learnable_temp)
+        self.input_dropout = nn.Dropout(model.input_dropout)
+        self.loss_type, self.alpha, self.momentum = loss.type, loss.alpha, model.momentum
+        self.false_negatives = loss.false_negatives or ("multi_positive" if loss.type == "blip" else "mask")
+        self.label_smoothing = loss.label_smoothing if loss.label_smoothing is not None else 0.1 * (loss.type == "align")
+        temperature = loss.temperature or {"siglip": 0.1, "align": 1.0}.get(loss.type, 0.07)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=model.learnable_temp)
+        self.log_scale_range = {"blip": (math.log(2), math.log(1000)), "align": (-math.inf, math.log(100))}.get(loss.type, (0, math.log(100)))
         bias = -math.log(batch_size - 1) if loss.logit_bias == "auto" else float(loss.logit_bias)
-        self.logit_bias = nn.Parameter(torch.tensor(bias), requires_grad=learnable_temp) if loss.type == "siglip" else None
-        self.clamp()
+        self.logit_bias = nn.Parameter(torch.tensor(bias), requires_grad=model.learnable_temp) if loss.type == "siglip" else None
+        self.uses_queue = loss.type in ("queue", "blip")
+        if self.uses_queue:
+            self.momentum_heads = copy.deepcopy(self.heads).requires_grad_(False)  # together: a memory that the heads share stays shared
+            size = min(loss.queue_size or {"queue": 4096, "blip": 57_600}[loss.type], n_train)
+            self.register_buffer("queue", torch.zeros(2, size, output_dim))  # momentum keys: image, text
+            self.register_buffer("queue_ids", torch.full((size,), -1))  # -1: not filled yet, never a negative
+            self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+            self.ramp_steps = math.ceil(n_train / batch_size)
+        self.train()
+        self.finish_step()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.uses_queue:
+            self.momentum_heads.eval()  # no dropout in the copies
+        return self
 
     def embed_image(self, x):
-        x = (x - self.image_mean) / self.image_deviation if self.standardize else x
-        return F.normalize(self.image_head(self.input_dropout(x)).float(), dim=-1)
+        return F.normalize(self.heads[0](self.input_dropout((x - self.image_mean) / self.image_deviation)).float(), dim=-1)
 
     def embed_text(self, x):
-        x = (x - self.text_mean) / self.text_deviation if self.standardize else x
-        return F.normalize(self.text_head(self.input_dropout(x)).float(), dim=-1)
+        return F.normalize(self.heads[1](self.input_dropout((x - self.text_mean) / self.text_deviation)).float(), dim=-1)
 
     def forward(self, image, text):
         return self.embed_image(image), self.embed_text(text)
 
     def loss(self, z_image, z_text, ids):
-        """The training objective of a batch of normalised pairs [B, D]; ids [B]: the image a row belongs to."""
-        scale = self.log_scale.exp()
+        """The objective of a batch of normalised pairs [B, D]; ids [B]: the image a row belongs to.
+
+        For the queue and blip losses this is what validation uses: plain InfoNCE at the learnt scale, without queue.
+        """
         if self.loss_type == "siglip":
-            return common.sigmoid_loss(z_image, z_text, scale, self.logit_bias, ids, self.false_negatives)
-        return common.info_nce(z_image, z_text, scale, ids, self.false_negatives, self.label_smoothing)
+            return common.sigmoid_loss(z_image, z_text, self.log_scale.exp(), self.logit_bias, ids, self.false_negatives)
+        return common.info_nce(z_image, z_text, self.log_scale.exp(), ids, self.false_negatives, self.label_smoothing)
 
     @torch.no_grad()
-    def clamp(self):
-        self.log_scale.clamp_(0, math.log(100))
+    def momentum_keys(self, image, text):
+        """Keys [B, D] of both modalities from the momentum copies."""
+        return (F.normalize(self.momentum_heads[0]((image - self.image_mean) / self.image_deviation).float(), dim=-1),
+                F.normalize(self.momentum_heads[1]((text - self.text_mean) / self.text_deviation).float(), dim=-1))
+
+    def queue_loss(self, z_image, z_text, keys, ids):
+        """Cross-entropy of each z over the momentum keys of the batch and the filled part of the queue, mean of both directions.
+
+        queue: one positive, the own partner's key (MoCo, He et al. 2020). blip: soft targets, alpha of the momentum model's own
+        softmax and 1 - alpha of the positives (ALBEF, Li et al. 2021; BLIP, Li et al. 2022).
+        """
+        scale, n = self.log_scale.exp(), len(ids)
+        all_ids = torch.cat([ids, self.queue_ids])
+        same = ids[:, None] == all_ids  # [B, B + queue]
+        own = torch.eye(n, len(all_ids), dtype=torch.bool, device=ids.device)
+        dropped = (all_ids == -1).expand_as(same)
+        if self.false_negatives == "mask":
+            dropped = dropped | (same & ~own)
+        positive = (same if self.false_negatives == "multi_positive" else own).to(z_image.dtype)
+        targets = positive / positive.sum(1, keepdim=True)
+        total = 0.0
+        for z, own_key, other_keys, queue in ((z_image, keys[0], keys[1], self.queue[1]), (z_text, keys[1], keys[0], self.queue[0])):
+            candidates = torch.cat([other_keys, queue])  # [B + queue, D]
+            log_p = (scale * z @ candidates.T).masked_fill(dropped, -torch.inf).log_softmax(1)
+            goal = targets
+            if self.loss_type == "blip":
+                alpha = self.alpha * (self.steps / self.ramp_steps).clamp(max=1)
+                soft = (scale.detach() * own_key @ candidates.T).masked_fill(dropped, -torch.inf).softmax(1)
+                goal = alpha * soft + (1 - alpha) * targets
+            total = total - (goal * log_p.masked_fill(dropped, 0)).sum(1).mean() / 2
+        return total
+
+    @torch.no_grad()
+    def finish_step(self, keys=None, ids=None):
+        """After an optimizer step: clamp the scale; move the momentum copies (parameters and BatchNorm buffers); enqueue the batch's keys."""
+        self.log_scale.clamp_(*self.log_scale_range)
+        if keys is None:
+            return
+        for mine, live in zip(self.momentum_heads.state_dict().values(), self.heads.state_dict().values(), strict=True):
+            mine.lerp_(live, 1 - self.momentum) if mine.is_floating_point() else mine.copy_(live)
+        size = len(self.queue_ids)
+        keys, ids = torch.stack(keys)[:, -size:], ids[-size:]  # a batch larger than the queue leaves its last rows
+        slots = (self.queue_next + torch.arange(len(ids), device=ids.device)) % size
+        self.queue[:, slots], self.queue_ids[slots] = keys, ids
+        self.queue_next.copy_((self.queue_next + len(ids)) % size)
+        self.steps += 1
 
 
-def feature_statistics(data, chunk=16384):
-    """{"image": (mean [D_img], deviation [D_img]), "text": ...} over the training pairs, float32; a constant feature gets deviation 1."""
-    rows, out = data.splits["train"], {}
-    for name, source, index in (("image", data.images, data.image_index[rows]), ("text", data.texts, rows)):
-        mean = sum(source[i].float().sum(0) for i in index.split(chunk)) / len(index)
-        variance = sum((source[i].float() - mean).square().sum(0) for i in index.split(chunk)) / len(index)
-        out[name] = mean, torch.where(variance > 1e-12, variance, 1).sqrt()
+def feature_statistics(data, standardize, chunk=16384):
+    """[(mean, deviation) of the image features, of the text features] over the training pairs, float32; a constant feature gets deviation 1."""
+    rows, out = data.splits["train"], []
+    for source, index in ((data.images, data.image_index[rows]), (data.texts, rows)):
+        mean, variance = source.new_zeros(source.shape[1], dtype=torch.float32), source.new_ones(source.shape[1], dtype=torch.float32)
+        if standardize:
+            mean = sum(source[i].float().sum(0) for i in index.split(chunk)) / len(index)
+            variance = sum((source[i].float() - mean).square().sum(0) for i in index.split(chunk)) / len(index)
+        out.append((mean, torch.where(variance > 1e-12, variance, 1).sqrt()))
     return out
 
 
 def build_model(cfg, data):
-    """ProjectionModel on the data's device; the widths are the data's."""
-    heads = [make_head(cfg.model, x.shape[1]) for x in (data.images, data.texts)]
-    model = ProjectionModel(*heads, cfg.loss, cfg.training.batch_size, cfg.model.input_dropout, cfg.model.learnable_temp,
-                            feature_statistics(data) if cfg.model.standardize else None).to(data.images.device)
+    """ProjectionModel on the data's device; the widths are the data's. Raises: UserError on settings that do not go together."""
+    if cfg.loss.label_smoothing and cfg.loss.type not in ("clip", "align"):
+        raise UserError(f"loss.label_smoothing={cfg.loss.label_smoothing} works with loss.type=clip or align, not {cfg.loss.type}")
+    if cfg.loss.queue_size and cfg.loss.type not in ("queue", "blip"):
+        raise UserError(f"loss.queue_size={cfg.loss.queue_size} works with loss.type=queue or blip, not {cfg.loss.type}")
+    heads = make_heads(cfg.model, [data.images.shape[1], data.texts.shape[1]])
+    model = ProjectionModel(heads, feature_statistics(data, cfg.model.standardize), cfg.model, cfg.loss, cfg.training.batch_size,
+                            len(data.splits["train"]), cfg.model.output_dim).to(data.images.device)
     if cfg.training.compile:
         model.compile()
     return model
@@ -427,12 +587,18 @@ def build_optimizer(cfg, model):
 def train_step(model, batch, optimizer):
     """One optimisation step -> {loss, logit_scale[, logit_bias]} as 0-d tensors (no synchronisation). bf16 autocast on CUDA."""
     optimizer.zero_grad(set_to_none=True)
+    keys = None
     with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=batch["image"].is_cuda):
         z_image, z_text = model(batch["image"], batch["text"])
-    loss = model.loss(z_image, z_text, batch["ids"])
+        if model.uses_queue:
+            keys = model.momentum_keys(batch["image"], batch["text"])
+    if model.uses_queue:
+        loss = model.queue_loss(z_image, z_text, keys, batch["ids"])
+    else:
+        loss = model.loss(z_image, z_text, batch["ids"])
     loss.backward()
     optimizer.step()
-    model.clamp()
+    model.finish_step(keys, batch["ids"])
     return {"loss": loss.detach(), **logit_parameters(model)}
 
 
@@ -580,7 +746,8 @@ def evaluate(cfg, data=None):
             return results
     started = time.time()
     model = build_model(cfg, data)
-    model.load_state_dict(best["model_state_dict"])
+    missing, unexpected = model.load_state_dict(best["model_state_dict"], strict=False)
+    assert not unexpected and all(k.startswith(TRAINING_ONLY) for k in missing), (missing, unexpected)
     model.eval()
     z_image, z_text, own = embed(model.embed_image, model.embed_text, data, "test")
     per_query = retrieval(z_image, z_text, own, cfg.evaluation.chunk_size)
@@ -660,6 +827,14 @@ def monitored(row, monitor):
     return {"loss": -row["val_loss"], "r1": (row["val_i2t_R1"] + row["val_t2i_R1"]) / 2, "rsum": row["val_RSUM"]}[monitor]
 
 
+def set_learning_rate(optimizer, training, step, total_steps):
+    factor = common.warmup_cosine(step, total_steps, training.warmup_steps)
+    if training.schedule == "constant" and step >= training.warmup_steps:
+        factor = 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = training.learning_rate * factor
+
+
 def train(cfg, data=None):
     """Train to early stopping or num_epochs, resuming exactly from checkpoint_latest.pt; writes best_model.pt. Returns the history."""
     folder, t = common.open_run(cfg), cfg.training
@@ -704,11 +879,7 @@ def train(cfg, data=None):
             epoch_started = time.time()
             batches = epoch_batches(data, cfg, epoch)
             for step in common.progress(range(first_step, steps_per_epoch), f"epoch {epoch + 1}"):
-                factor = common.warmup_cosine(global_step, total_steps, t.warmup_steps)
-                if t.schedule == "constant" and global_step >= t.warmup_steps:
-                    factor = 1.0
-                for group in optimizer.param_groups:
-                    group["lr"] = t.learning_rate * factor
+                set_learning_rate(optimizer, t, global_step, total_steps)
                 scalars = train_step(model, make_batch(data, batches[step]), optimizer)
                 losses[step] = scalars["loss"]
                 global_step += 1
@@ -720,7 +891,7 @@ def train(cfg, data=None):
             check_finite(losses, steps_per_epoch, cfg, optimizer, model)
             scores = validate(model, data, cfg)
             row = {"epoch": epoch + 1, "global_step": global_step, "train_loss": losses.mean().item(), **scores,
-                   "logit_bias": None, **{k: v.item() for k, v in scalars.items() if k != "loss"}, "learning_rate": t.learning_rate * factor}
+                   "logit_bias": None, **{k: v.item() for k, v in scalars.items() if k != "loss"}, "learning_rate": optimizer.param_groups[0]["lr"]}
             history.append(row)
             score = monitored(row, t.monitor)
             better = best is None or score > best
@@ -729,7 +900,8 @@ def train(cfg, data=None):
             finished = epoch == t.num_epochs or stale >= t.patience
             if better:
                 common.save_checkpoint(folder / "best_model.pt", {
-                    "model_state_dict": model.state_dict(), "config": dataclasses.asdict(cfg), "epoch": epoch, "global_step": global_step,
+                    "model_state_dict": {k: v for k, v in model.state_dict().items() if not k.startswith(TRAINING_ONLY)},
+                    "config": dataclasses.asdict(cfg), "epoch": epoch, "global_step": global_step,
                     "input_dims": [data.images.shape[1], data.texts.shape[1]], "validation": scores})
             save(0)
             log.write(row)
@@ -741,6 +913,167 @@ def train(cfg, data=None):
     common.record_environment(folder, device=str(device), train_seconds=round(seconds, 2), seconds_per_epoch=round(seconds / trained_epochs, 3))
     common.write_json(folder / "loss_history.json", {"train_loss": [r["train_loss"] for r in history], "val_loss": [r["val_loss"] for r in history]})
     return history
+
+
+# ---------------------------------------------------------------------------------------------------------------- tuning
+
+def import_optuna():
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("--stage tune needs the package: pip install optuna") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def read_search_space(path, tuning):
+    """{config key: list of choices, or (low, high, log)} with the types of Config. Raises: UserError naming the key."""
+    space, schema = {}, common.config_schema(Config)
+    for key, spec in common.flatten(tuning.search_space, leaves=[k for k, v in schema.items() if v]).items():
+        where = f"{path}: search_space"
+        if isinstance(spec, list) and spec:
+            space[key] = [common.typed({key: choice}, schema, where)[key] for choice in spec]
+        elif isinstance(spec, dict) and {"low", "high"} <= set(spec) <= {"low", "high", "log"}:
+            low, high = (common.typed({key: spec[end]}, schema, where)[key] for end in ("low", "high"))
+            if isinstance(low, str) or not low < high:
+                raise UserError(f"{where}: {key}: low must be a number below high, found {spec['low']} and {spec['high']}")
+            space[key] = (low, high, spec.get("log", "false").lower() == "true")
+        else:
+            raise UserError(f"{where}: {key}: expected a list of choices or {{low: .., high: .., log: true}}, found {spec!r}")
+    if not space:
+        raise UserError(f"{path}: has no search_space; tune YAMLs are in configs/tune/")
+    return space
+
+
+def trial_config(base, overrides, params, demo):
+    return common.load_config(Config, base, [*overrides, *(f"{k}={'null' if v is None else v}" for k, v in params.items())], demo=demo)
+
+
+def open_study(tuning, name):
+    optuna = import_optuna()
+    if "://" in tuning.storage:
+        options = {"connect_args": {"timeout": 60}} if tuning.storage.startswith("sqlite") else {}  # workers wait for each other's writes
+        storage = optuna.storages.RDBStorage(tuning.storage, engine_kwargs=options)
+    else:
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(tuning.storage))
+    # Rungs at epochs 1, 3, 9: only the better third of the trials that got there goes on.
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3, min_early_stopping_rate=0)
+    sampler = optuna.samplers.TPESampler(constant_liar=tuning.n_jobs > 1)
+    return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True, pruner=pruner, sampler=sampler)
+
+
+def run_trials(tuning, name, space, base, overrides, demo, data, tickets):
+    """A worker: one trial a ticket until they are gone. data: with the tuning subset as its training split."""
+    optuna, study = import_optuna(), open_study(tuning, name)
+    torch.set_num_threads(max(1, torch.get_num_threads() // tuning.n_jobs))
+
+    def objective(trial):
+        params = {}
+        for key, spec in space.items():
+            if isinstance(spec, list):
+                params[key] = trial.suggest_categorical(key, spec)
+            else:
+                suggest = trial.suggest_int if isinstance(spec[0], int) else trial.suggest_float
+                params[key] = suggest(key, spec[0], spec[1], log=spec[2])
+        try:
+            cfg = trial_config(base, overrides, params, demo)
+            common.seed_everything(cfg.seed)
+            model = build_model(cfg, data)
+            optimizer = build_optimizer(cfg, model)
+            steps = len(epoch_batches(data, cfg, 0)) * tuning.num_epochs
+            best, step = -math.inf, 0
+            for epoch in range(tuning.num_epochs):
+                model.train()
+                for rows in epoch_batches(data, cfg, epoch):
+                    set_learning_rate(optimizer, cfg.training, step, steps)
+                    scalars = train_step(model, make_batch(data, rows), optimizer)
+                    step += 1
+                if not torch.isfinite(scalars["loss"]):
+                    return math.nan  # Optuna's FAIL
+                row = validate(model, data, cfg)
+                best = max(best, monitored(row, "r1"))
+                trial.report(monitored(row, "r1"), epoch + 1)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+            return best
+        finally:  # a trial without this mark was interrupted
+            trial.set_user_attr("ended", True)
+
+    while True:
+        with tickets.get_lock():
+            if tickets.value <= 0:
+                return
+            tickets.value -= 1
+        study.optimize(objective, n_trials=1, catch=(UserError, torch.OutOfMemoryError))
+        trial = max(study.get_trials(deepcopy=False), key=lambda t: (t.datetime_complete is not None, t.datetime_complete))
+        value = "" if trial.value is None else f"R@1 {trial.value:.2f}"
+        print(f"trial {trial.number:3} {trial.state.name:8} {value:11} {trial.params}", flush=True)
+
+
+def tune(args):
+    """Search the hyper-parameters of a base config by validation R@1 (mean of both directions) on the tuning subset, never on test.
+
+    Resumes a killed search: trials that were running are tried again, the total is kept. Writes results_dir/best_config.yaml.
+    """
+    optuna = import_optuna()
+    own = [o for o in args.overrides if o.partition("=")[0] in {f.name for f in dataclasses.fields(TuneConfig)}]
+    overrides = [o for o in args.overrides if o not in own]
+    tuning = common.load_config(TuneConfig, args.config, own)
+    space = read_search_space(args.config, tuning)
+    if args.demo:
+        overrides.append(f"data.dir={demo_data.write_coco('data/demo/coco_heads')}")
+    cfg = trial_config(tuning.base, overrides, {}, args.demo)
+    data = load_data(cfg)
+    data.splits["train"] = tuning_subset(data, tuning.n_captions, cfg.data.split_seed)
+    print(f"tuning on {len(data.splits['train']):,} captions of {len(data.image_index[data.splits['train']].unique()):,} images, "
+          f"validating on {len(data.splits['val']):,} captions")
+    identity = json.dumps([space, tuning.num_epochs, data.fingerprint, len(data.splits["train"])], sort_keys=True)
+    identity = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    name = tuning.study_name
+    study = open_study(tuning, name)
+    if study.user_attrs.get("identity", identity) != identity:
+        name = f"{name}_{identity}"
+        print(f"the study {tuning.study_name} searched another space or other data; this search is the study {name}")
+        study = open_study(tuning, name)
+    study.set_user_attr("identity", identity)
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a killed search
+        study.enqueue_trial(trial.params)
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+    def remaining():
+        ended = [t for t in study.get_trials() if t.state.is_finished() and t.user_attrs.get("ended")]
+        return tuning.n_trials - len(ended)
+
+    while (left := remaining()) > 0:
+        workers = torch.multiprocessing.get_context("spawn")
+        tickets = workers.Value("i", left)
+        job = (tuning, name, space, tuning.base, overrides, args.demo, data, tickets)
+        if tuning.n_jobs == 1:
+            run_trials(*job)
+        else:  # the data are shared with the workers, not copied
+            processes = [workers.Process(target=run_trials, args=job, daemon=True) for _ in range(min(tuning.n_jobs, left))]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+        if remaining() == left:
+            raise UserError(f"no trial of {name} came to its end; run with n_jobs=1 to see why")
+    trials = study.get_trials()
+    count = {state.name: sum(t.state == state for t in trials) for state in optuna.trial.TrialState}
+    finished = sorted((t for t in trials if t.state == optuna.trial.TrialState.COMPLETE), key=lambda t: -t.value)
+    if not finished:
+        raise UserError(f"all trials of {name} failed or were pruned ({count}); widen the search space or raise n_trials")
+    print("\n" + common.format_table(["trial", "val R@1", *space], [[str(t.number), f"{t.value:.2f}", *(
+        f"{v:.3g}" if isinstance(v, float) else str(v) for v in map(t.params.get, space))] for t in finished[:5]]))
+    best = dataclasses.asdict(trial_config(tuning.base, overrides, finished[0].params, False))
+    del best["output_dir"], best["compare"]
+    path = Path(tuning.results_dir) / "best_config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = (f"# python exp_coco_heads.py {path}\n"
+              f"# Trial {finished[0].number} of study {name}: validation R@1 {finished[0].value:.2f} on the tuning subset.\n")
+    common.atomic_write(path, lambda file: file.write((header + yaml.safe_dump(best, sort_keys=False)).encode()))
+    print(f"{count['COMPLETE']} complete, {count['PRUNED']} pruned, {count['FAIL']} failed or interrupted; study {name} in {tuning.storage}\n"
+          f"next: python exp_coco_heads.py {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- plots
@@ -816,12 +1149,15 @@ def compare(cfg):
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
-STAGES = ("all", "split", "train", "evaluate", "compare")
+STAGES = ("all", "split", "train", "evaluate", "compare", "tune")
 
 
 @common.exit_codes
 def main(argv):
-    cfg, args = common.parse_command_line(argv, Config, __doc__, STAGES)
+    args = common.parse_command_line(argv, (Config, TuneConfig), __doc__, STAGES)
+    if args.stage == "tune" or "search_space" in common.read_yaml(args.config):
+        return tune(args)
+    cfg = common.load_config(Config, args.config, args.overrides, demo=args.demo)
     if args.stage == "compare":
         return compare(cfg)
     if args.demo:

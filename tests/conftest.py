@@ -6,7 +6,8 @@ import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread only waits; also for the scripts that tests start
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

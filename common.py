@@ -329,6 +329,17 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+@contextlib.contextmanager
+def full_precision():
+    """Float32 matrix products without TF32, for what is measured rather than trained."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def seed_everything(seed):
     """Seed Python, NumPy and torch (all devices) and ask for deterministic kernels, so that equal runs give equal bits."""
     random.seed(seed)

@@ -398,16 +398,18 @@ class CrossModalHead(nn.Module):
         super().__init__()
         if hidden_dim % num_heads:
             raise UserError(f"model.hidden_dim={hidden_dim} must be a multiple of model.num_heads={num_heads}")
-        self.memory = memory
-        self.query, self.norm = nn.Linear(input_dim, hidden_dim), nn.LayerNorm(hidden_dim)
-        self.attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout, batch_first=True)
+        self.memory, self.num_heads = memory, num_heads
+        self.embed, self.norm = nn.Linear(input_dim, hidden_dim), nn.LayerNorm(hidden_dim)
+        self.query, self.key, self.value = (nn.Linear(hidden_dim, hidden_dim) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
         self.output = MLPHead(hidden_dim, hidden_dim, output_dim, dropout)
 
     def forward(self, x):
-        query = self.query(x)[:, None]  # [B, 1, hidden_dim]
-        memory = self.memory.expand(len(x), -1, -1)
-        read, _ = self.attention(self.norm(query), memory, memory, need_weights=False)
-        return self.output((query + read)[:, 0])
+        x = self.embed(x)
+        query = self.query(self.norm(x)).unflatten(1, (self.num_heads, -1))  # [B, heads, d]
+        key, value = (layer(self.memory).unflatten(1, (self.num_heads, -1)) for layer in (self.key, self.value))  # [slots, heads, d], once a batch
+        weights = (torch.einsum("bhd,shd->bhs", query, key) / query.shape[-1] ** 0.5).softmax(-1)
+        return self.output(x + torch.einsum("bhs,shd->bhd", self.dropout(weights), value).flatten(1))
 
 
 class SigLIPHead(nn.Module):
@@ -670,7 +672,8 @@ def covariances(data, split="train", chunk=16384):
     centre_image, centre_text = data.images[:1].float(), data.texts[:1].float()  # any row: keeps the float32 products well scaled
     for r in rows.split(chunk):
         both = torch.cat([data.images[data.image_index[r]].float() - centre_image, data.texts[r].float() - centre_text], dim=1)
-        sums, products = sums + both.sum(0).cpu().double(), products + (both.T @ both).cpu().double()
+        with common.full_precision():
+            sums, products = sums + both.sum(0).cpu().double(), products + (both.T @ both).cpu().double()
     mean, d = sums / len(rows), data.images.shape[1]
     covariance = products / len(rows) - mean[:, None] * mean
     return (mean[:d] + centre_image[0].cpu(), mean[d:] + centre_text[0].cpu(), covariance[:d, :d], covariance[d:, d:], covariance[:d, d:])
@@ -742,7 +745,7 @@ def evaluate(cfg, data=None):
     settings = dataclasses.asdict(cfg.evaluation)
     if done.exists():
         results = common.read_json(done)
-        if results["evaluation"] == settings and results["data_fingerprint"] == data.fingerprint:
+        if (results["evaluation"], results["data_fingerprint"], results["best_epoch"]) == (settings, data.fingerprint, best["epoch"]):
             return results
     started = time.time()
     model = build_model(cfg, data)

@@ -149,10 +149,11 @@ def flatten(tree, prefix="", leaves=()):
     """{'a': {'b': 1}} -> {'a.b': 1}, except for the dicts named in leaves."""
     flat = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and prefix + key not in leaves:
-            flat.update(flatten(value, f"{prefix}{key}.", leaves))
-        else:
-            flat[prefix + key] = value
+        nested = isinstance(value, dict) and prefix + key not in leaves
+        for name, leaf in (flatten(value, f"{prefix}{key}.", leaves) if nested else {prefix + key: value}).items():
+            if name in flat:
+                raise UserError(f"duplicate key {name} (dotted and in its section); keep one of the two")
+            flat[name] = leaf
     return flat
 
 
@@ -216,8 +217,11 @@ def load_config(Config, path, overrides=(), demo=False):
     demo_section = raw.pop("demo", None) or {}
     if not isinstance(demo_section, dict):
         raise UserError(f"{path}: demo is a section of keys, found {demo_section!r}")
-    values = typed(flatten(raw, leaves=[k for k, v in schema.items() if v and v[1] is dict]), schema, path)
-    demo_values = typed(flatten(demo_section), schema, f"{path}: demo")
+    try:
+        flat, demo_flat = flatten(raw, leaves=[k for k, v in schema.items() if v and v[1] is dict]), flatten(demo_section)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    values, demo_values = typed(flat, schema, path), typed(demo_flat, schema, f"{path}: demo")
     if demo:
         values.update(demo_values)
     changed = {}
@@ -231,7 +235,7 @@ def load_config(Config, path, overrides=(), demo=False):
             parsed = text
         changed[key.strip()] = "" if parsed is None else parsed
     values.update(typed(changed, schema, "command line"))
-    if "output_dir" in schema and not values.get("output_dir"):
+    if "output_dir" in schema and values.get("output_dir", "") in ("", "null", "~"):
         stem = Path(path).stem if path is not None else cfg.experiment
         named = [f"{key}={_plain(changed[key])}" for key in sorted(changed) if not key.startswith(NEUTRAL_KEYS)]
         folder = re.sub(r"[^\w.=,+\-\[\]]+", "_", ",".join([stem, *named]))
@@ -240,6 +244,7 @@ def load_config(Config, path, overrides=(), demo=False):
         values["output_dir"] = str(Path("results", "demo" if demo else "", folder))
     for key, value in values.items():
         *sections, leaf = key.split(".")
+        value = os.path.expanduser(value) if leaf.endswith("dir") else value
         setattr(functools.reduce(getattr, sections, cfg), leaf, value)
     return cfg
 
@@ -322,8 +327,9 @@ def pick_device(name="auto"):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    kind = name.split(":")[0]
-    if not available.get(kind, False):
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not available.get(kind, False) or not (index == "" or (index.isdigit() and int(index) < count)):
         raise UserError(f"device={name} is not available here; use one of auto, {', '.join(k for k in available if available[k])}")
     torch.set_float32_matmul_precision("high")
     return torch.device(name)
@@ -574,6 +580,8 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     for i in range(0, len(queries), chunk_size):
         rows = slice(i, i + chunk_size)
         scores = (queries[rows].double() @ gallery.T).float()  # [q, G]
+        if not torch.isfinite(scores).all():
+            raise ValueError("scores overflow float32; normalise the rows")
         own_columns = first[rows, None] + offsets  # [q, most own rows of any query]
         is_own = own_columns < last[rows, None]
         own_columns = own_columns.clamp(max=len(gallery) - 1)
@@ -590,6 +598,7 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
                 worst = (better + tied + 1).double()
                 aps = {k: torch.where(worst <= k, 1 / worst, 0.0) for k in map_ks}
             else:  # an own row a hair lower: below all rows that tie with it, above all that do not
+                scores, own = scores.double(), own.double()  # so that a hair is less than the gap to the next float32
                 below = torch.nextafter(own, torch.full_like(own, -torch.inf))
                 mine = torch.zeros_like(scores, dtype=torch.bool)
                 mine.scatter_(1, torch.where(is_own, own_columns, first[rows, None]), True)
@@ -687,12 +696,12 @@ def atomic_write(path, write, keep_previous=False):
                       "resumes from it once this is mended") from None
 
 
-def save_checkpoint(path, state):
+def save_checkpoint(path, state, keep_previous=True):
     """Write a dict of tensors and plain types atomically; the file it replaces is kept as `<path>.previous`.
 
     Raises: OSError naming the path; the last good checkpoint stays.
     """
-    atomic_write(path, lambda file: torch.save(state, file), keep_previous=True)
+    atomic_write(path, lambda file: torch.save(state, file), keep_previous)
 
 
 def _read_checkpoint(path):
@@ -705,7 +714,7 @@ def _read_checkpoint(path):
 
 def load_checkpoint(path):
     """The dict that `save_checkpoint` wrote, on the CPU (weights_only=True). A missing or damaged file falls back to
-    `<path>.previous` with a warning.
+    `<path>.previous`, where there is one, with a warning.
 
     Raises: FileNotFoundError if neither is there, UserError if none can be read.
     """
@@ -722,7 +731,7 @@ def load_checkpoint(path):
             warnings.warn(f"{problems[0] if problems else f'{path} is missing'}; using {candidate}", stacklevel=2)
         return state
     if problems:
-        raise UserError(f"{'; '.join(problems)}; delete it or use --fresh to start again")
+        raise UserError(f"{'; '.join(problems)}; use --fresh to start again")
     raise FileNotFoundError(f"{path}: no such checkpoint; run the training first")
 
 
@@ -741,11 +750,14 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The value in a JSON file. Raises: UserError naming the file if it is missing or not JSON."""
+    """The object in a JSON file, a dict. Raises: UserError naming the file if it is missing or not a JSON object."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
 
 
 def fingerprint(paths):
@@ -758,34 +770,43 @@ def fingerprint(paths):
     return digest.hexdigest()[:16]
 
 
+def check_run(cfg, fresh=False):
+    """Raise UserError if cfg.output_dir holds a run of another config (unless `fresh`) or something else. Writes nothing."""
+    folder = Path(cfg.output_dir)
+    config_file = folder / "config.yaml"
+    if config_file.exists() and not fresh:
+        try:
+            changes = config_changes(yaml.safe_load(config_file.read_text()), dataclasses.asdict(cfg))
+        except (OSError, AttributeError, yaml.YAMLError):
+            raise UserError(f"{config_file} is damaged; choose another output_dir= or move the run aside with --fresh") from None
+        if changes:
+            raise UserError(f"{folder} holds a run of a different config: {', '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}; "
+                            "choose another output_dir= or move the old run aside with --fresh")
+    elif folder.is_dir() and not config_file.exists():
+        others = [p.name for p in folder.iterdir() if not p.name.startswith((".", "compare."))]
+        if others:
+            raise UserError(f"{folder} is not empty and holds no run ({others[0]} ...); choose another output_dir=")
+
+
 def open_run(cfg, fresh=False):
-    """Create cfg.output_dir or reopen it to resume; writes config.yaml and environment.json. Returns its Path.
+    """Create cfg.output_dir or reopen it to resume; writes config.yaml. Returns its Path.
 
     `fresh` moves an existing run to `<folder>.old-N` first.
     Raises: UserError if the folder cannot be written, holds a run of another config, or holds something else.
     """
+    check_run(cfg, fresh)
     folder = Path(cfg.output_dir)
-    config_file = folder / "config.yaml"
-    if fresh and config_file.exists():
+    if fresh and (folder / "config.yaml").exists():
         n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
         print(f"moved the earlier run to {folder.with_name(f'{folder.name}.old-{n}')}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
         atomic_write(folder / ".writable", lambda file: None)
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"the output folder {folder} cannot be written ({error.strerror or error}); set output_dir=") from None
-    config = dataclasses.asdict(cfg)
-    if config_file.exists():
-        changes = config_changes(yaml.safe_load(config_file.read_text()), config)
-        if changes:
-            raise UserError(f"{folder} holds a run of a different config: {', '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}; "
-                            "choose another output_dir= or move the old run aside with --fresh")
-    elif others:
-        raise UserError(f"{folder} is not empty and holds no run ({others[0]} ...); choose another output_dir=")
-    atomic_write(config_file, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+    atomic_write(folder / "config.yaml", lambda file: file.write(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False).encode()))
     return folder
 
 
@@ -809,46 +830,43 @@ def record_environment(folder, **facts):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
+    def version(package):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+
     packages = ("torch", "numpy", "matplotlib", "pyarrow", "soundfile", "pillow")
     environment.update(
         command_line=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), time=datetime.datetime.now().isoformat(timespec="seconds"),
         python=platform.python_version(), platform=platform.platform(), processors=os.cpu_count(), threads=torch.get_num_threads(),
-        versions={p: importlib.metadata.version(p) for p in packages}, cuda=torch.version.cuda,
+        versions={p: version(p) for p in packages}, cuda=torch.version.cuda,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         git_commit=git("rev-parse", "HEAD"), git_dirty=bool(git("status", "--porcelain")), **facts)
     write_json(path, environment)
 
 
 class RunLog:
-    """metrics.csv: one row a step or epoch, the same columns in every row; mirrored to W&B if asked for.
+    """metrics.csv: one row a step or epoch, the same columns in every row; its last row mirrored to W&B if asked for."""
 
-    `rows` are those of the checkpoint: the file is rewritten from them, so a row after the last checkpoint is not there twice.
-    """
-
-    def __init__(self, folder, columns, rows=(), wandb=False, config=None):
-        self.path, self.columns = Path(folder) / "metrics.csv", list(columns)
-        text = "".join(map(self._line, [dict(zip(self.columns, self.columns, strict=True)), *rows]))
-        atomic_write(self.path, lambda file: file.write(text.encode()))
-        self.wandb = None
+    def __init__(self, folder, wandb=False, config=None):
+        self.path, self.wandb = Path(folder) / "metrics.csv", None
         if wandb:
             try:
                 import wandb as package
             except ImportError:
                 raise UserError("wandb=true needs the package: pip install wandb") from None
-            self.wandb = package.init(project=Path(sys.argv[0]).stem, name=Path(folder).name, id=hashlib.sha256(
-                str(Path(folder).resolve()).encode()).hexdigest()[:16], resume="allow", config=config, dir=str(folder))
+            run_id = hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
+            self.wandb = package.init(project=Path(sys.argv[0]).stem, name=Path(folder).name, id=run_id, resume="allow",
+                                      config=config, dir=str(folder))
 
-    def _line(self, row):
-        return ",".join("" if row[c] is None else str(row[c]) for c in self.columns) + "\n"
-
-    def write(self, row):
-        """Append one dict with exactly the columns given at the start."""
-        if set(row) != set(self.columns):
-            raise ValueError(f"metrics.csv has the columns {self.columns}, the row has {sorted(row)}")
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(self._line(row))
+    def write(self, rows):
+        """Write the whole history, a list of dicts of equal keys: a resumed run neither repeats nor loses a row."""
+        for row in rows:
+            if row.keys() != rows[0].keys():
+                raise ValueError(f"rows of metrics.csv must have equal keys, found {list(rows[0])} and {list(row)}")
+        lines = [",".join(rows[0]), *(",".join("" if v is None else str(v) for v in row.values()) for row in rows)]
+        atomic_write(self.path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
         if self.wandb:
-            self.wandb.log(row)
+            self.wandb.log(rows[-1])
 
     def close(self):
         if self.wandb:
@@ -856,21 +874,22 @@ class RunLog:
 
 
 def finished_runs(items):
-    """[(folder, results, config)] of the runs named in `compare=[...]`; a pattern such as results/siglip* names several.
+    """[(folder, results, config)] of the runs named in `compare=[...]`, each once; a pattern such as results/siglip* names several.
 
     Raises: UserError for a folder without results.json.
     """
-    pieces, runs = ",".join(items).split(","), []  # a folder's own commas (results/siglip,seed=1) were taken for the list's: put them back
+    pieces, folders = ",".join(items).split(","), {}  # a folder's own commas (results/siglip,seed=1) were taken for the list's: put them back
     while pieces:
         for n in range(len(pieces), 0, -1):
             name = ",".join(pieces[:n]).strip()
-            if found := sorted(glob.glob(f"{name}/results.json")):
+            matches = [name] if Path(name, "results.json").exists() else [p for p in sorted(glob.glob(name)) if Path(p, "results.json").exists()]
+            if matches := [m for m in matches if m == name or not re.search(r"\.old-\d+$", m)]:
                 break
         else:
             raise UserError(f"{pieces[0].strip()}/results.json: no such file; compare takes folders of finished runs")
-        runs += [(Path(p).parent, read_json(p), yaml.safe_load((Path(p).parent / "config.yaml").read_text())) for p in found]
+        folders |= {Path(match).resolve(): Path(match) for match in matches}
         pieces = pieces[n:]
-    return runs
+    return [(folder, read_json(folder / "results.json"), yaml.safe_load((folder / "config.yaml").read_text())) for folder in folders.values()]
 
 
 def progress(items, label):

@@ -50,7 +50,7 @@ class DataConfig:
     val: int | float | str = "auto"  # share or number of images; auto: 1%, but at least min(10%, 1,000 images)
     test: int | float | str = 0.04  # share or number of images; or a held-out file's name (val2017); or karpathy
     karpathy_ids: str = ""  # with test=karpathy: JSON list or text file of the test images' COCO image ids or caption ids
-    split_seed: int = 42  # of the split by image; the same for every `seed`, so that runs share their test set
+    split_seed: int = ranged(42, ">= 0", "< 4294967296")  # of the split by image; the same for every `seed`, so that runs share their test set
 
 
 @dataclass
@@ -82,7 +82,7 @@ class LossConfig:
 @dataclass
 class TrainingConfig:
     batch_size: int = ranged(512, ">= 2")  # pairs a step
-    learning_rate: float = ranged(1e-4, "> 0")  # AdamW
+    learning_rate: float = ranged(1e-4, "> 0", "<= 1e6")  # AdamW
     weight_decay: float = ranged(0.01, ">= 0")  # not on scale, bias, norms
     num_epochs: int = ranged(50, ">= 1")  # at most
     patience: int = ranged(5, ">= 1")  # epochs without a better validation before stopping
@@ -105,7 +105,7 @@ class EvaluationConfig:
 @dataclass
 class Config:
     experiment: str = "coco_heads"  # which script a YAML belongs to
-    seed: int = ranged(42, ">= 0")  # weights, data order, dropout
+    seed: int = ranged(42, ">= 0", "< 4294967296")  # weights, data order, dropout
     device: str = "auto"  # auto | cuda | mps | cpu
     output_dir: str = ""  # run folder (empty: results/<config name>[,overrides])
     wandb: bool = False  # mirror metrics.csv to Weights & Biases
@@ -152,18 +152,21 @@ def embedding_files(folder, name):
 def load_tensor(path):
     """A memory-mapped [rows, D] float tensor; UserError naming the file if it is anything else."""
     try:
-        tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        try:
+            tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError:  # a file of an old torch cannot be mapped
+            tensor = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise kinds of their own on a damaged file
         raise UserError(f"{path}: not a readable .pt file ({type(error).__name__}: {str(error).splitlines()[0]}); "
                         "copy or encode it again") from None
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or not tensor.is_floating_point():
-        found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        found = f"{tensor.layout} {tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise UserError(f"{path}: expected a float tensor [rows, dim], found {found}")
-    return tensor
+    return tensor.detach()
 
 
 def to_half(source, rows, path, device, chunk=16384):
-    """source[rows] on the device in half precision (float16, or bfloat16 where float16 would overflow), checked row by row."""
+    """source[rows] on the device in half precision (float16, or bfloat16 where float16 would over- or underflow), checked row by row."""
     bad, first, largest = 0, None, 0.0
     for i in range(0, len(rows), chunk):
         block = source[rows[i:i + chunk]].float()
@@ -173,7 +176,9 @@ def to_half(source, rows, path, device, chunk=16384):
         bad, largest = bad + len(wrong), max(largest, float(block.abs().nan_to_num(0, 0, 0).max()))
     if bad:
         raise UserError(f"{path}: {bad} of {len(rows)} rows hold NaN or infinite values, the first is row {first}; encode them again")
-    half = source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.float16 if largest < 6e4 else torch.bfloat16
+    if not 1e-15 < largest < 1e15 or bool((source[rows[:1]] == source[rows[:chunk]]).all()):
+        raise UserError(f"{path}: rows all alike, or values out of range (the largest is {largest:g}): these are no embeddings")
+    half = source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.float16 if 1e-3 < largest < 6e4 else torch.bfloat16
     out = torch.empty(len(rows), source.shape[1], dtype=half, device=device)
     for i in range(0, len(rows), chunk):
         out[i:i + chunk] = source[rows[i:i + chunk]].to(device, half)
@@ -196,34 +201,47 @@ def load_embeddings(folder, name, device):
     if not isinstance(ids, list) or not ids:
         raise UserError(f"{metadata_file}: expected a list image_ids with one id a caption row, found {type(ids).__name__}; "
                         "without it captions of one image cannot be kept in one split")
+    if {type(i) for i in ids} not in ({int}, {str}):
+        raise UserError(f"{metadata_file}: image_ids must be all numbers or all strings, found {sorted({type(i).__name__ for i in ids})}")
+    for key in ("image_index", "caption_ids"):
+        given = metadata.get(key)
+        if given is not None and (not isinstance(given, list) or len(given) != len(ids) or {type(i) for i in given} not in ({int}, {str})):
+            raise UserError(f"{metadata_file}: {key} must be a list of {len(ids)} ids, one a caption row like image_ids")
     images, texts = load_tensor(image_file), load_tensor(text_file)
     if len(texts) != len(ids):
         raise UserError(f"{text_file}: expected {len(ids)} rows (image_ids in {metadata_file.name}), found {len(texts)}")
     unique = {image: row for row, image in enumerate(dict.fromkeys(ids))}  # in order of first appearance
     image_index = torch.tensor([unique[i] for i in ids])  # [P]
-    given = metadata.get("image_index")
-    if len(images) == len(ids) and (len(unique) < len(ids) or given is None):  # a row per caption
-        first = torch.full((len(unique),), len(ids)).scatter_reduce(0, image_index, torch.arange(len(ids)), "amin")
-        for i in range(0, len(ids), 16384):
-            one, other = images[i:i + 16384].float(), images[first[image_index[i:i + 16384]]].float()
-            wrong = ((one - other).norm(dim=1) > 0.1 * one.norm(dim=1)).nonzero()[:, 0]
-            if len(wrong):
-                row = i + int(wrong[0])
-                raise UserError(f"{image_file}: rows {int(first[image_index[row]])} and {row} carry the same image id {ids[row]} in "
-                                f"{metadata_file.name} but different embeddings; the files do not belong together")
-    elif given is not None:  # a row per image
-        first = torch.full((len(unique),), -1)
-        if len(given) != len(ids) or min(given) < 0 or max(given) >= len(images):
-            raise UserError(f"{metadata_file}: image_index must hold {len(ids)} rows of {image_file.name} (0 to {len(images) - 1}), "
-                            f"found {len(given)} from {min(given)} to {max(given)}")
-        first[image_index] = torch.tensor(given)
-        if not torch.equal(first[image_index], torch.tensor(given)):
-            raise UserError(f"{metadata_file}: image_index and image_ids disagree: captions of one image id point at different image rows")
-    else:
+    first = torch.full((len(unique),), len(ids)).scatter_reduce(0, image_index, torch.arange(len(ids)), "amin")  # [M] a caption of each image
+    rows, clash = metadata.get("image_index"), None
+    if len(images) == len(ids) and (rows is None or len(unique) < len(ids)):  # a row per caption
+        clash = first_clash(images, first[image_index])
+        if clash is None:
+            rows = range(len(ids))
+        elif rows is None:
+            raise UserError(f"{image_file}: rows {int(first[image_index[clash]])} and {clash} carry the same image id {ids[clash]} in "
+                            f"{metadata_file.name} but different embeddings; the files do not belong together")
+    elif rows is None:
         raise UserError(f"{image_file}: expected {len(ids)} rows (one a caption), or fewer with image_index in {metadata_file.name}; "
                         f"found {len(images)} rows and no image_index")
+    if isinstance(rows, list) and (isinstance(rows[0], str) or min(rows) < 0 or max(rows) >= len(images)):
+        raise UserError(f"{metadata_file}: image_index must hold rows of {image_file.name} (0 to {len(images) - 1}), "
+                        f"found {min(rows)} to {max(rows)}")
+    if isinstance(rows, list) and len(set(zip(ids, rows, strict=True))) != len(unique):
+        raise UserError(f"{metadata_file}: image_index and image_ids disagree: captions of one image id point at different image rows")
+    first = torch.tensor(rows)[first]  # [M] the row of each image
     everything = torch.arange(len(ids))
     return to_half(images, first, image_file, device), to_half(texts, everything, text_file, device), image_index, list(unique), metadata
+
+
+def first_clash(images, same_as, chunk=16384):
+    """The first row that differs from the row it should repeat (same_as [P]), by more than 10% of its norm; None if none does."""
+    for i in range(0, len(images), chunk):
+        one, other = images[i:i + chunk].float(), images[same_as[i:i + chunk]].float()
+        wrong = ((one - other).norm(dim=1) > 0.1 * one.norm(dim=1)).nonzero()[:, 0]
+        if len(wrong):
+            return i + int(wrong[0])
+    return None
 
 
 def read_karpathy(path, image_ids, caption_ids):
@@ -245,6 +263,10 @@ def read_karpathy(path, image_ids, caption_ids):
 def load_data(cfg):
     """Read the files of cfg.data, put them on the device and split them by image. Raises: UserError in one line."""
     device, d = common.pick_device(cfg.device), cfg.data
+    for split, words in (("train", ("auto", "rest")), ("val", ("auto",))):
+        amount = getattr(d, split)
+        if isinstance(amount, str) and amount not in words:
+            raise UserError(f"data.{split}={amount}: expected a share such as 0.1, a number of images, or {' or '.join(words)}")
     names = [d.name]
     if d.test == "karpathy":
         if not d.karpathy_ids:
@@ -271,7 +293,7 @@ def load_data(cfg):
     n = len(pool)
     if d.test == "karpathy":
         caption_images = [image_ids[row] for row in image_index.tolist()]
-        caption_ids = [c for s in sets for c in s[4].get("caption_ids", [None] * len(s[1]))]
+        caption_ids = [c for s in sets for c in s[4].get("caption_ids") or [None] * len(s[1])]
         wanted = read_karpathy(d.karpathy_ids, caption_images, caption_ids)
         test = [row for row, image in enumerate(image_ids) if image in wanted]
         pool = [row for row in pool if image_ids[row] not in wanted]
@@ -297,8 +319,6 @@ def load_data(cfg):
 
 def split_off(pool, amount, n, split):
     """(what is left, what is taken) of a shuffled list; amount: a share of n or a number of images."""
-    if isinstance(amount, str):
-        raise UserError(f"data.{split}={amount}: expected a share such as 0.1, a number of images{', rest' if split == 'train' else ''} or auto")
     count = round(amount * n) if isinstance(amount, float) else amount
     if not 0 < count <= len(pool):
         raise UserError(f"data.{split}={amount}: asks for {count} images, {len(pool)} of {n} are left for it")
@@ -306,17 +326,23 @@ def split_off(pool, amount, n, split):
 
 
 def write_splits(folder, cfg, data):
-    """splits.json, written once: image ids of each split, seed, fingerprint. Prints the counts."""
-    ids = {}
-    for split, rows in data.splits.items():
-        ids[split] = [data.image_ids[i] for i in data.image_index[rows].unique().tolist()]
-        print(f"{split:5} {len(ids[split]):7,} images {len(rows):8,} captions")
+    """splits.json, written once: image ids of each split, seed, fingerprint. UserError if it holds another split."""
+    ids = {split: [data.image_ids[i] for i in data.image_index[rows].unique().tolist()] for split, rows in data.splits.items()}
     path = folder / "splits.json"
     record = {"split_seed": cfg.data.split_seed, "data_fingerprint": data.fingerprint, "image_ids": ids}
     if not path.exists():
         common.write_json(path, record)
     elif common.read_json(path) != record:
         raise UserError(f"{path}: holds another split than this config makes of this data; use --fresh")
+
+
+def start(cfg, data=None):
+    """(run folder, data), after the checks that every stage needs: same config, same data, same split as the folder's run."""
+    data = data or load_data(cfg)
+    folder = common.open_run(cfg)
+    common.check_same_data(folder, data.fingerprint)
+    write_splits(folder, cfg, data)
+    return folder, data
 
 
 def make_batch(data, indices):
@@ -349,6 +375,7 @@ def epoch_batches(data, cfg, epoch):
 
 # ----------------------------------------------------------------------------------------------------------------- model
 
+SCALE_RANGE = {"clip": (1, 100), "align": (1e-3, 100), "blip": (2, 1000)}  # of the learnt logit scale, 1 / temperature; others as clip
 TRAINING_ONLY = ("momentum_heads.", "queue", "steps")  # parts of the state that best_model.pt does without
 
 
@@ -462,7 +489,7 @@ class ProjectionModel(nn.Module):
         self.label_smoothing = loss.label_smoothing if loss.label_smoothing is not None else 0.1 * (loss.type == "align")
         temperature = loss.temperature or {"siglip": 0.1, "align": 1.0}.get(loss.type, 0.07)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=model.learnable_temp)
-        self.log_scale_range = {"blip": (math.log(2), math.log(1000)), "align": (-math.inf, math.log(100))}.get(loss.type, (0, math.log(100)))
+        self.log_scale_range = [math.log(s) for s in SCALE_RANGE.get(loss.type, SCALE_RANGE["clip"])]
         bias = -math.log(batch_size - 1) if loss.logit_bias == "auto" else float(loss.logit_bias)
         self.logit_bias = nn.Parameter(torch.tensor(bias), requires_grad=model.learnable_temp) if loss.type == "siglip" else None
         self.uses_queue = loss.type in ("queue", "blip")
@@ -558,7 +585,7 @@ def feature_statistics(data, standardize, chunk=16384):
         if standardize:
             mean = sum(source[i].float().sum(0) for i in index.split(chunk)) / len(index)
             variance = sum((source[i].float() - mean).square().sum(0) for i in index.split(chunk)) / len(index)
-        out.append((mean, torch.where(variance > 1e-12, variance, 1).sqrt()))
+        out.append((mean, torch.where(variance > 1e-10 * mean.square(), variance, 1).sqrt()))
     return out
 
 
@@ -568,6 +595,9 @@ def build_model(cfg, data):
         raise UserError(f"loss.label_smoothing={cfg.loss.label_smoothing} works with loss.type=clip or align, not {cfg.loss.type}")
     if cfg.loss.queue_size and cfg.loss.type not in ("queue", "blip"):
         raise UserError(f"loss.queue_size={cfg.loss.queue_size} works with loss.type=queue or blip, not {cfg.loss.type}")
+    low, high = SCALE_RANGE.get(cfg.loss.type, SCALE_RANGE["clip"])
+    if cfg.loss.temperature and not low <= 1 / cfg.loss.temperature <= high:
+        raise UserError(f"loss.temperature={cfg.loss.temperature}: must lie in [{1 / high:g}, {1 / low:g}] with loss.type={cfg.loss.type}")
     heads = make_heads(cfg.model, [data.images.shape[1], data.texts.shape[1]])
     model = ProjectionModel(heads, feature_statistics(data, cfg.model.standardize), cfg.model, cfg.loss, cfg.training.batch_size,
                             len(data.splits["train"]), cfg.model.output_dim).to(data.images.device)
@@ -724,7 +754,7 @@ def read_best(folder, data):
     """best_model.pt of a run; UserError if it is missing, damaged or made for other widths."""
     path = folder / "best_model.pt"
     if not path.exists():
-        raise UserError(f"{path}: no such file; train first (run without --stage evaluate)")
+        raise UserError(f"{path}: no such file; train first (without --stage evaluate; if the run is complete, anew with --fresh)")
     best = common.load_checkpoint(path)
     widths = [data.images.shape[1], data.texts.shape[1]]
     if best["input_dims"] != widths:
@@ -738,14 +768,14 @@ def evaluate(cfg, data=None):
 
     Does nothing but return them when they are there already, made with the same evaluation settings.
     """
-    folder = common.open_run(cfg)
     data = data or load_data(cfg)
-    best = read_best(folder, data)
+    best = read_best(Path(cfg.output_dir), data)
+    folder, data = start(cfg, data)
     done = folder / "results.json"
     settings = dataclasses.asdict(cfg.evaluation)
     if done.exists():
         results = common.read_json(done)
-        if (results["evaluation"], results["data_fingerprint"], results["best_epoch"]) == (settings, data.fingerprint, best["epoch"]):
+        if (results.get("evaluation"), results.get("best_epoch")) == (settings, best["epoch"]):
             return results
     started = time.time()
     model = build_model(cfg, data)
@@ -762,7 +792,8 @@ def evaluate(cfg, data=None):
         "experiment": cfg.experiment, "synthetic": data.synthetic, "seed": cfg.seed, "head": cfg.model.type, "loss": cfg.loss.type,
         "n_images": len(z_image), "n_captions": len(z_text), "n_train_captions": len(data.splits["train"]), "best_epoch": best["epoch"],
         "units": "recalls, RSUM and mAP in percent; ranks from 1; intervals: 95% bootstrap over test images",
-        "data_fingerprint": data.fingerprint, "test": summarise(per_query),
+        "data_fingerprint": data.fingerprint,
+        "test_split": [data.fingerprint, cfg.data.test, cfg.data.split_seed, cfg.data.karpathy_ids], "test": summarise(per_query),
         "interval95": bootstrap(per_query, own, cfg.evaluation.n_bootstrap), "baselines": baselines,
         "logit": {name: value.item() for name, value in logit_parameters(model).items()}, "evaluation": settings}
     out = folder / "evaluation_results"
@@ -803,6 +834,8 @@ def validate(model, data, cfg):
     """Validation loss (batches of batch_size in one fixed shuffled order) and recalls -> dict of floats."""
     model.eval()
     z_image, z_text, own = embed(model.embed_image, model.embed_text, data, "val")
+    if not (torch.isfinite(z_image).all() and torch.isfinite(z_text).all()):
+        raise FloatingPointError("non-finite weights after the epoch's last step; lower training.learning_rate (the last checkpoint is kept)")
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).to(own.device)
     with torch.no_grad():
         batches = order.tensor_split(max(1, math.ceil(len(order) / cfg.training.batch_size)))
@@ -812,17 +845,13 @@ def validate(model, data, cfg):
     return {"val_loss": loss.item(), **{f"val_{k.replace('@', '')}": scores[k] for k in ("i2t_R@1", "t2i_R@1", "RSUM")}}
 
 
-LOG_COLUMNS = ("epoch", "global_step", "train_loss", "val_loss", "val_i2t_R1", "val_t2i_R1", "val_RSUM", "logit_scale", "logit_bias", "learning_rate")
-
-
-def check_finite(losses, step, cfg, optimizer, model):
-    """FloatingPointError naming the first step of this epoch whose loss is not finite."""
+def check_finite(losses, step, loss_type, rate, model):
+    """FloatingPointError naming the first of an epoch's steps whose loss is not finite. rate: function of the step in the epoch."""
     wrong = (~torch.isfinite(losses[:step])).nonzero()
     if len(wrong):
-        scale = {k: round(v.item(), 4) for k, v in logit_parameters(model).items()}
-        first = int(wrong[0])
-        raise FloatingPointError(f"non-finite {cfg.loss.type} loss ({losses[first].item()}) at step {first + 1} of the epoch, learning rate "
-                                 f"{optimizer.param_groups[0]['lr']:g}, {scale}; lower training.learning_rate (the last good checkpoint is kept)")
+        first, scale = int(wrong[0]), {k: round(v.item(), 4) for k, v in logit_parameters(model).items()}
+        raise FloatingPointError(f"non-finite {loss_type} loss ({losses[first].item()}) at step {first + 1} of the epoch, learning rate "
+                                 f"{rate(first):g}, {scale}; lower training.learning_rate (the last good checkpoint is kept)")
 
 
 def monitored(row, monitor):
@@ -830,20 +859,22 @@ def monitored(row, monitor):
     return {"loss": -row["val_loss"], "r1": (row["val_i2t_R1"] + row["val_t2i_R1"]) / 2, "rsum": row["val_RSUM"]}[monitor]
 
 
-def set_learning_rate(optimizer, training, step, total_steps):
-    factor = common.warmup_cosine(step, total_steps, training.warmup_steps)
+def learning_rate(training, step, total_steps):
+    """The rate of a step: linear warm-up, then constant or a cosine to 0."""
     if training.schedule == "constant" and step >= training.warmup_steps:
-        factor = 1.0
+        return training.learning_rate
+    return training.learning_rate * common.warmup_cosine(step, total_steps, training.warmup_steps)
+
+
+def set_learning_rate(optimizer, rate):
     for group in optimizer.param_groups:
-        group["lr"] = training.learning_rate * factor
+        group["lr"] = rate
 
 
 def train(cfg, data=None):
     """Train to early stopping or num_epochs, resuming exactly from checkpoint_latest.pt; writes best_model.pt. Returns the history."""
-    folder, t = common.open_run(cfg), cfg.training
-    data = data or load_data(cfg)
-    common.check_same_data(folder, data.fingerprint)
-    write_splits(folder, cfg, data)
+    t = cfg.training
+    folder, data = start(cfg, data)
     common.seed_everything(cfg.seed)
     model = build_model(cfg, data)
     optimizer = build_optimizer(cfg, model)
@@ -859,12 +890,12 @@ def train(cfg, data=None):
         first_step, best, stale, finished = position["step"], position["best"], position["stale"], position["finished"]
         losses[:first_step] = position["losses"]
         common.set_rng_state(state["rng"])
-        if finished:
-            print(f"{folder}: training is complete ({len(history)} epochs)")
-            return history
-        print(f"resuming {folder} at epoch {epoch + 1}, step {first_step}")
+        print(f"{folder}: training is complete" if finished else f"resuming {folder} at epoch {epoch + 1}, step {first_step}")
     steps_per_epoch = len(losses)
     total_steps = steps_per_epoch * t.num_epochs
+
+    def rate(step):
+        return learning_rate(t, epoch * steps_per_epoch + step, total_steps)
 
     def save(step):
         common.save_checkpoint(latest, {
@@ -874,7 +905,9 @@ def train(cfg, data=None):
             "scaler_state_dict": {}, "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(),
             "position": {"step": step, "losses": losses[:step].cpu().clone(), "best": best, "stale": stale, "finished": finished}})
 
-    log = common.RunLog(folder, LOG_COLUMNS, history, cfg.wandb, dataclasses.asdict(cfg))
+    log = common.RunLog(folder, cfg.wandb and not finished, dataclasses.asdict(cfg))
+    if history:  # a kill may have come between the last checkpoint and these files
+        write_history(folder, log, history)
     model.train()
     started, trained_epochs = time.time(), 0
     with common.StopSignal() as stop:
@@ -882,16 +915,16 @@ def train(cfg, data=None):
             epoch_started = time.time()
             batches = epoch_batches(data, cfg, epoch)
             for step in common.progress(range(first_step, steps_per_epoch), f"epoch {epoch + 1}"):
-                set_learning_rate(optimizer, t, global_step, total_steps)
+                set_learning_rate(optimizer, learning_rate(t, global_step, total_steps))
                 scalars = train_step(model, make_batch(data, batches[step]), optimizer)
                 losses[step] = scalars["loss"]
                 global_step += 1
                 if stop.signum or (t.save_every_steps and global_step % t.save_every_steps == 0 and step + 1 < steps_per_epoch):
-                    check_finite(losses, step + 1, cfg, optimizer, model)
+                    check_finite(losses, step + 1, cfg.loss.type, rate, model)
                     save(step + 1)
                     if stop.signum:
                         raise common.Stopped(stop.signum, f"stopped at epoch {epoch + 1}, step {step + 1}; the same command resumes from {latest}")
-            check_finite(losses, steps_per_epoch, cfg, optimizer, model)
+            check_finite(losses, steps_per_epoch, cfg.loss.type, rate, model)
             scores = validate(model, data, cfg)
             row = {"epoch": epoch + 1, "global_step": global_step, "train_loss": losses.mean().item(), **scores,
                    "logit_bias": None, **{k: v.item() for k, v in scalars.items() if k != "loss"}, "learning_rate": optimizer.param_groups[0]["lr"]}
@@ -905,17 +938,25 @@ def train(cfg, data=None):
                 common.save_checkpoint(folder / "best_model.pt", {
                     "model_state_dict": {k: v for k, v in model.state_dict().items() if not k.startswith(TRAINING_ONLY)},
                     "config": dataclasses.asdict(cfg), "epoch": epoch, "global_step": global_step,
-                    "input_dims": [data.images.shape[1], data.texts.shape[1]], "validation": scores})
+                    "input_dims": [data.images.shape[1], data.texts.shape[1]], "validation": scores}, keep_previous=False)
             save(0)
-            log.write(row)
+            write_history(folder, log, history)
             trained_epochs += 1
             print(f"epoch {epoch:3}  train loss {row['train_loss']:.4f}  val: loss {row['val_loss']:.4f}  I2T R@1 {row['val_i2t_R1']:.1f}  T2I R@1 "
                   f"{row['val_t2i_R1']:.1f}  RSUM {row['val_RSUM']:.1f}{' *' if better else '  '}  {time.time() - epoch_started:.1f} s", flush=True)
+            if stop.signum:
+                raise common.Stopped(stop.signum, f"stopped after epoch {epoch}; the same command goes on from {latest}")
     log.close()
-    seconds = time.time() - started
-    common.record_environment(folder, device=str(device), train_seconds=round(seconds, 2), seconds_per_epoch=round(seconds / trained_epochs, 3))
-    common.write_json(folder / "loss_history.json", {"train_loss": [r["train_loss"] for r in history], "val_loss": [r["val_loss"] for r in history]})
+    if trained_epochs:
+        seconds = time.time() - started
+        common.record_environment(folder, device=str(device), train_seconds=round(seconds, 2), seconds_per_epoch=round(seconds / trained_epochs, 3))
     return history
+
+
+def write_history(folder, log, history):
+    """metrics.csv and loss_history.json from the epochs so far."""
+    log.write(history)
+    common.write_json(folder / "loss_history.json", {name: [row[name] for row in history] for name in ("train_loss", "val_loss")})
 
 
 # ---------------------------------------------------------------------------------------------------------------- tuning
@@ -988,17 +1029,17 @@ def run_trials(tuning, name, space, base, overrides, demo, data, tickets):
             for epoch in range(tuning.num_epochs):
                 model.train()
                 for rows in epoch_batches(data, cfg, epoch):
-                    set_learning_rate(optimizer, cfg.training, step, steps)
-                    scalars = train_step(model, make_batch(data, rows), optimizer)
+                    set_learning_rate(optimizer, learning_rate(cfg.training, step, steps))
+                    train_step(model, make_batch(data, rows), optimizer)
                     step += 1
-                if not torch.isfinite(scalars["loss"]):
-                    return math.nan  # Optuna's FAIL
                 row = validate(model, data, cfg)
                 best = max(best, monitored(row, "r1"))
                 trial.report(monitored(row, "r1"), epoch + 1)
                 if trial.should_prune():
                     raise optuna.TrialPruned
             return best
+        except FloatingPointError:
+            return math.nan  # Optuna's FAIL
         finally:  # a trial without this mark was interrupted
             trial.set_user_attr("ended", True)
 
@@ -1122,7 +1163,8 @@ def compare(cfg):
         raise UserError("--stage compare needs compare='[results/siglip, results/clip, ...]'")
     groups = {}
     for folder, results, config in common.finished_runs(cfg.compare):
-        key = json.dumps([config["model"], config["loss"], config["training"], results["data_fingerprint"]], sort_keys=True)
+        split = {k: v for k, v in config["data"].items() if k != "dir"}
+        key = json.dumps([config["model"], config["loss"], config["training"], split, results["data_fingerprint"]], sort_keys=True)
         groups.setdefault(key, []).append((re.sub(r",seed=\d+", "", folder.name), results))
     columns = COLUMNS[:7]
     first = next(iter(groups.values()))[0][1]
@@ -1141,7 +1183,7 @@ def compare(cfg):
     axis.set(ylabel="recall [%]", title=mark(f"{first['n_images']:,} test images", first["synthetic"]))
     axis.legend(fontsize=8)
     text = common.format_table(["run", "seeds", *(c.replace("_", " ").replace("i2t", "I2T").replace("t2i", "T2I") for c in columns)], table)
-    if any(r["data_fingerprint"] != first["data_fingerprint"] or r["n_images"] != first["n_images"] for runs in groups.values() for _, r in runs):
+    if len({json.dumps(r["test_split"]) for runs in groups.values() for _, r in runs}) > 1:
         text += "\nNOTE: these runs were not tested on the same data; the baselines are those of the first"
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -1163,13 +1205,21 @@ def main(argv):
     cfg = common.load_config(Config, args.config, args.overrides, demo=args.demo)
     if args.stage == "compare":
         return compare(cfg)
+    if args.fresh and args.stage == "evaluate":
+        raise UserError("--fresh starts a run again; --stage evaluate needs a trained one")
     if args.demo:
+        if any(override.startswith("data.dir=") for override in args.overrides):
+            raise UserError("--demo brings its own data; leave one of --demo and data.dir= out")
         cfg.data.dir = demo_data.write_coco("data/demo/coco_heads")
-    folder = common.open_run(cfg, fresh=args.fresh)
+    common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
     data = load_data(cfg)
-    common.check_same_data(folder, data.fingerprint)
+    if args.stage == "evaluate":
+        read_best(Path(cfg.output_dir), data)
+    folder = common.open_run(cfg, args.fresh)
+    for split, rows in data.splits.items():
+        print(f"{split:5} {len(data.image_index[rows].unique()):7,} images {len(rows):8,} captions")
     if args.stage == "split":
-        write_splits(folder, cfg, data)
+        start(cfg, data)
         print(folder / "splits.json")
     if args.stage in ("all", "train"):
         history = train(cfg, data)
@@ -1178,7 +1228,7 @@ def main(argv):
     if args.stage in ("all", "evaluate"):
         print(f"\n{report(evaluate(cfg, data))}")
     if args.stage != "split":
-        print(f"files: {folder}/ (results.json, metrics.csv, best_model.pt, training_curves.png, evaluation_results/)")
+        print(f"files: {folder}/ (results.json, metrics.csv, best_model.pt, evaluation_results/)")
 
 
 if __name__ == "__main__":

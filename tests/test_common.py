@@ -266,6 +266,20 @@ def test_block_size_and_gallery_order_change_nothing():
     assert retrieval_metrics(u, v[shuffle], image_ids, own[shuffle]) == reference
 
 
+def test_a_score_one_float32_step_below_is_no_tie():
+    x = torch.tensor(0.5)
+    gallery = torch.stack([x, torch.nextafter(x, torch.tensor(-1.0)), torch.tensor(-0.9)])[:, None]
+    for own in (0, 1):  # the numbering of the ids must not matter
+        m = retrieval_metrics(torch.ones(1, 1), gallery, torch.tensor([own]), torch.tensor([own, 1 - own, own]), map_ks=(1, 10))
+        assert (m["R@1"], m["mAP@1"], m["mAP@10"]) == (1.0, 1.0, pytest.approx((1 + 2 / 3) / 2))
+
+
+def test_overflowing_scores_are_an_error():
+    u, v, image_ids, own = five_captions()
+    with pytest.raises(ValueError, match="overflow"):
+        retrieval_metrics(u * 1e25, v * 1e25, image_ids, own)
+
+
 def test_retrieval_errors():
     u, v, image_ids, own = five_captions()
     bad = u.clone()
@@ -408,6 +422,7 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path):
     ("training:\n  mode: fats", r"expected one of fast, slow, found 'fats'; did you mean fast\?"),
     ("training:\n  betas: 0.9", "expected a list of numbers"),
     ("training: 5", "training is a section"),
+    ("training.bn: true\ntraining:\n  bn: false", "duplicate key training.bn"),
     ("experiment: other", r"is a config of exp_other.py"),
     ("- a\n- b", "expected `key: value` lines"),
     ("a: [1", "not valid YAML"),
@@ -486,15 +501,29 @@ def test_data_fingerprint_is_checked(tmp_path):
     assert {"command_line", "git_commit", "git_dirty", "python"} <= set(environment)
 
 
-def test_run_log_rewrites_what_the_checkpoint_holds(tmp_path):
-    log = common.RunLog(tmp_path, ["epoch", "loss"])
-    for epoch in (1, 2, 3):
-        log.write({"epoch": epoch, "loss": epoch / 3})
-    log = common.RunLog(tmp_path, ["epoch", "loss"], [{"epoch": 1, "loss": 1 / 3}])
-    log.write({"loss": 2 / 3, "epoch": 2})
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,loss", f"1,{1 / 3}", f"2,{2 / 3}"]
-    with pytest.raises(ValueError, match="columns"):
-        log.write({"epoch": 3})
+def test_run_log_holds_the_history_and_nothing_else(tmp_path):
+    rows = [{"epoch": epoch, "loss": epoch / 3, "bias": None} for epoch in (1, 2, 3)]
+    common.RunLog(tmp_path).write(rows)
+    common.RunLog(tmp_path).write(rows[:2])  # resumed from an earlier checkpoint
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,loss,bias", f"1,{1 / 3},", f"2,{2 / 3},"]
+    with pytest.raises(ValueError, match="equal keys"):
+        common.RunLog(tmp_path).write([*rows, {"epoch": 4}])
+
+
+def test_finished_runs_counts_a_run_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("results/a", "results/a,seed=1", "results/a.old-1", "results/b"):
+        Path(name).mkdir(parents=True)
+        Path(name, "results.json").write_text("{}")
+        Path(name, "config.yaml").write_text("seed: 1")
+
+    def names(*items):
+        return [str(folder) for folder, _, _ in common.finished_runs(items)]
+    assert names("results/a", "seed=1", "results/b") == ["results/a,seed=1", "results/b"]  # the name's own comma
+    assert names("results/a*", "results/a") == ["results/a", "results/a,seed=1"]
+    assert names("results/a.old-1") == ["results/a.old-1"]
+    with pytest.raises(UserError, match=r"results/c/results.json: no such file"):
+        names("results/a", "results/c")
 
 
 def test_write_json_has_no_nan(tmp_path):
@@ -514,8 +543,9 @@ def test_format_table():
 def test_pick_device():
     assert common.pick_device("cpu").type == "cpu"
     assert common.pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(UserError, match="device=tpu"):
-        common.pick_device("tpu")
+    for name in ("tpu", "cpu:x", "cuda:99"):
+        with pytest.raises(UserError, match=f"device={name}"):
+            common.pick_device(name)
 
 
 def test_seed_everything_repeats():

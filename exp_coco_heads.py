@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -915,9 +916,8 @@ def train(cfg, data=None):
             epoch_started = time.time()
             batches = epoch_batches(data, cfg, epoch)
             for step in common.progress(range(first_step, steps_per_epoch), f"epoch {epoch + 1}"):
-                set_learning_rate(optimizer, learning_rate(t, global_step, total_steps))
-                scalars = train_step(model, make_batch(data, batches[step]), optimizer)
-                losses[step] = scalars["loss"]
+                set_learning_rate(optimizer, rate(step))
+                losses[step] = train_step(model, make_batch(data, batches[step]), optimizer)["loss"]
                 global_step += 1
                 if stop.signum or (t.save_every_steps and global_step % t.save_every_steps == 0 and step + 1 < steps_per_epoch):
                     check_finite(losses, step + 1, cfg.loss.type, rate, model)
@@ -927,7 +927,7 @@ def train(cfg, data=None):
             check_finite(losses, steps_per_epoch, cfg.loss.type, rate, model)
             scores = validate(model, data, cfg)
             row = {"epoch": epoch + 1, "global_step": global_step, "train_loss": losses.mean().item(), **scores,
-                   "logit_bias": None, **{k: v.item() for k, v in scalars.items() if k != "loss"}, "learning_rate": optimizer.param_groups[0]["lr"]}
+                   "logit_bias": None, **{k: v.item() for k, v in logit_parameters(model).items()}, "learning_rate": rate(steps_per_epoch - 1)}
             history.append(row)
             score = monitored(row, t.monitor)
             better = best is None or score > best
@@ -995,11 +995,14 @@ def trial_config(base, overrides, params, demo):
 
 def open_study(tuning, name):
     optuna = import_optuna()
-    if "://" in tuning.storage:
-        options = {"connect_args": {"timeout": 60}} if tuning.storage.startswith("sqlite") else {}  # workers wait for each other's writes
-        storage = optuna.storages.RDBStorage(tuning.storage, engine_kwargs=options)
-    else:
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(tuning.storage))
+    try:
+        if "://" in tuning.storage:
+            options = {"connect_args": {"timeout": 60}} if tuning.storage.startswith("sqlite") else {}  # workers wait for each other's writes
+            storage = optuna.storages.RDBStorage(tuning.storage, engine_kwargs=options)
+        else:
+            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(tuning.storage))
+    except Exception as error:  # every database driver raises kinds of its own
+        raise UserError(f"storage={tuning.storage} cannot be opened ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     # Rungs at epochs 1, 3, 9: only the better third of the trials that got there goes on.
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3, min_early_stopping_rate=0)
     sampler = optuna.samplers.TPESampler(constant_liar=tuning.n_jobs > 1)
@@ -1010,6 +1013,8 @@ def run_trials(tuning, name, space, base, overrides, demo, data, tickets):
     """A worker: one trial a ticket until they are gone. data: with the tuning subset as its training split."""
     optuna, study = import_optuna(), open_study(tuning, name)
     torch.set_num_threads(max(1, torch.get_num_threads() // tuning.n_jobs))
+    if tuning.n_jobs > 1:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
 
     def objective(trial):
         params = {}
@@ -1037,11 +1042,13 @@ def run_trials(tuning, name, space, base, overrides, demo, data, tickets):
                 trial.report(monitored(row, "r1"), epoch + 1)
                 if trial.should_prune():
                     raise optuna.TrialPruned
-            return best
         except FloatingPointError:
-            return math.nan  # Optuna's FAIL
-        finally:  # a trial without this mark was interrupted
+            best = math.nan  # Optuna's FAIL
+        except (optuna.TrialPruned, UserError, torch.OutOfMemoryError):
             trial.set_user_attr("ended", True)
+            raise
+        trial.set_user_attr("ended", True)  # a trial without this mark was interrupted
+        return best
 
     while True:
         with tickets.get_lock():
@@ -1071,13 +1078,14 @@ def tune(args):
     data.splits["train"] = tuning_subset(data, tuning.n_captions, cfg.data.split_seed)
     print(f"tuning on {len(data.splits['train']):,} captions of {len(data.image_index[data.splits['train']].unique()):,} images, "
           f"validating on {len(data.splits['val']):,} captions")
-    identity = json.dumps([space, tuning.num_epochs, data.fingerprint, len(data.splits["train"])], sort_keys=True)
+    sections = [dataclasses.asdict(section) for section in (cfg.model, cfg.loss, cfg.training)]
+    identity = json.dumps([space, tuning.num_epochs, sections, data.fingerprint, len(data.splits["train"])], sort_keys=True)
     identity = hashlib.sha256(identity.encode()).hexdigest()[:8]
     name = tuning.study_name
     study = open_study(tuning, name)
     if study.user_attrs.get("identity", identity) != identity:
         name = f"{name}_{identity}"
-        print(f"the study {tuning.study_name} searched another space or other data; this search is the study {name}")
+        print(f"the study {tuning.study_name} searched something else; this search is the study {name}")
         study = open_study(tuning, name)
     study.set_user_attr("identity", identity)
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a killed search
@@ -1169,21 +1177,22 @@ def compare(cfg):
     columns = COLUMNS[:7]
     first = next(iter(groups.values()))[0][1]
     table = [[name, 1, *(scores.get(c) for c in columns)] for name, scores in first["baselines"].items()]
-    figure, (axis,) = common.new_figure(width=7)
+    bars = [(name, [scores[c] for c in columns], None) for name, scores in first["baselines"].items()]
     for runs in groups.values():
         values = np.array([[r["test"][c] for c in columns] for _, r in runs])
-        sd = values.std(0, ddof=1) if len(runs) > 1 else [None] * len(columns)
-        table.append([runs[0][0], len(runs), *(f"{m:.1f}" if s is None else f"{m:.1f} +- {s:.1f}" for m, s in zip(values.mean(0), sd, strict=True))])
-        bars = None if len(runs) == 1 else sd[:6]
-        axis.errorbar(range(6), values.mean(0)[:6], yerr=bars, marker="o", capsize=3, label=f"{runs[0][0]} (n = {len(runs)})")
-    for name, scores in first["baselines"].items():
-        axis.plot(range(6), [scores[c] for c in columns[:6]], linestyle=":", color="grey")
-        axis.annotate(name, (5, scores[columns[5]]), fontsize=8, color="grey")
+        mean, sd = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else None
+        table.append([runs[0][0], len(runs), *(f"{m:.1f}" if sd is None else f"{m:.1f} +- {sd[i]:.1f}" for i, m in enumerate(mean))])
+        bars.append((f"{runs[0][0]} (n = {len(runs)})", mean, sd))
+    figure, (axis,) = common.new_figure(width=9)
+    for i, (name, mean, sd) in enumerate(bars):
+        place = np.arange(6) + (i - (len(bars) - 1) / 2) * 0.8 / len(bars)
+        grey = {"color": str(0.5 + 0.15 * i)} if i < len(first["baselines"]) else {}
+        axis.bar(place, mean[:6], 0.8 / len(bars), yerr=None if sd is None else sd[:6], capsize=2, label=name, **grey)
     axis.set_xticks(range(6), [c.replace("_", " ").upper() for c in columns[:6]])
     axis.set(ylabel="recall [%]", title=mark(f"{first['n_images']:,} test images", first["synthetic"]))
     axis.legend(fontsize=8)
     text = common.format_table(["run", "seeds", *(c.replace("_", " ").replace("i2t", "I2T").replace("t2i", "T2I") for c in columns)], table)
-    if len({json.dumps(r["test_split"]) for runs in groups.values() for _, r in runs}) > 1:
+    if len({json.dumps(r.get("test_split")) for runs in groups.values() for _, r in runs}) > 1:
         text += "\nNOTE: these runs were not tested on the same data; the baselines are those of the first"
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)

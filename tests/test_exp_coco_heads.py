@@ -551,6 +551,23 @@ def test_ctrl_c_saves_and_the_rerun_equals_uninterrupted(job, tmp_path, stop, co
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_stopped_after_the_last_step_of_an_epoch(tmp_path, coco_demo, monkeypatch):
+    cfgs = [config(tmp_path, coco_demo, f"output_dir={tmp_path / name}") for name in ("whole", "cut")]
+    exp.train(cfgs[0])
+    step, calls = exp.train_step, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 16:  # the second epoch's last
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+    monkeypatch.setattr(exp, "train_step", stopping)
+    with pytest.raises(common.Stopped, match="stopped at epoch 2, step 8"):
+        exp.train(cfgs[1])
+    exp.train(cfgs[1])
+    assert (tmp_path / "cut/metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
+
+
 def test_resume_survives_a_damaged_latest_checkpoint(job, tmp_path):
     command, whole = job
     command = [*command, f"output_dir={tmp_path / 'run'}"]
@@ -714,7 +731,10 @@ def test_tuning_prunes_resumes_and_writes_a_config_that_trains(tmp_path, coco_de
     assert best.training.learning_rate == study.best_params["training.learning_rate"]
     assert "I2T R@1" in run(tmp_path / "best" / "best_config.yaml", f"output_dir={tmp_path / 'run'}").stdout
     changed = run(tune_yaml(tmp_path, {**SPACE, "model.hidden_dim": [8]}, n_trials=1), *overrides)
-    assert re.search(r"searched another space or other data; this search is the study xclip_siglip_tuning_[0-9a-f]{8}", changed.stdout)
+    broken = run(tune_yaml(tmp_path, SPACE, storage="sqlite:////proc/none/study.db"), *overrides, check=False)
+    assert broken.returncode == 2
+    assert "storage=sqlite:////proc/none/study.db cannot be opened" in broken.stderr
+    assert re.search(r"searched something else; this search is the study xclip_siglip_tuning_[0-9a-f]{8}", changed.stdout)
 
 
 def test_tuning_with_worker_processes_and_a_journal(tmp_path, coco_demo):

@@ -1190,7 +1190,7 @@ def compare(cfg):
         axis.bar(place, mean[:6], 0.8 / len(bars), yerr=None if sd is None else sd[:6], capsize=2, label=name, **grey)
     axis.set_xticks(range(6), [c.replace("_", " ").upper() for c in columns[:6]])
     axis.set(ylabel="recall [%]", title=mark(f"{first['n_images']:,} test images", first["synthetic"]))
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     text = common.format_table(["run", "seeds", *(c.replace("_", " ").replace("i2t", "I2T").replace("t2i", "T2I") for c in columns)], table)
     if len({json.dumps(r.get("test_split")) for runs in groups.values() for _, r in runs}) > 1:
         text += "\nNOTE: these runs were not tested on the same data; the baselines are those of the first"

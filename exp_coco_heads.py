@@ -1,21 +1,26 @@
 """Projection heads on COCO: which head and contrastive loss best align frozen SigLIP images with frozen E5-Mistral text?
 
 Small heads are trained on precomputed embeddings and judged by image-text retrieval on held-out images, beside chance,
-ridge regression and CCA. Losses: softmax InfoNCE (CLIP, Radford et al. 2021, arXiv 2103.00020) and the pairwise sigmoid
-(SigLIP, Zhai et al. 2023, arXiv 2303.15343).
+ridge regression and CCA. Losses: softmax InfoNCE (CLIP, arXiv 2103.00020), pairwise sigmoid (SigLIP, arXiv 2303.15343), smoothed
+InfoNCE (ALIGN, arXiv 2102.05918), a queue of momentum keys (MoCo, arXiv 1911.05722), soft targets (ALBEF/BLIP, arXiv 2107.07651, 2201.12086).
 
     python exp_coco_heads.py configs/siglip.yaml                    # split, train, evaluate, plots
     python exp_coco_heads.py configs/siglip.yaml --demo             # synthetic data, under 90 s on two CPU cores
     python exp_coco_heads.py configs/siglip.yaml --stage compare compare='[results/siglip, results/clip]'
+    python exp_coco_heads.py configs/tune/siglip.yaml               # search hyper-parameters with Optuna
 
 It prints the test table last: R@1/5/10 image-to-text and text-to-image, RSUM with its 95% interval, median ranks, the
 baselines and chance. Shapes: P pairs (one a caption), M unique images, D_img and D_txt the encoders' widths, D the
 shared width, B pairs a batch.
 
-Deviations from the recipe this follows: the gallery holds unique images (a repeated gallery shows as R@5 = R@1 for text
-to image); captions of the same image in a batch are no negatives; the sigmoid loss learns its scale and bias; inputs
-are regularised by feature dropout, because heads on a few thousand images overfit within two epochs; validation has
-min(10%, 1,000) images where 1% would be fewer; the last batch of an epoch is not short.
+Deviations from the recipe this follows:
+- the gallery holds unique images (a repeated gallery shows as R@5 = R@1 for text to image);
+- captions of the same image in a batch or queue are no negatives;
+- attention works on 8 pseudo-tokens (over one vector it is affine), cross_modal on a shared memory (with the partner it cheats);
+- momentum copies cover BatchNorm buffers and have no dropout; empty queue places are left out;
+- the sigmoid loss learns its scale and bias and is divided by B, not B^2;
+- inputs are z-scored and thinned by feature dropout: heads on a few thousand images overfit within two epochs otherwise;
+- validation has at least min(10%, 1,000) images and picks the epoch by RSUM; the last batch of an epoch is not short.
 """
 
 import copy

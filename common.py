@@ -546,7 +546,7 @@ def _miss_probability(better, tied, own, k):
     return miss
 
 
-def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=512):
+def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=256):
     """Retrieval quality of every query; `retrieval_metrics` averages it, a bootstrap resamples it.
 
     queries: [Q, D], gallery: [G, D], float, L2-normalised for cosine. query_ids: [Q], gallery_ids: [G] int; the gallery
@@ -580,7 +580,7 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     for i in range(0, len(queries), chunk_size):
         rows = slice(i, i + chunk_size)
         scores = (queries[rows].double() @ gallery.T).float()  # [q, G]
-        if not torch.isfinite(scores).all():
+        if not torch.isfinite(torch.stack([scores.amax(), scores.amin()])).all():
             raise ValueError("scores overflow float32; normalise the rows")
         own_columns = first[rows, None] + offsets  # [q, most own rows of any query]
         is_own = own_columns < last[rows, None]
@@ -615,7 +615,7 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     return values
 
 
-def retrieval_metrics(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=512):
+def retrieval_metrics(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=256):
     """Means over queries of `retrieval_per_query` (same arguments, ties and errors).
 
     Returns: dict of floats: `R@k` (0..1), `median_rank`, `mean_rank` (expected ranks, from 1), `MRR`, `mAP@k`.

@@ -102,7 +102,7 @@ class TrainingConfig:
 
 @dataclass
 class EvaluationConfig:
-    chunk_size: int = ranged(512, ">= 1")  # queries scored at once: memory, not numbers
+    chunk_size: int = ranged(256, ">= 1")  # queries scored at once: memory, not numbers
     n_bootstrap: int = ranged(1000, ">= 0")  # resamples of the test images for the 95% intervals
     projection: Literal["pca", "tsne"] = "pca"  # picture of the shared space (tsne needs scikit-learn)
     plots: bool = True  # draw the PNGs
@@ -660,7 +660,7 @@ def embed(embed_image, embed_text, data, split, chunk=8192):
     return z_image, z_text, own
 
 
-def retrieval(z_image, z_text, own, chunk_size=512):
+def retrieval(z_image, z_text, own, chunk_size=256):
     """Both directions, one value a query: ({"i2t": ..., "t2i": ...} as common.retrieval_per_query gives them)."""
     image_ids = torch.arange(len(z_image), device=own.device)
     options = {"ks": KS, "map_ks": (5, 10), "chunk_size": chunk_size}
@@ -715,7 +715,7 @@ def covariances(data, split="train", chunk=16384):
     return (mean[:d] + centre_image[0].cpu(), mean[d:] + centre_text[0].cpu(), covariance[:d, :d], covariance[d:, d:], covariance[:d, d:])
 
 
-def linear_baselines(data, chunk_size=512):
+def linear_baselines(data, chunk_size=256):
     """Ridge regression (image to text) and regularised CCA in closed form on the training pairs, the strength of the
     regularisation chosen by validation RSUM. Returns {name: (embed_image, embed_text, chosen settings, validation RSUM)}.
 

@@ -5,10 +5,13 @@ Each `write_*` is deterministic, takes seconds, does nothing where its files alr
     python demo_data.py            # writes them all under data/demo/
 """
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from common import atomic_write
 
@@ -60,5 +63,107 @@ def write_coco(folder="data/demo/coco_heads", n_train=3000, n_val=500, n_caption
     return str(folder)
 
 
+LANGUAGE_SIZES = ("bloomz-560m", "bloomz-1b1", "bloomz-1b7", "bloomz-3b", "bloomz-7b1", "open_llama_3b", "open_llama_7b", "open_llama_13b",
+                  "llama-7b", "llama-13b", "llama-33b", "llama-65b")
+VISION_SIZES = ("vit_tiny_in21k", "vit_small_in21k", "vit_base_in21k", "vit_large_in21k", "vit_small_dinov2", "vit_base_dinov2", "vit_large_dinov2")
+
+
+def write_alignment(folder="data/demo/alignment", n=320, levels=(0, 10, 30, 50, 70, 90), n_factors=16, dim=48):
+    """Layer-wise features as exp_alignment_corr.py reads them: gpt_u={u}_features/*.pt (12 language models), vision/*.pt (7), captions.json.
+
+    Scenes have shared factors. A caption of level u keeps them with weight 1 - u / 100 and tells things of its own instead; a larger model sees
+    its input through less noise and has fewer bits per byte; the middle layers are the cleanest.
+    """
+    folder = Path(folder)
+    if (folder / "captions.json").exists():  # written last
+        return str(folder)
+    g = torch.Generator().manual_seed(1024)
+    scenes, own = torch.randn(n, n_factors, generator=g), torch.randn(n, n_factors, generator=g)
+    ids = [f"scene_{i:04}" for i in range(n)]
+
+    def write_model(path, content, quality, **facts):
+        layers, see = [], nonlinear_map(2 * n_factors, dim, 0.5, g)
+        for distance in (0.5, 0.0, 0.3):  # of a layer from the best one
+            noise = torch.randn(n, n_factors, generator=g) * (1.6 - quality + distance)
+            layers.append(see(torch.cat([content, noise], dim=1)))
+        content = {"feats": torch.stack(layers, dim=1).half(), "ids": ids, "model": path.stem, "synthetic": True, **facts}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda file: torch.save(content, file))
+
+    for i, name in enumerate(VISION_SIZES):
+        write_model(folder / "vision" / f"{name}.pt", scenes, (0.4, 0.7, 1.0, 1.3, 0.8, 1.1, 1.4)[i], pool="cls")
+    for u in levels:
+        told = (1 - u / 100) * scenes + (1 - (1 - u / 100) ** 2) ** 0.5 * own
+        for i, name in enumerate(LANGUAGE_SIZES):
+            quality = 0.3 + 1.1 * i / (len(LANGUAGE_SIZES) - 1) + 0.05 * float(torch.randn((), generator=g))
+            write_model(folder / f"gpt_u={u}_features" / f"{name}.pt", told, quality, pool="avg", bpb=round(1.3 - 0.3 * quality, 4))
+    words = [f"{a}{b}" for a in ("ba", "ke", "lu", "mo", "ni", "po", "ra", "su", "ti", "vo", "wa", "ze")
+             for b in ("bel", "dan", "fir", "gon", "hul", "kas", "lim", "mur")]
+    draws, items, weights = np.random.RandomState(1024), [], 1 / np.arange(1, len(words) + 1)
+    for i in range(n):
+        original = [words[j] for j in draws.choice(len(words), 12, p=weights / weights.sum())]
+        places, new, sentences = draws.permutation(12), [words[j] for j in draws.randint(len(words), size=12)], {}
+        for level, u in enumerate(range(10, 101, 10)):
+            replaced = set(places[:round(12 * u / 100)].tolist())
+            sentences[f"Caption {level + 1} - {u}%"] = " ".join(new[j] if j in replaced else original[j] for j in range(12))
+        items.append({f"Index - {i}": {"original": " ".join(original), "sentences": sentences}})
+    atomic_write(folder / "captions.json", lambda file: file.write(json.dumps(items).encode()))
+    return str(folder)
+
+
+GENRES = ("Action", "Adventure", "Animation", "Biography", "Comedy", "Crime", "Documentary", "Drama", "Family", "Fantasy", "Film-Noir", "History",
+          "Horror", "Music",
+          "Musical", "Mystery", "Romance", "Sci-Fi", "Short", "Sport", "Thriller", "War", "Western")
+
+
+def write_mmimdb(folder="data/demo/mmimdb", n_films=600, views=3, backbone="clip", dims=(64, 48)):
+    """MM-IMDb in the files of the real set: dataset/{id}.json and .jpeg, split.json, labels/, latents/ (row = views * film + view).
+
+    Every third genre shows in the image only, every third in the text only, every third in both, each as a direction of its own. Films differ in how
+    clearly each modality speaks, so that a weight that follows the clearer one pays. View 0 is clean, the others are noisy.
+    """
+    folder = Path(folder)
+    if (folder / "split.json").exists():  # written last
+        return str(folder)
+    draws = np.random.RandomState(23)
+    ids = [f"{1000003 * (i + 1) % 9999991:07}" for i in range(n_films)]
+    ids = sorted(dict.fromkeys(ids))
+    labels = draws.rand(len(ids), len(GENRES)) < np.geomspace(0.4, 0.06, len(GENRES))[draws.permutation(len(GENRES))]
+    labels[~labels.any(1), 7] = True  # every film has a genre: Drama
+    for name in ("dataset", "labels", "latents"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    clarity = draws.uniform(0.3, 1.7, len(ids))
+    for side, (modality, width) in enumerate(zip(("image", "text"), dims, strict=True)):
+        shown = labels * (np.arange(len(GENRES)) % 3 != 1 - side)  # genre 0, 3, ..: not in the text; 1, 4, ..: not in the image
+        clear = clarity if side == 0 else 2 - clarity
+        clean = (clear[:, None] * shown) @ draws.randn(len(GENRES), width) + draws.randn(len(ids), width)
+        rows = (clean[:, None] + np.array([0.0, *[0.7] * (views - 1)])[:, None]
+                * draws.randn(len(ids), views, width)).reshape(-1, width).astype(np.float16)
+        stem = f"mm_imdb1_globals_aug{views}_{backbone}_{modality}"
+        manifest = {"total_rows": len(rows), "original_rows": len(ids), "views_per_sample": views, "dims": width, "dtype": "float16",
+                    "synthetic": True}
+        statistics = {"mu": rows.astype(np.float32).mean(0), "sigma": rows.astype(np.float32).std(0)}
+        atomic_write(folder / "latents" / f"{stem}.npy", lambda file, x=rows: np.save(file, x))
+        atomic_write(folder / "latents" / f"{stem}.stats.npz", lambda file, x=statistics: np.savez(file, **x))
+        atomic_write(folder / "latents" / f"{stem}_manifest.json", lambda file, x=manifest: file.write(json.dumps(x, indent=1).encode()))
+    for i, film in enumerate(ids):
+        named = [genre for genre, has in zip(GENRES, labels[i], strict=True) if has]
+        told = [f"{genre.lower().replace('-', '')}{draws.randint(3)}" for j, genre in enumerate(GENRES) if labels[i, j] and j % 3 != 0]
+        plot = " ".join([*told, *(f"word{j}" for j in draws.randint(200, size=8))])
+        (folder / "dataset" / f"{film}.json").write_text(json.dumps({"imdb_id": film, "title": f"Film {i}", "genres": named, "plot": [plot],
+                                                                     "synthetic": True}))
+        poster = Image.fromarray(draws.randint(256, size=(6, 4, 3)).astype(np.uint8)).resize((32, 48))
+        poster.save(buffer := io.BytesIO(), "JPEG")
+        (folder / "dataset" / f"{film}.jpeg").write_bytes(buffer.getvalue())
+    atomic_write(folder / "labels" / "labels_all_23.npy", lambda file: np.save(file, labels.astype(np.float32)))
+    atomic_write(folder / "labels" / "ids_all.txt", lambda file: file.write("".join(f"{film}\n" for film in ids).encode()))
+    atomic_write(folder / "labels" / "class_names_23.json", lambda file: file.write(json.dumps(GENRES).encode()))
+    order = [ids[i] for i in draws.permutation(len(ids))]
+    n_train, n_dev = int(0.6 * len(ids)), int(0.1 * len(ids))
+    split = {"train": order[:n_train], "dev": order[n_train:n_train + n_dev], "test": order[n_train + n_dev:], "synthetic": True}
+    atomic_write(folder / "split.json", lambda file: file.write(json.dumps(split).encode()))
+    return str(folder)
+
+
 if __name__ == "__main__":
-    print(write_coco())
+    print(write_coco(), write_alignment(), write_mmimdb(), sep="\n")

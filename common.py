@@ -47,8 +47,13 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------------------------------------------------------- config
 
-# Keys that do not change what is trained: they neither name the run's folder nor make it a different run.
-NEUTRAL_KEYS = ("data.dir", "device", "num_workers", "output_dir", "wandb", "evaluation.", "compare")
+# Keys that do not change what is trained: they neither name the run's folder nor make it a different run. So are all that end in dir or _file:
+# the data they name are known by their fingerprint.
+NEUTRAL_KEYS = ("device", "num_workers", "wandb", "evaluation.", "compare")
+
+
+def _is_neutral(key):
+    return key.startswith(NEUTRAL_KEYS) or key.endswith(("dir", "_file"))
 
 
 def ranged(default, *bounds):
@@ -237,7 +242,7 @@ def load_config(Config, path, overrides=(), demo=False):
     values.update(typed(changed, schema, "command line"))
     if "output_dir" in schema and values.get("output_dir", "") in ("", "null", "~"):
         stem = Path(path).stem if path is not None else cfg.experiment
-        named = [f"{key}={_plain(changed[key])}" for key in sorted(changed) if not key.startswith(NEUTRAL_KEYS)]
+        named = [f"{key}={_plain(changed[key])}" for key in sorted(changed) if not _is_neutral(key)]
         folder = re.sub(r"[^\w.=,+\-\[\]]+", "_", ",".join([stem, *named]))
         if len(folder) > 200:  # file systems stop at 255 bytes
             folder = f"{folder[:180]}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
@@ -256,7 +261,7 @@ def _plain(value):
 def config_changes(old, new):
     """['training.learning_rate=0.001 (was 0.0001)', ...] between two config dicts, neutral keys left out."""
     old, new = flatten(old), flatten(new)
-    keys = [k for k in {**old, **new} if not k.startswith(NEUTRAL_KEYS)]
+    keys = [k for k in {**old, **new} if not _is_neutral(k)]
     return [f"{k}={new.get(k)} (was {old.get(k)})" for k in keys if old.get(k) != new.get(k)]
 
 

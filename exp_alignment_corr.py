@@ -1126,7 +1126,8 @@ class TwoTower(nn.Module):
     def score(self, data, split):
         """Average precision of the genre, which needs no threshold."""
         batch = make_batch(data, data.splits[split])
-        return torch.tensor(common.multilabel_metrics(self(batch)[2][:, None], batch["labels"][:, None])["mAP"])
+        logit = self(batch)[2]
+        return torch.tensor(common.multilabel_metrics(logit[:, None], batch["labels"][:, None])["mAP"] if torch.isfinite(logit).all() else math.nan)
 
 
 def best_threshold(logits, targets):
@@ -1247,11 +1248,12 @@ def train(cfg, stages=None, folder=None):
                         group["lr"] = rate
                     losses.append(train_step(model, make_batch(data, rows), optimizer)["loss"])
                 losses = torch.stack(losses).tolist()
-                if bad := [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]:
-                    raise FloatingPointError(f"non-finite loss in {label}, epoch {epoch + 1}, step {bad[0]}, learning rate "
-                                             f"{optimizer.param_groups[0]['lr']:g}; lower the learning rate of {stage}")
                 model.eval()
                 score, state = model.score(data, "val"), model.state_dict()
+                bad = [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
+                if bad := bad or ([] if torch.isfinite(score).all() else [len(losses)]):
+                    raise FloatingPointError(f"non-finite loss or prediction in {label}, epoch {epoch + 1}, step {bad[0]}, learning rate "
+                                             f"{optimizer.param_groups[0]['lr']:g}; lower the learning rate of {stage}")
                 better = torch.ones_like(score, dtype=torch.bool) if best is None else score > best_score
                 best_score = score if best is None else torch.where(better, score, best_score)
                 # one score a model, or one for each of the E encoders, which lead in every parameter

@@ -19,7 +19,12 @@ CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 DEMOS = {  # overrides that shrink a config's demo to a few seconds
     "siglip": ["training.num_epochs=2"], "quick_test": [],
     **{name: ["training.num_epochs=2", "model.hidden_dim=64", "model.num_heads=2"] for name in ("clip", "mlp", "align", "attention", "cross_modal")},
-    "blip": ["training.num_epochs=2", "model.hidden_dim=64", "loss.queue_size=256"]}
+    "blip": ["training.num_epochs=2", "model.hidden_dim=64", "loss.queue_size=256"],
+    **{name: ["synthetic.n_samples=4000", "synthetic.epochs=2", "alignment.n_permutations=19", "synthetic.n_seeds=1"]
+       for name in ("alignment_synthetic", "alignment_synthetic_full")},
+    "alignment_prh": ["alignment.n_permutations=19", "alignment.metrics=[mutual_knn]", "stages=[uniqueness]"],
+    "alignment_mmimdb": ["mmimdb.epochs=2", "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]"],
+    "clip_finetune": ["finetune.epochs=2", "finetune.warmup_epochs=1", "finetune.n_seeds=1", "alignment.n_permutations=19"]}
 
 
 def script_of(config):

@@ -292,7 +292,7 @@ def parse_command_line(argv, configs, doc, stages):
     parser.add_argument("--demo", action="store_true", help="synthetic stand-in data, a run of about a minute on a laptop CPU")
     parser.add_argument("--fresh", action="store_true", help="move an existing run folder to .old-N and start again")
     args = parser.parse_intermixed_args(argv)
-    if "=" in args.config:
+    if "=" in args.config and not Path(args.config).exists():
         parser.error(f"the config file comes first, found {args.config!r}")
     return args
 

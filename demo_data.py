@@ -120,7 +120,7 @@ def write_mmimdb(folder="data/demo/mmimdb", n_films=600, views=3, backbone="clip
     """MM-IMDb in the files of the real set: dataset/{id}.json and .jpeg, split.json, labels/, latents/ (row = views * film + view).
 
     Every third genre shows in the image only, every third in the text only, every third in both, each as a direction of its own. Films differ in how
-    clearly each modality speaks, so that a weight that follows the clearer one pays. View 0 is clean, the others are noisy.
+    clearly each modality speaks, and the views but the first in how noisy each one is, so that a weight that follows the clearer one pays.
     """
     folder = Path(folder)
     if (folder / "split.json").exists():  # written last
@@ -137,8 +137,8 @@ def write_mmimdb(folder="data/demo/mmimdb", n_films=600, views=3, backbone="clip
         shown = labels * (np.arange(len(GENRES)) % 3 != 1 - side)  # genre 0, 3, ..: not in the text; 1, 4, ..: not in the image
         clear = clarity if side == 0 else 2 - clarity
         clean = (clear[:, None] * shown) @ draws.randn(len(GENRES), width) + draws.randn(len(ids), width)
-        rows = (clean[:, None] + np.array([0.0, *[0.7] * (views - 1)])[:, None]
-                * draws.randn(len(ids), views, width)).reshape(-1, width).astype(np.float16)
+        noise = 6 * draws.rand(len(ids), views, 1) ** 2 * (np.arange(views) > 0)[:, None]  # view 0 is clean
+        rows = (clean[:, None] + noise * draws.randn(len(ids), views, width)).reshape(-1, width).astype(np.float16)
         stem = f"mm_imdb1_globals_aug{views}_{backbone}_{modality}"
         manifest = {"total_rows": len(rows), "original_rows": len(ids), "views_per_sample": views, "dims": width, "dtype": "float16",
                     "synthetic": True}

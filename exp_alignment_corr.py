@@ -997,6 +997,25 @@ def load_data(cfg, stage=None):
     return select(Data(stage, {}, {}, {}, jobs, source, files, synthetic), jobs[-1])
 
 
+def random_data(cfg):
+    """Random tensors of CLIP's widths for one batch, last job selected: for profile_flops.py where the data are not at hand."""
+    stage, device = next(s for s in cfg.stages if s in TRAINED), common.pick_device(cfg.device)
+    section = getattr(cfg, stage)
+    n = section.batch_size
+    labels = torch.zeros(n, 23, device=device)
+    labels[::4] = 1
+    tensors = {"features": torch.randn(n, 512, device=device), "labels": labels} if stage == "mmimdb" else \
+        {"image": torch.randn(n, 512, device=device), "text": torch.randn(n, 512, device=device), "labels": labels[:, 0]}
+    job = {"model": "random"} if stage == "mmimdb" else {"seed": cfg.seed, "weight": max(cfg.finetune.weights), "genre": "random"}
+    return Data(stage, job, tensors, {"train": torch.arange(n, device=device)}, [job], None, [], True)
+
+
+def total_steps(cfg, data):
+    """Optimisation steps of the selected job."""
+    section = getattr(cfg, data.stage)
+    return section.epochs * max(1, len(data.splits["train"]) // section.batch_size)
+
+
 def genre_of(class_idx, genres):
     """A genre's name from its name or its place in the frequency order. Raises: UserError."""
     name = GENRES_BY_FREQUENCY[class_idx] if isinstance(class_idx, int) and 0 <= class_idx < 23 else class_idx

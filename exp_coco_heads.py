@@ -367,6 +367,18 @@ def tuning_subset(data, n_captions, seed):
     return rows[torch.isin(images, unique[order][before < n_captions])]
 
 
+def random_data(cfg):
+    """Random tensors of SigLIP's and E5-Mistral's widths, one batch of pairs: for profile_flops.py where the data are not at hand."""
+    device, n = common.pick_device(cfg.device), cfg.training.batch_size
+    images, texts, rows = torch.randn(n, 1152, device=device), torch.randn(n, 4096, device=device), torch.arange(n, device=device)
+    return Data(images, texts, rows, list(range(n)), {"train": rows}, "random", True)
+
+
+def total_steps(cfg, data):
+    """Optimisation steps of a run, if it is not stopped early."""
+    return len(epoch_batches(data, cfg, 0)) * cfg.training.num_epochs
+
+
 def epoch_batches(data, cfg, epoch):
     """The caption rows of one epoch as a list of [B] batches of equal size (one row more or less): a pure function of (seed, epoch)."""
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
@@ -898,16 +910,16 @@ def train(cfg, data=None):
         common.set_rng_state(state["rng"])
         print(f"{folder}: training is complete" if finished else f"resuming {folder} at epoch {epoch + 1}, step {first_step}")
     steps_per_epoch = len(losses)
-    total_steps = steps_per_epoch * t.num_epochs
+    last_step = steps_per_epoch * t.num_epochs
 
     def rate(step):
-        return learning_rate(t, epoch * steps_per_epoch + step, total_steps)
+        return learning_rate(t, epoch * steps_per_epoch + step, last_step)
 
     def save(step):
         common.save_checkpoint(latest, {
             "epoch": epoch, "global_step": global_step, "best_val_loss": min((row["val_loss"] for row in history), default=None),
             "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
-            "scheduler_state_dict": {"step": global_step, "total_steps": total_steps, "warmup_steps": t.warmup_steps},
+            "scheduler_state_dict": {"step": global_step, "total_steps": last_step, "warmup_steps": t.warmup_steps},
             "scaler_state_dict": {}, "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(),
             "position": {"step": step, "losses": losses[:step].cpu().clone(), "best": best, "stale": stale, "finished": finished}})
 

@@ -279,6 +279,11 @@ def batch_rows(data, cfg, step):
     return films[order // data.views] * data.views + order % data.views
 
 
+def total_steps(cfg, data):
+    """Optimisation steps of a run."""
+    return cfg.training.steps * (2 if cfg.training.selector_after_freeze else 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------- model
 
 class ResMLP(nn.Module):
@@ -335,7 +340,7 @@ class GlobalWorkspace(nn.Module):
         learned = model.selector in ("shared", "reference-random")
         self.selector = SharedKeySelector(model.dim, model.head_dim) if learned else UniformSelector() if model.selector == "uniform" \
             else RandomSelector(model.temperature)
-        self.test_selector = RandomSelector(model.temperature) if model.selector == "reference-random" else self.selector
+        self.test_selector = RandomSelector(model.temperature) if model.selector == "reference-random" else None  # None: the same
         self.other_sets, self.mean_weights = RandomSelector(1.0), False
 
     def fuse(self, encodings):
@@ -343,7 +348,8 @@ class GlobalWorkspace(nn.Module):
         stacked = torch.stack(list(encodings.values()), dim=1)  # [B, n, W]
         if stacked.shape[1] == 1:
             return torch.tanh(stacked[:, 0]), torch.ones_like(stacked[:, :, 0])
-        chosen = (self.selector if self.training else self.test_selector) if tuple(encodings) == ("image", "text") else self.other_sets
+        tested = self.test_selector is not None and not self.training
+        chosen = self.other_sets if tuple(encodings) != ("image", "text") else self.test_selector if tested else self.selector
         weights = UniformSelector()(stacked) if self.mean_weights else chosen(stacked)
         return torch.tanh((weights[:, :, None] * stacked).sum(1)), weights
 
@@ -570,8 +576,6 @@ def train(cfg, data=None):
     """
     t = cfg.training
     folder, data = start(cfg, data)
-    if t.selector_after_freeze and cfg.model.selector != "shared":
-        raise UserError(f"training.selector_after_freeze trains the shared selector; model.selector={cfg.model.selector} has none")
     common.seed_everything(cfg.seed)
     model = build_model(cfg, data)
 
@@ -581,7 +585,7 @@ def train(cfg, data=None):
             parameter.requires_grad_(not t.selector_after_freeze or name.startswith("selector.") == (phase == 1))
         optimizer = build_optimizer(cfg, model)
         return optimizer, build_scheduler(cfg, optimizer)
-    total_steps, step, history, best, pending = t.steps * (2 if t.selector_after_freeze else 1), 0, [], None, []
+    last_step, step, history, best, pending = total_steps(cfg, data), 0, [], None, []
     optimizer, scheduler = begin(0)
     latest = folder / "checkpoint_latest.pt"
     if latest.exists() or latest.with_name(f"{latest.name}.previous").exists():
@@ -592,7 +596,7 @@ def train(cfg, data=None):
         optimizer.load_state_dict(state["optimizer_state_dict"])
         scheduler.load_state_dict(state["scheduler_state_dict"])
         common.set_rng_state(state["rng"])
-        print(f"{folder}: training is complete" if step >= total_steps else f"resuming {folder} at step {step}")
+        print(f"{folder}: training is complete" if step >= last_step else f"resuming {folder} at step {step}")
 
     def save():
         common.save_checkpoint(latest, {
@@ -602,12 +606,12 @@ def train(cfg, data=None):
                                         "history": history,
             "config": dataclasses.asdict(cfg), "rng": common.rng_state(), "position": {"best": best, "pending": pending}})
 
-    log = common.RunLog(folder, cfg.wandb and step < total_steps, dataclasses.asdict(cfg))
+    log = common.RunLog(folder, cfg.wandb and step < last_step, dataclasses.asdict(cfg))
     if history:  # a kill may have come between the last checkpoint and this file
         log.write(history)
     started, first = time.time(), step
     with common.StopSignal() as stop:
-        for step in common.progress(range(first + 1, total_steps + 1), "steps"):  # counted from 1: `step` steps are done at the end of the body
+        for step in common.progress(range(first + 1, last_step + 1), "steps"):  # counted from 1: `step` steps are done at the end of the body
             if step == t.steps + 1:
                 (optimizer, scheduler), best = begin(1), None
             rate = scheduler.get_last_lr()[0]
@@ -760,6 +764,8 @@ def main(argv):
         print(common.format_table(["genre", "films"], [[genre, int(n)] for genre, n in zip(GENRES, labels.sum(0), strict=True)]))
         print(f"{len(labels):,} films, {int(labels.sum()):,} labels: {folder}/")
         return
+    if cfg.training.selector_after_freeze and cfg.model.selector != "shared":
+        raise UserError(f"training.selector_after_freeze trains the shared selector; model.selector={cfg.model.selector} has none")
     common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
     data = load_data(cfg)
     if args.stage == "evaluate":

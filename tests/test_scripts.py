@@ -22,6 +22,8 @@ DEMOS = {  # overrides that shrink a config's demo to a few seconds
     "blip": ["training.num_epochs=2", "model.hidden_dim=64", "loss.queue_size=256"],
     **{name: ["synthetic.n_samples=4000", "synthetic.epochs=2", "alignment.n_permutations=19", "synthetic.n_seeds=1"]
        for name in ("alignment_synthetic", "alignment_synthetic_full")},
+    **{f"gw_{backbone}_{selector}": ["training.steps=6", "training.eval_every=3", "evaluation.n_draws=1", "evaluation.amounts=[0, 0.5, 1]"]
+       for backbone in ("clip", "blip2") for selector in ("shared", "random")},
     "alignment_prh": ["alignment.n_permutations=19", "alignment.metrics=[mutual_knn]", "stages=[uniqueness]"],
     "alignment_mmimdb": ["mmimdb.epochs=2", "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]"],
     "clip_finetune": ["finetune.epochs=2", "finetune.warmup_epochs=1", "finetune.n_seeds=1", "alignment.n_permutations=19"]}

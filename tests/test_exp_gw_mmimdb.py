@@ -1,0 +1,568 @@
+"""exp_gw_mmimdb.py and profile_flops.py: labels, mapping, model, losses against loops, selectors, exact resume, counts, bad input."""
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from torch import nn
+
+import common
+import demo_data
+import exp_gw_mmimdb as exp
+import profile_flops
+from common import UserError
+
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    return demo_data.write_mmimdb(tmp_path_factory.mktemp("films"), n_films=150, views=3, dims=(10, 8))
+
+
+SMALL = ["data.views=3", "model.dim=16", "model.hidden_dim=12", "model.head_dim=8", "training.batch_size=32", "training.steps=12",
+         "training.eval_every=4",
+         "evaluation.amounts=[0, 0.5, 1]", "evaluation.n_draws=1", "device=cpu"]
+
+
+def config(tmp_path, films, *overrides):
+    path = tmp_path / "toy.yaml"
+    path.write_text("training:\n  learning_rate: 3e-3\n")
+    return common.load_config(exp.Config, path, [f"data.dir={films}", f"output_dir={tmp_path / 'run'}", *SMALL, *overrides])
+
+
+def cli(tmp_path, films, *overrides):
+    path = tmp_path / "toy.yaml"
+    path.write_text("training:\n  learning_rate: 3e-3\n")
+    return exp.main([str(path), f"data.dir={films}", f"output_dir={tmp_path / 'run'}", *SMALL, *overrides])
+
+
+def toy_model(selector="shared", dims=(10, 8, 23), dropout=0.0, **changes):
+    torch.manual_seed(0)
+    model = exp.ModelConfig(selector=selector, dim=16, hidden_dim=12, head_dim=8, dropout=dropout, **changes)
+    return exp.GlobalWorkspace(dict(zip(exp.DOMAINS, dims, strict=True)), model).double()
+
+
+def toy_batch(size=6, dims=(10, 8, 23)):
+    g = torch.Generator().manual_seed(1)
+    image, text, image_target, text_target = (torch.randn(size, d, generator=g, dtype=torch.float64) for d in (*dims[:2], *dims[:2]))
+    return {"image": image, "text": text, "labels": (torch.rand(size, dims[2], generator=g) < 0.3).double(), "image_target": image_target,
+            "text_target": text_target}
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+def test_labels_from_raw_files(tmp_path):
+    (tmp_path / "dataset").mkdir()
+    for film, genres in (("0000002", ["drama", "SCIENCE FICTION", "News"]), ("0000001", ["Sci Fi", "film-noir"]), ("0000003", None),
+                         ("0000004", ["War"])):
+        (tmp_path / f"dataset/{film}.json").write_text(json.dumps({"genres": genres, "plot": ["a", "b"]}))
+        if film != "0000004":  # no poster: no film
+            (tmp_path / f"dataset/{film}.jpeg").write_bytes(b"")
+    labels = exp.write_labels(tmp_path, tmp_path / "labels")
+    assert (tmp_path / "labels/ids_all.txt").read_text().split() == ["0000001", "0000002", "0000003"]
+    assert json.loads((tmp_path / "labels/class_names_23.json").read_text()) == list(exp.GENRES) == sorted(exp.GENRES)
+    named = [{exp.GENRES[i] for i in np.flatnonzero(row)} for row in labels]
+    assert named == [{"Sci-Fi", "Film-Noir"}, {"Drama", "Sci-Fi"}, set()]
+    assert np.load(tmp_path / "labels/labels_all_23.npy").dtype == np.float32
+
+
+def test_labels_stage_reproduces_the_label_files(tmp_path, films, capsys):
+    root = tmp_path / "copy"
+    shutil.copytree(films, root)
+    shutil.rmtree(root / "labels")
+    assert cli(tmp_path, root, "--stage", "labels") == 0
+    assert "150 films" in capsys.readouterr().out
+    for name in ("labels_all_23.npy", "ids_all.txt", "class_names_23.json"):
+        assert (root / "labels" / name).read_bytes() == Path(films, "labels", name).read_bytes()
+
+
+def test_rows_are_views_times_film_plus_view_and_targets_clean(tmp_path, films):
+    cfg = config(tmp_path, films)
+    data = exp.load_data(cfg)
+    raw = {m: np.load(f"{films}/latents/mm_imdb1_globals_aug3_clip_{m}.npy").astype(np.float32) for m in ("image", "text")}
+    ids = Path(films, "labels/ids_all.txt").read_text().split()
+    split = common.read_json(f"{films}/split.json")
+    assert [ids[i] for i in data.splits["test"].tolist()] == split["test"]
+    film = ids.index(split["train"][4])
+    batch = exp.make_batch(data, torch.tensor([3 * film + 2]))
+    for modality, x in raw.items():
+        train_rows = np.concatenate([[3 * ids.index(f) + v for v in range(3)] for f in split["train"]])
+        mean, deviation = x[train_rows].astype(np.float64).mean(0), x[train_rows].astype(np.float64).std(0)
+        assert batch[modality][0].numpy() == pytest.approx((x[3 * film + 2] - mean) / deviation, abs=1e-4)
+        assert batch[f"{modality}_target"][0].numpy() == pytest.approx((x[3 * film] - mean) / deviation, abs=1e-4)
+    genres = json.loads(Path(films, f"dataset/{ids[film]}.json").read_text())["genres"]
+    assert {data.genres[i] for i in batch["labels"][0].nonzero()[:, 0].tolist()} == set(genres)
+
+
+def test_labels_in_another_order_change_nothing_but_the_latents_follow_ids_all(tmp_path, films):
+    root = tmp_path / "uint8"
+    shutil.copytree(films, root)
+    labels = np.load(root / "labels/labels_all_23.npy")
+    np.save(root / "labels/labels_all_23.npy", labels.astype(np.uint8))
+    one, other = (exp.load_data(config(tmp_path, f)) for f in (films, root))
+    assert torch.equal(one.labels, other.labels)
+
+
+def test_statistics_of_all_rows_are_the_stats_files(tmp_path, films):
+    data = exp.load_data(config(tmp_path, films, "data.statistics=all"))
+    stats = np.load(f"{films}/latents/mm_imdb1_globals_aug3_clip_image.stats.npz")
+    assert data.statistics["image"][0].numpy() == pytest.approx(stats["mu"])
+    assert data.statistics["image"][1].numpy() == pytest.approx(stats["sigma"])
+
+
+def test_environment_names_the_folders_and_config_keys_win(monkeypatch, tmp_path):
+    for variable, value in (("MMIMDB1_DIR", "/raw"), ("OTHER_BACKBONES_DIR_IMDB1_AUG70", "/lat"), ("IMDB1_LABELS_DIR_23", "/lab"),
+                            ("MMIMDB_TEXT_EMBEDS", "t.npy")):
+        monkeypatch.setenv(variable, value)
+    root, image, text, labels = map(str, exp.paths(exp.DataConfig()))
+    assert (root, image, text, labels) == ("/raw", "/lat/mm_imdb1_globals_aug70_clip_image.npy", "/lat/t.npy", "/lab")
+    root, image, text, labels = map(str, exp.paths(exp.DataConfig(dir="/d", latents_dir="/l", text_file="mine.npy", backbone="blip2")))
+    assert (root, image, text, labels) == ("/d", "/l/mm_imdb1_globals_aug70_blip2_image.npy", "/l/mine.npy", "/lab")
+
+
+def test_an_epoch_is_every_view_of_every_training_film_once(tmp_path, films):
+    cfg = config(tmp_path, films)
+    data = exp.load_data(cfg)
+    per_epoch = 90 * 3 // 32
+    rows = torch.cat([exp.batch_rows(data, cfg, step) for step in range(per_epoch)])
+    expected = (data.splits["train"][:, None] * 3 + torch.arange(3)).flatten()
+    assert sorted(rows.tolist()) == sorted(expected.tolist())
+    assert not torch.equal(rows, torch.cat([exp.batch_rows(data, cfg, per_epoch + step) for step in range(per_epoch)]))
+    assert torch.equal(exp.batch_rows(data, cfg, 3), exp.batch_rows(data, cfg, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------------- model
+
+@pytest.mark.parametrize(("backbone", "trained"), [("clip", 6_078_999), ("blip2", 7_915_799)])
+def test_parameter_counts_at_the_real_sizes(backbone, trained):
+    dims = dict(zip(exp.DOMAINS, (*exp.BACKBONE_DIMS[backbone], 23), strict=True))
+    with torch.device("meta"):
+        model = exp.GlobalWorkspace(dims, exp.ModelConfig())
+    assert sum(p.numel() for p in model.parameters()) == trained
+    assert sum(p.numel() for p in model.selector.parameters()) == 262_656
+
+
+def test_shared_selector_against_a_loop():
+    torch.manual_seed(0)
+    selector, e = exp.SharedKeySelector(6, 4).double(), torch.randn(5, 2, 6, dtype=torch.float64)
+    with torch.no_grad():
+        weights = selector(e)
+        for b in range(5):
+            query = selector.query.weight @ (e[b, 0] + e[b, 1]) / 2 + selector.query.bias
+            logits = [query @ (selector.key.weight @ e[b, d] + selector.key.bias) for d in range(2)]
+            assert weights[b] == pytest.approx(torch.stack(logits).softmax(0))
+
+
+@pytest.mark.parametrize(("temperature", "largest"), [(0.1, 0.878), (1.0, 0.581)])
+def test_random_selector_statistics(temperature, largest):
+    torch.manual_seed(0)
+    weights = exp.RandomSelector(temperature)(torch.zeros(100_000, 2, 3))
+    assert weights.sum(1) == pytest.approx(torch.ones(100_000))
+    assert weights.max(1).values.mean().item() == pytest.approx(largest, abs=0.003)
+    assert weights.mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.005)
+
+
+def test_the_chosen_selector_weighs_exactly_image_and_text():
+    for selector, kind in (("shared", exp.SharedKeySelector), ("random", exp.RandomSelector), ("uniform", exp.UniformSelector)):
+        model = toy_model(selector)
+        assert isinstance(model.selector, kind)
+        assert model.test_selector is None
+    model = toy_model("uniform")
+    e = {d: torch.randn(4, 16, dtype=torch.float64) for d in exp.DOMAINS}
+    assert model.fuse({d: e[d] for d in ("image", "text")})[1].tolist() == [[0.5, 0.5]] * 4
+    assert model.fuse({d: e[d] for d in ("image", "labels")})[1].std() > 0  # random, as every other set
+    assert model.fuse({"text": e["text"]})[0].tolist() == torch.tanh(e["text"]).tolist()
+    reference, both = toy_model("reference-random"), {d: e[d] for d in ("image", "text")}  # trains with attention, is tested with random weights
+    assert torch.equal(reference.fuse(both)[1], reference.selector(torch.stack(list(both.values()), dim=1)))
+    assert not torch.equal(reference.eval().fuse(both)[1], reference.fuse(both)[1])
+    assert reference.test_selector.temperature == 0.1
+
+
+def loop_losses(model, batch):
+    """Every set and term on its own, weights as the model's `fuse` gives them."""
+    targets = {"image": batch["image_target"], "text": batch["text_target"], "labels": batch["labels"]}
+
+    def loss(d, decoded):
+        return F.binary_cross_entropy_with_logits(decoded, targets[d]) if d == "labels" else F.mse_loss(decoded, targets[d])
+    terms = {name: [] for name in exp.LOSS_WEIGHTS}
+    for s in exp.SUBSETS:
+        z = model.fuse({d: model.encoders[d](batch[d]) for d in s})[0]
+        outside = [d for d in exp.DOMAINS if d not in s]
+        for d in s:
+            terms["demi_cycle" if len(s) == 1 else "fused"].append(loss(d, model.decoders[d](z)))
+        for d in outside:
+            terms["translation"].append(loss(d, model.decoders[d](z)))
+        if outside:
+            again = model.fuse({d: model.encoders[d](model.decoders[d](z)) for d in outside})[0]
+            terms["cycle"] += [loss(d, model.decoders[d](again)) for d in s]
+    for a, b in itertools.combinations(exp.DOMAINS, 2):
+        logits = F.normalize(model.encoders[a](batch[a]), dim=1) @ F.normalize(model.encoders[b](batch[b]), dim=1).T / 0.07
+        targets_ = torch.arange(len(logits))
+        terms["contrastive"].append((F.cross_entropy(logits, targets_) + F.cross_entropy(logits.T, targets_)) / 2)
+    assert {name: len(v) for name, v in terms.items()} == {"translation": 9, "demi_cycle": 3, "cycle": 9, "contrastive": 3, "fused": 9}
+    return {name: torch.stack(v).mean() for name, v in terms.items()}
+
+
+@pytest.mark.parametrize("selector", ["shared", "uniform"])
+def test_losses_against_a_loop_over_sets(selector, monkeypatch):
+    model, batch = toy_model(selector), toy_batch()
+    model.other_sets = exp.UniformSelector()  # the random ones draw in another order in the loop
+    got, expected = exp.workspace_losses(model, batch), loop_losses(model, batch)
+    assert list(got) == list(exp.LOSS_WEIGHTS)
+    for name in got:
+        assert got[name].item() == pytest.approx(expected[name].item(), rel=1e-5), name
+    sum(got.values()).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sum(expected.values()).backward()
+    for mine, other in zip(gradients, (p.grad for p in model.parameters()), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_contrastive_values_of_the_reference():
+    flat = torch.arange(128, dtype=torch.float64).view(8, 16)
+    x, y = (F.normalize(f, dim=1) for f in (torch.sin(0.1 * flat), torch.cos(0.07 * flat)))
+    scale = torch.tensor(1 / exp.TEMPERATURE, dtype=torch.float64)
+    assert common.info_nce(x, y, scale).item() == pytest.approx(6.224475094730137, rel=1e-9)
+    assert common.info_nce(x, x, scale).item() == pytest.approx(0.6664233218485973, rel=1e-9)
+
+
+def test_clean_views_supervise_whatever_view_is_the_input():
+    model, batch = toy_model("uniform"), toy_batch()
+    model.other_sets = exp.UniformSelector()
+    before = exp.workspace_losses(model, batch)
+    batch["image_target"] = batch["image_target"] + 1
+    after = exp.workspace_losses(model, batch)
+    assert all((before[n] != after[n]).item() == (n != "contrastive") for n in before)
+
+
+def test_one_cycle_of_500_steps():
+    cfg = exp.Config()
+    cfg.training.steps = 500
+    optimizer = exp.build_optimizer(cfg, nn.Linear(2, 2))
+    scheduler, rates, betas = exp.build_scheduler(cfg, optimizer), [], []
+    for _ in range(500):
+        rates.append(optimizer.param_groups[0]["lr"])
+        betas.append(optimizer.param_groups[0]["betas"][0])
+        optimizer.step()
+        if len(rates) < 500:
+            scheduler.step()
+    assert [rates[i] for i in (0, 50, 99, 250, 499)] == pytest.approx([5.38e-5, 2.99741e-4, 5.38e-4, 3.71667e-4, 5.38e-6], rel=1e-5)
+    assert (betas[0], betas[99], betas[499]) == (pytest.approx(0.95), pytest.approx(0.85), pytest.approx(0.95))
+
+
+def test_every_parameter_gets_gradient_and_one_batch_is_learnt():
+    torch.manual_seed(0)
+    model, batch = toy_model().float(), {k: v.float() for k, v in toy_batch(8).items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    first = exp.train_step(model, batch, optimizer)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    for _ in range(300):
+        last = exp.train_step(model, batch, optimizer)
+    assert last["loss"] < 0.4 * first["loss"]
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+def test_corruption_has_its_size_and_its_modality(tmp_path, films):
+    cfg = config(tmp_path, films)
+    data = exp.load_data(cfg)
+    seen = {}
+
+    class Spy(nn.Module):
+        def forward(self, inputs, decode):
+            seen.update({k: v.clone() for k, v in inputs.items()})
+            return torch.zeros(len(inputs["image"]), 23), torch.full((len(inputs["image"]), 2), 0.5)
+    exp.predict(cfg, Spy(), data, "test")
+    clean = dict(seen)
+    for kind in ("one", "image", "text", "both"):
+        _, _, hit = exp.predict(cfg, Spy(), data, "test", corrupt=kind, amount=0.4, seed=3)
+        for i, d in enumerate(("image", "text")):
+            change = seen[d] - clean[d]
+            touched = (hit == i) | (kind == "both")
+            assert change[~touched].abs().sum() == 0
+            if touched.any():
+                assert change[touched].std(1, correction=0) == pytest.approx(torch.full((int(touched.sum()),), 2.0), rel=1e-4)
+                assert change[touched].mean(1).abs().max() < 1e-5
+    assert set(exp.predict(cfg, Spy(), data, "test", corrupt="one", amount=1)[2].tolist()) == {0, 1}
+
+
+def test_metrics_against_scikit_learn_over_the_whole_split(tmp_path, films):
+    cfg = config(tmp_path, films, "evaluation.batch_size=7")
+    data = exp.load_data(cfg)
+    model = exp.build_model(cfg, data)
+    logits, _, _ = exp.predict(cfg, model, data, "test")
+    labels = data.labels[data.splits["test"]]
+    got = exp.scores(logits, labels)
+    for average in ("micro", "macro", "weighted", "samples"):
+        assert got[f"f1_{average}"] == pytest.approx(sklearn.metrics.f1_score(labels, logits > 0, average=average, zero_division=0))
+    assert got["bce"] == pytest.approx(F.binary_cross_entropy_with_logits(logits, labels).item())
+
+
+def test_tuned_thresholds_reach_the_best_f1_of_a_grid():
+    g = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(80, 5, generator=g), (torch.rand(80, 5, generator=g) < 0.3).float()
+    labels[:, 4] = 0
+    thresholds = exp.tuned_thresholds(logits, labels)
+    for c in range(4):
+        grid = max(sklearn.metrics.f1_score(labels[:, c], logits[:, c] >= t) for t in logits[:, c])
+        assert sklearn.metrics.f1_score(labels[:, c], logits[:, c] > thresholds[c]) == pytest.approx(grid)
+    assert thresholds[4] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------------ whole runs
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, films):
+    folder = tmp_path_factory.mktemp("whole")
+    assert cli(folder, films) == 0
+    return folder / "run"
+
+
+def assert_same_run(folder, whole):
+    assert (folder / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    one, other = (common.load_checkpoint(f / "checkpoint_latest.pt")["model_state_dict"] for f in (folder, whole))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_a_run_leaves_the_documented_files(whole):
+    assert {p.name for p in whole.iterdir()} >= {"config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "best_model.pt",
+                                                 "results.json",
+                                                 "results.txt", "training_curves.png", "corruption.png", "attention_histogram.png"}
+    results = common.read_json(whole / "results.json")
+    assert results["synthetic"] is True
+    assert {c["kind"] for c in results["corruption"]} == {"one", "image", "text", "both"}
+    assert results["inputs"].keys() == {"both", "image only", "text only"}
+    state = common.load_checkpoint(whole / "checkpoint_latest.pt")
+    assert state["global_step"] == 12
+    assert len((whole / "metrics.csv").read_text().splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize("overrides", [["model.selector=random"], ["training.selector_after_freeze=true"]])
+@pytest.mark.parametrize("step", [2, 11, 12, 14])
+def test_interrupted_and_rerun_equals_uninterrupted(tmp_path, films, monkeypatch, overrides, step):
+    class Killed(BaseException):
+        pass
+    real, taken = exp.train_step, itertools.count()
+
+    def killed(*args):
+        if next(taken) == step:
+            raise Killed
+        return real(*args)
+    assert cli(tmp_path / "a" if (tmp_path / "a").mkdir() is None else None, films, *overrides) == 0
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr(exp, "train_step", killed)
+    total = 24 if "selector_after_freeze" in overrides[0] else 12
+    if step < total:
+        with pytest.raises(Killed):
+            cli(tmp_path / "b", films, *overrides)
+    monkeypatch.setattr(exp, "train_step", real)
+    assert cli(tmp_path / "b", films, *overrides) == 0
+    assert_same_run(tmp_path / "b/run", tmp_path / "a/run")
+
+
+def test_selector_after_freeze_trains_first_the_workspace_then_the_selector_alone(tmp_path, films, monkeypatch):
+    real, states = exp.train_step, []
+
+    def spied(model, batch, optimizer):
+        out = real(model, batch, optimizer)
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        return out
+    monkeypatch.setattr(exp, "train_step", spied)
+    exp.train(config(tmp_path, films, "training.selector_after_freeze=true"))
+    assert len(states) == 24
+    for before, after, selector_moves in ((states[0], states[11], False), (states[11], states[23], True)):
+        for key in before:
+            assert torch.equal(before[key], after[key]) == (key.startswith("selector.") != selector_moves), key
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_killed_and_rerun_equals_uninterrupted(whole, films, tmp_path, sent, code):
+    (tmp_path / "toy.yaml").write_text("training:\n  learning_rate: 3e-3\n")
+    command = [sys.executable, "exp_gw_mmimdb.py", str(tmp_path / "toy.yaml"), f"data.dir={films}", f"output_dir={tmp_path / 'run'}", *SMALL]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "run/best_model.pt").exists():
+        time.sleep(0.001)
+    process.send_signal(sent)
+    assert process.wait() == code
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).returncode == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_rerun_reports_compare_tabulates_and_draws(whole, films, tmp_path, capsys):
+    for selector in ("random", "random,seed=7"):
+        (tmp_path / selector).mkdir()
+        assert cli(tmp_path / selector, films, "model.selector=random", f"seed={7 if 'seed' in selector else 42}") == 0
+    capsys.readouterr()
+    (tmp_path / "toy.yaml").write_text("")
+    folders = [whole, tmp_path / "random/run", tmp_path / "random,seed=7/run"]
+    assert exp.main([str(tmp_path / "toy.yaml"), "--stage", "compare", f"compare=[{','.join(map(str, folders))}]",
+                     f"output_dir={tmp_path / 'out'}"]) == 0
+    out = capsys.readouterr().out
+    assert "+-" in out
+    assert (tmp_path / "out/compare.png").exists()
+    assert len((tmp_path / "out/compare.txt").read_text().splitlines()) == 4  # header, rule, shared, random (n = 2)
+
+
+def test_learned_attention_beats_random_weights_where_modalities_differ_in_noise(tmp_path):
+    """On the stand-in, whose views differ in how noisy each modality is, the learned weight leaves a corrupted modality; a random one cannot."""
+    root = demo_data.write_mmimdb(tmp_path / "films", n_films=400, views=4, dims=(24, 20))
+    weights = {}
+    for selector in ("shared", "random"):
+        cfg = config(tmp_path, root, "data.views=4", f"model.selector={selector}", "training.steps=150", "training.eval_every=50", "model.dim=64",
+                     "training.batch_size=128", "model.hidden_dim=48", f"output_dir={tmp_path / selector}")
+        data = exp.load_data(cfg)
+        exp.train(cfg, data)
+        model, _ = exp.read_best(Path(cfg.output_dir), data, cfg)
+        for kind, column in (("image", 0), ("text", 1)):
+            weights[selector, kind] = [exp.predict(cfg, model, data, "test", corrupt=kind, amount=a)[1][:, column].mean().item() for a in (0.0, 1.0)]
+    assert weights["shared", "image"][1] < weights["shared", "image"][0] - 0.1
+    assert weights["shared", "text"][1] < weights["shared", "text"][0] - 0.1
+    assert weights["random", "image"][0] == weights["random", "image"][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------- bad input
+
+def spoil(root, name, change):
+    path = next(Path(root).rglob(name))
+    if name.endswith(".npy"):
+        np.save(path, change(np.load(path)))
+    else:
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def set_nan(x):
+    x[5] = np.nan
+    return x
+
+
+BAD = {
+    "rows": (lambda r: spoil(r, "*aug3_clip_text.npy", lambda x: x[:-1]), "total_rows is 450, but mm_imdb1_globals_aug3_clip_text.npy has 449"),
+    "manifest dims": (lambda r: spoil(r, "*clip_image_manifest.json", lambda m: {**m, "dims": 512}), "dims is 512, but"),
+    "manifest films": (lambda r: spoil(r, "*clip_image_manifest.json", lambda m: {**m, "original_rows": 9}),
+                       "original_rows is 9, but ids_all.txt has 150"),
+    "views": (lambda r: spoil(r, "*clip_image_manifest.json", lambda m: {**m, "views_per_sample": 2}), "expected 150 films x 2 views"),
+    "no manifest": (lambda r: next(Path(r).rglob("*clip_image_manifest.json")).unlink(), "clip_image_manifest.json: cannot be read"),
+    "nan": (lambda r: spoil(r, "*aug3_clip_image.npy", set_nan), "NaN or infinite values, first in row 5"),
+    "labels": (lambda r: spoil(r, "labels_all_23.npy", lambda x: x[:-1]), "expected 0/1 of 150 different ids"),
+    "split id": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": ["nobody", *s["dev"]]}), "1 films of dev have no row"),
+    "overlap": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": s["dev"] + s["train"][:1]}), "in two parts of the split"),
+    "no split": (lambda r: spoil(r, "split.json", lambda s: {"train": s["train"]}), "no films of dev"),
+    "dtype": (lambda r: spoil(r, "*aug3_clip_image.npy", lambda x: x.astype(np.float64)), "expected float16 or float32"),
+    "no labels": (lambda r: shutil.rmtree(Path(r, "labels")), "--stage labels"),
+    "no latents": (lambda r: shutil.rmtree(Path(r, "latents")), "mm_imdb1_globals_aug3_clip_image.npy: no such file"),
+    "not a file of numpy": (lambda r: next(Path(r).rglob("*aug3_clip_text.npy")).write_bytes(b"x" * 99), "not a readable .npy"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_naming_the_file(tmp_path, films, capsys, case):
+    root = tmp_path / "spoiled"
+    shutil.copytree(films, root)
+    damage, message = BAD[case]
+    damage(root)
+    rows = None
+    if case == "nan":  # row 5 must be one that is used
+        ids, split = Path(films, "labels/ids_all.txt").read_text().split(), common.read_json(f"{films}/split.json")
+        rows = ids[1] in split["train"]
+        if not rows:
+            pytest.skip("film 1 does not train")
+    assert cli(tmp_path, root) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_in_the_command(tmp_path, films, capsys):
+    for overrides, message in ((["data.backbone=blip2"], "there are mm_imdb1_globals_aug3_clip_image.npy"),
+                               (["model.selector=share"], "did you mean shared?"),
+                               (["training.selector_after_freeze=true", "model.selector=random"], "has none"),
+                               (["--stage", "compare"], "needs compare=")):
+        assert cli(tmp_path, films, *overrides) == 2
+        assert message in capsys.readouterr().err
+    assert cli(tmp_path, films, "training.learning_rate=1e30") == 1
+    assert "non-finite" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- profile_flops
+
+# (MFLOP by FlopCounterMode, by torch.profiler) of one training step at batch 1, and GFLOP by FlopCounterMode at batch 512
+COUNTS = {("clip", "shared"): (246.866, 253.06, 128.81), ("clip", "random"): (242.147, 248.08, None), ("blip2", "shared"): (322.101, 330.14, 167.33),
+          ("blip2", "random"): (317.383, 325.15, None)}
+
+
+@pytest.mark.parametrize(("backbone", "selector"), COUNTS)
+def test_flops_of_the_published_table(backbone, selector, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # no data here
+    for variable in ("MMIMDB1_DIR", "OTHER_BACKBONES_DIR_IMDB1_AUG70", "IMDB1_LABELS_DIR_23"):
+        monkeypatch.delenv(variable, raising=False)
+    found = profile_flops.profile(ROOT / f"configs/gw_{backbone}_{selector}.yaml", batch_size=1, device="cpu", repeats=1)
+    by_counter, by_profiler, large = COUNTS[backbone, selector]
+    assert found["flops_counter"] / 1e6 == pytest.approx(by_counter, abs=1e-3)
+    assert found["flops_profiler"] / 1e6 == pytest.approx(by_profiler, abs=0.02)
+    assert found["flops_forward"] + found["flops_backward"] == found["flops_counter"]
+    assert found["random_data"]
+    assert found["steps"] == 1000
+    assert found["flops_run"] == 1000 * found["flops_counter"]
+    if large:  # the products of the contrastive loss grow with the square of the batch, all else with the batch
+        pairs = 3 * 3 * 2 * 512
+        assert (512 * (found["flops_counter"] - pairs) + 512**2 * pairs) / 1e9 == pytest.approx(large, abs=0.01)
+
+
+def test_flops_of_a_hand_counted_step(tmp_path):
+    """A linear head on CLIP-sized towers: products of the layers and of one similarity matrix, twice in the backward but for the inputs' gradient."""
+    n, d, e = 64, 512, 512
+    found = profile_flops.profile(ROOT / "configs/clip_finetune.yaml", device="cpu", repeats=1)
+    layers = 2 * (2 * n * d * e + 2 * n * e * e) + 2 * n * e
+    similarity = 2 * n * n * e
+    assert found["flops_forward"] == layers + similarity
+    assert found["flops_backward"] == 2 * (layers + similarity) - 2 * (2 * n * d * e)
+    assert found["batch_size"] == 64
+    assert found["flops_per_sample"] == pytest.approx(found["flops_counter"] / 64)
+    assert any("gelu" in name or "adamw" in name.lower() or "addcdiv" in name for name in found["uncounted"])
+    assert 0 < sum(found["uncounted"].values()) < 1
+
+
+def test_profile_prints_ratios_writes_files_and_passes_over_what_does_not_train(tmp_path, capsys):
+    configs = [str(ROOT / f"configs/{name}.yaml") for name in ("alignment_synthetic", "alignment_prh", "clip_finetune", "siglip")]
+    assert profile_flops.main([*configs, "--batch-size", "16", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "alignment_prh.yaml: has no training step; passed over" in out
+    assert "x)" in out
+    assert "1 multiply-add = 2 FLOPs" in out
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png"}
+    content = common.read_json(next(tmp_path.glob("*.json")))
+    assert [r["batch_size"] for r in content["results"]] == [16, 16, 16]
+
+
+def test_profile_refuses_other_files(tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("experiment: something\n")
+    assert profile_flops.main([str(tmp_path / "x.yaml")]) == 2
+    assert "is none of the scripts here" in capsys.readouterr().err
+    assert profile_flops.main([str(ROOT / "configs/siglip.yaml"), "--batch-size", "0"]) == 2
+
+
+@pytest.mark.skipif(not (SHARED / "data/mmimdb").exists(), reason="the real films are not here")
+def test_real_films_load_and_their_labels_are_rebuilt(tmp_path):
+    labels = exp.write_labels(SHARED / "data/mmimdb", tmp_path)
+    assert (labels == np.load(SHARED / "data/mmimdb/labels/labels_all_23.npy")).all()
+    cfg = config(tmp_path, SHARED / "data/mmimdb", "data.backbone=mobilenet_minilm")
+    data = exp.load_data(cfg)
+    assert {k: len(v) for k, v in data.splits.items()} == {"train": 1040, "dev": 166, "test": 522}
+    assert not data.synthetic
+    with pytest.raises(UserError, match=r"data\.backbone="):
+        exp.load_data(config(tmp_path, SHARED / "data/mmimdb"))

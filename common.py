@@ -778,13 +778,21 @@ def read_json(path):
     return value
 
 
-def fingerprint(paths):
-    """16 hex digits of the SHA-256 over the contents of the files, in the order given."""
+def fingerprint(paths, whole=1 << 31):
+    """16 hex digits of the SHA-256 over the contents of the files, in the order given; of a file larger than `whole` bytes its size and 512 blocks
+    of 1 MiB, evenly spread from its first to its last."""
     digest = hashlib.sha256()
     for path in paths:
+        size = os.path.getsize(path)
         with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
+            if size > whole:
+                digest.update(str(size).encode())
+                for i in range(512):
+                    file.seek((size - (1 << 20)) * i // 511)
+                    digest.update(file.read(1 << 20))
+            else:
+                while block := file.read(1 << 24):
+                    digest.update(block)
     return digest.hexdigest()[:16]
 
 

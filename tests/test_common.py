@@ -587,3 +587,15 @@ def test_stop_signal_notes_the_first_and_lets_the_second_through():
 def test_import_is_light():
     code = "import sys, exp_coco_heads; print([m for m in ('matplotlib', 'optuna', 'transformers', 'sklearn') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_fingerprint_of_large_files_samples_them(tmp_path):
+    path = tmp_path / "big"
+    path.write_bytes(bytes(3 << 20))
+    small, sampled = common.fingerprint([path]), common.fingerprint([path], whole=1 << 20)
+    assert small != sampled == common.fingerprint([path], whole=1 << 20)
+    for place in (0, (3 << 20) - 1):  # the first and the last byte are always among the blocks
+        content = bytearray(3 << 20)
+        content[place] = 1
+        path.write_bytes(content)
+        assert common.fingerprint([path], whole=1 << 20) != sampled

@@ -584,17 +584,19 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     gallery32 = gallery.float()
     tolerance = 16 * torch.finfo(torch.float32).eps * queries.float().norm(dim=1, keepdim=True) * gallery32.norm(dim=1).max()  # of a float32 product
     out = {name: [] for name in (*(f"hit@{k}" for k in ks), *(f"AP@{k}" for k in map_ks), "rank")}
+    buffers = gallery32.new_empty(2, min(chunk_size, len(queries)), len(gallery))  # used again by every block: fresh ones pile up in the heap
     for i in range(0, len(queries), chunk_size):
         rows = slice(i, i + chunk_size)
+        scores, work = buffers[:, :len(queries[rows])]  # [q, G]
         with full_precision():
-            scores = queries[rows].float() @ gallery32.T  # [q, G]
+            torch.mm(queries[rows].float(), gallery32.T, out=scores)
         if not torch.isfinite(torch.stack([scores.amax(), scores.amin()])).all():
             raise ValueError("scores overflow float32; normalise the rows")
         own_columns = first[rows, None] + offsets  # [q, most own rows of any query]
         is_own = own_columns < last[rows, None]
         own_columns = own_columns.clamp(max=len(gallery) - 1)
         own = torch.stack([(queries[rows].double() * gallery[c].double()).sum(1) for c in own_columns.T], dim=1).float()
-        near = functools.reduce(torch.logical_or, [(scores - column[:, None]).abs_() <= tolerance[rows] for column in own.T])
+        near = functools.reduce(torch.logical_or, [torch.sub(scores, column[:, None], out=work).abs_() <= tolerance[rows] for column in own.T])
         near = near.nonzero()
         if len(near) * 16 > scores.numel():  # a collapsed model: all are near
             scores = (queries[rows].double() @ gallery.double().T).float()
@@ -606,8 +608,8 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
         own = own.masked_fill(~is_own, -torch.inf)
         best = own.amax(1, keepdim=True)
         level = (own == best).sum(1)  # m, own rows at the best own score
-        better = torch.gt(scores, best).float().sum(1).long()  # b; a float sum is several times faster and exact to 2^24
-        tied = torch.ge(scores, best).float().sum(1).long() - better - level  # t
+        better = torch.gt(scores, best, out=work).sum(1).long()  # b; a float sum is several times faster and exact to 2^24
+        tied = torch.ge(scores, best, out=work).sum(1).long() - better - level  # t
         for k in ks:
             out[f"hit@{k}"].append(1 - _miss_probability(better, tied, level, k))
         out["rank"].append(better + (tied + level + 1).double() / (level + 1))

@@ -283,7 +283,7 @@ def prepare(stack, metric, k=10):
     side = {"unbiased": metric == "unbiased_cka", "features": centred}
     if 4 * len(layers) * n * n <= 8 * BLOCK_BYTES:
         side["gram"] = gram_rows(side, 0, n)
-        side["norm"] = torch.linalg.vector_norm(side["gram"], dim=(1, 2), dtype=torch.float64)
+        side["norm"] = torch.linalg.vector_norm(side["gram"], dim=2).double().square().sum(1).sqrt()
     else:
         side["norm"] = gram_products(side, side).diagonal().sqrt()
     return side
@@ -298,9 +298,9 @@ def gram_rows(side, start, stop):
         return side["gram"][:, start:stop]
     out = []
     for x in side["features"]:
-        n, squares = len(x), (x.double() ** 2).sum(1).float()
         gram = products(x, start, stop)
         if side["unbiased"]:  # the columns of x sum to 0, so without its diagonal row i of the Gram sums to -squares[i]
+            n, squares = len(x), x.square().sum(1)
             gram += (squares[start:stop, None] + squares) / (n - 2) - squares.sum() / ((n - 1) * (n - 2))
             gram.diagonal(start).zero_()
         out.append(gram)

@@ -52,7 +52,8 @@ class UserError(ValueError):
 NEUTRAL_KEYS = ("device", "num_workers", "wandb", "evaluation.", "compare")
 
 
-def _is_neutral(key):
+def is_neutral(key):
+    """Whether a dotted config key leaves the run what it is."""
     return key.startswith(NEUTRAL_KEYS) or key.endswith(("dir", "_file"))
 
 
@@ -242,7 +243,7 @@ def load_config(Config, path, overrides=(), demo=False):
     values.update(typed(changed, schema, "command line"))
     if "output_dir" in schema and values.get("output_dir", "") in ("", "null", "~"):
         stem = Path(path).stem if path is not None else cfg.experiment
-        named = [f"{key}={_plain(changed[key])}" for key in sorted(changed) if not _is_neutral(key)]
+        named = [f"{key}={_plain(changed[key])}" for key in sorted(changed) if not is_neutral(key)]
         folder = re.sub(r"[^\w.=,+\-\[\]]+", "_", ",".join([stem, *named]))
         if len(folder) > 200:  # file systems stop at 255 bytes
             folder = f"{folder[:180]}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
@@ -261,7 +262,7 @@ def _plain(value):
 def config_changes(old, new):
     """['training.learning_rate=0.001 (was 0.0001)', ...] between two config dicts, neutral keys left out."""
     old, new = flatten(old), flatten(new)
-    keys = [k for k in {**old, **new} if not _is_neutral(k)]
+    keys = [k for k in {**old, **new} if not is_neutral(k)]
     return [f"{k}={new.get(k)} (was {old.get(k)})" for k in keys if old.get(k) != new.get(k)]
 
 

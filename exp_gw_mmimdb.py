@@ -28,6 +28,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -77,19 +78,18 @@ class ModelConfig:
 @dataclass
 class TrainingConfig:
     batch_size: int = ranged(512, ">= 2")  # rows (film, view) a step
-    steps: int = ranged(1000, ">= 2")  # optimisation steps
+    steps: int = ranged(1000, ">= 6")  # optimisation steps
     learning_rate: float = ranged(5.38e-4, "> 0")  # AdamW, peak of the one-cycle schedule
     weight_decay: float = ranged(1.7e-5, ">= 0")  # on every parameter
     selector_after_freeze: bool = False  # first the workspace with mean weights, then as many steps of the shared selector alone
     eval_every: int = ranged(50, ">= 1")  # steps between rows of metrics.csv, dev scores and checkpoints
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile the encoders and decoders
 
 
 @dataclass
 class EvaluationConfig:
-    amounts: list[float] = field(default_factory=lambda: [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0])  # of corruption
+    amounts: list[float] = field(default_factory=lambda: [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0], metadata={"bounds": (">= 0",)})  # of corruption
     n_draws: int = ranged(3, ">= 1")  # of noise and random weights, averaged
-    batch_size: int = ranged(4096, ">= 1")  # films at once
     plots: bool = True  # draw the PNGs
 
 
@@ -124,7 +124,10 @@ def write_labels(root, folder):
         raise UserError(f"{root / 'dataset'}: no films (an {{id}}.json with its {{id}}.jpeg); unpack mmimdb.tar.gz, or point data.dir= at it")
     labels = np.zeros((len(ids), len(GENRES)), dtype=np.float32)
     for row, film in enumerate(ids):
-        for name in common.read_json(root / "dataset" / f"{film}.json").get("genres") or []:
+        genres = common.read_json(root / "dataset" / f"{film}.json").get("genres") or []
+        if not isinstance(genres, list):
+            raise UserError(f"{root / 'dataset' / film}.json: genres must be a list, found {genres!r}")
+        for name in genres:
             if (genre := GENRE_SPELLINGS.get(str(name).strip().lower())) is not None:
                 labels[row, GENRES.index(genre)] = 1
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,8 +151,8 @@ class Data:
     synthetic: bool
 
 
-RESIDENT_BYTES = 2**31  # latents up to this size are moved to the device whole
-STATISTICS_ROWS = 2**18  # z-scoring is measured on at most about so many rows, evenly spread over the training films' views
+RESIDENT_BYTES = 2**31  # latents up to this size, or a quarter of a GPU's free memory, are moved to the device whole
+STATISTICS_ROWS = 2**18  # z-scoring is measured on at most so many of the training films' rows, drawn at random
 
 
 def paths(data):
@@ -170,10 +173,7 @@ def load_latents(path, n_films):
                         "encode the data (README, 'Data'), set data.latents_dir=, or try --demo")
     manifest_file = path.with_name(f"{path.stem}_manifest.json")
     manifest = common.read_json(manifest_file)
-    try:
-        rows = np.load(path, mmap_mode="c")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy file ({error}); encode it again") from None
+    rows = guarded(lambda p: np.load(p, mmap_mode="r"), path)
     if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
         raise UserError(f"{path}: expected float16 or float32 [rows, dims], found {rows.dtype} {list(rows.shape)}")
     found = {"total_rows": len(rows), "dims": rows.shape[1], "original_rows": n_films}
@@ -183,20 +183,38 @@ def load_latents(path, n_films):
             raise UserError(f"{manifest_file}: {key} is {manifest[key]}, but {'ids_all.txt' if key == 'original_rows' else path.name} has {value}")
     if not isinstance(views, int) or len(rows) != n_films * views:
         raise UserError(f"{path}: expected {n_films} films x {views} views (views_per_sample of {manifest_file.name}) rows, found {len(rows)}")
-    return torch.from_numpy(rows), views
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing writes to it
+        return torch.from_numpy(rows), views
 
 
-def moments(x, rows, path, chunk=65536):
-    """(mean, deviation) [D] float32 of some rows, in float64 sums; a constant feature gets deviation 1. Raises: UserError for non-finite rows."""
+def check_finite(x, rows, path, chunk=8192):
+    """Raises UserError if one of the rows [n] of x holds NaN or infinite values."""
+    for part in rows.split(chunk):
+        block = x[part.to(x.device)].float()
+        if not torch.isfinite(block.sum()) and len(bad := (~torch.isfinite(block).all(1)).nonzero()[:, 0]):
+            raise UserError(f"{path}: NaN or infinite values, first in row {int(part[int(bad[0])])}; encode it again")
+
+
+def moments(x, rows, chunk=8192):
+    """(mean, deviation) [D] float32 of some rows, by float64 sums; a constant feature gets deviation 1."""
     total, squares = 0, 0
     for part in rows.split(chunk):
-        block = x[part.to(x.device)].double() if x.device.type != "mps" else x[part.to(x.device)].cpu().double()
-        if len(bad := (~torch.isfinite(block).all(1)).nonzero()[:, 0]):
-            raise UserError(f"{path}: NaN or infinite values, first in row {int(part[int(bad[0])])}; encode it again")
+        block = x[part.to(x.device)].cpu().double()
         total, squares = total + block.sum(0), squares + block.square().sum(0)
     mean = total / len(rows)
     variance = squares / len(rows) - mean.square()
     return mean.float(), torch.where(variance > 1e-10 * mean.square().clamp(min=1e-12), variance, 1).sqrt().float()
+
+
+def guarded(read, path):
+    """read(path), with anything that goes wrong in one line naming the file."""
+    try:
+        return read(path)
+    except UserError:
+        raise
+    except Exception as error:  # numpy, json and the file system raise kinds of their own
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty file'})") from None
 
 
 def load_data(cfg):
@@ -207,13 +225,14 @@ def load_data(cfg):
     for path in label_files:
         if not path.is_file():
             raise UserError(f"{path}: no such file; make it from the raw data with --stage labels, set data.labels_dir=, or try --demo")
-    labels, ids, genres = np.load(label_files[0]), label_files[1].read_text().split(), json.loads(label_files[2].read_text())
+    labels, ids, genres = (guarded(read, path) for read, path in
+                           zip((np.load, lambda p: p.read_text().split(), lambda p: json.loads(p.read_text())), label_files, strict=True))
     if labels.shape != (len(ids), len(genres)) or len(set(ids)) != len(ids) or not np.isin(labels, (0, 1)).all():
         raise UserError(f"{label_files[0]}: expected 0/1 of {len(ids)} different ids (ids_all.txt) x {len(genres)} genres, found {labels.shape}")
     split, film_of = common.read_json(root / "split.json"), {film: i for i, film in enumerate(ids)}
     splits = {}
     for part in ("train", "dev", "test"):
-        films = [str(film) for film in split.get(part, [])]
+        films = [str(film) for film in split.get(part) or []]
         if not films or (missing := [film for film in films if film not in film_of]):
             found = f"{len(missing)} films of {part} have no row in {label_files[1]}, the first is {missing[0]}" if films else f"no films of {part}"
             raise UserError(f"{root / 'split.json'}: {found}")
@@ -225,34 +244,40 @@ def load_data(cfg):
     for modality, path in zip(("image", "text"), latent_files, strict=True):
         x, n_views = load_latents(path, len(ids))
         views.add(n_views)
-        latents[modality] = x.to(device) if x.numel() * x.element_size() <= RESIDENT_BYTES else x
+        room = max(RESIDENT_BYTES, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else RESIDENT_BYTES
+        latents[modality] = x.to(device) if x.numel() * x.element_size() <= room else x
     if len(views) > 1:
         raise UserError(f"{latent_files[0]} and {latent_files[1].name} have different numbers of views: {sorted(views)}")
-    (n_views,) = views
+    (n_views,), files = views, [*latent_files, *(path.with_name(f"{path.stem}_manifest.json") for path in latent_files), *label_files,
+                                root / "split.json"]
     for modality, path in zip(("image", "text"), latent_files, strict=True):
         rows = (splits["train"][:, None] * n_views + torch.arange(n_views)).flatten()
-        moment = moments(latents[modality], rows[::-(-len(rows) // STATISTICS_ROWS)], path)
-        moments(latents[modality], (torch.cat([splits["dev"], splits["test"]]) * n_views), path)  # only the check
+        check_finite(latents[modality], torch.cat([rows, torch.cat([splits["dev"], splits["test"]]) * n_views]), path)
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:STATISTICS_ROWS].sort().values
+        moment = moments(latents[modality], rows[drawn])
         if cfg.data.statistics == "all":
             stats_file = path.with_name(f"{path.stem}.stats.npz")
             if not stats_file.is_file():
                 raise UserError(f"{stats_file}: no such file; data.statistics=all needs it (train does not)")
-            stats = np.load(stats_file)
-            moment = (torch.from_numpy(stats["mu"]).float(), torch.from_numpy(stats["sigma"]).float().clamp(min=1e-6))
+            moment = guarded(lambda p: tuple(torch.from_numpy(np.load(p)[key]).float() for key in ("mu", "sigma")), stats_file)
+            if any(v.shape != latents[modality].shape[1:] or not torch.isfinite(v).all() for v in moment) or (moment[1] <= 0).any():
+                raise UserError(f"{stats_file}: expected finite mu and sigma > 0 of {latents[modality].shape[1]} features")
+            files.append(stats_file)
         statistics[modality] = tuple(v.to(device) for v in moment)
-    return Data(latents, torch.from_numpy(labels.astype(np.float32)).to(device), genres, n_views, {k: v.to(device) for k, v in splits.items()},
-                statistics, device,
-                common.fingerprint([*latent_files, *label_files, root / "split.json"]), bool(split.get("synthetic")))
+    return Data(latents, torch.from_numpy(labels.astype(np.float32)).to(device), genres, n_views, splits, statistics, device,
+                common.fingerprint(files), bool(split.get("synthetic")))
 
 
 def random_data(cfg):
     """Random tensors of the backbone's real shapes, one batch of films: for profile_flops.py where the data are not at hand."""
     device, n = common.pick_device(cfg.device), cfg.training.batch_size
-    dims = BACKBONE_DIMS.get(cfg.data.backbone, BACKBONE_DIMS["clip"])
+    if cfg.data.backbone not in BACKBONE_DIMS:
+        raise UserError(f"data.backbone={cfg.data.backbone}: its widths are not known without its latents; known are {', '.join(BACKBONE_DIMS)}")
+    dims = BACKBONE_DIMS[cfg.data.backbone]
     latents = {modality: torch.randn(n, dim, device=device) for modality, dim in zip(("image", "text"), dims, strict=True)}
     statistics = {modality: (torch.zeros(dim, device=device), torch.ones(dim, device=device)) for modality,
                   dim in zip(("image", "text"), dims, strict=True)}
-    films = torch.arange(n, device=device)
+    films = torch.arange(n)
     labels = (torch.rand(n, len(GENRES), device=device) < 0.1).float()
     return Data(latents, labels, list(GENRES), 1, dict.fromkeys(("train", "dev", "test"), films), statistics, device, "random", True)
 
@@ -261,7 +286,7 @@ def latent_rows(data, modality, rows):
     """[B, D] float32 z-scored latents of some rows, on the device."""
     x = data.latents[modality]
     mean, deviation = data.statistics[modality]
-    return (x[rows.to(x.device)].to(data.device, non_blocking=True).float() - mean) / deviation
+    return (x[rows.to(x.device, non_blocking=True)].to(data.device, non_blocking=True).float() - mean) / deviation
 
 
 def make_batch(data, indices):
@@ -269,15 +294,16 @@ def make_batch(data, indices):
     films = indices // data.views
     batch = {modality: latent_rows(data, modality, indices) for modality in ("image", "text")}
     clean = batch if data.views == 1 else {modality: latent_rows(data, modality, films * data.views) for modality in ("image", "text")}
-    return {**batch, "labels": data.labels[films], "image_target": clean["image"], "text_target": clean["text"]}
+    return {**batch, "labels": data.labels[films.to(data.device, non_blocking=True)], "image_target": clean["image"], "text_target": clean["text"]}
 
 
 def batch_rows(data, cfg, step):
-    """The rows of a step: a pure function of seed and step. An epoch is every view of every training film once, cut into equal batches."""
+    """The rows [B] of a step, on the CPU: a pure function of seed and step. An epoch is every view of every training film once, in random order,
+    but for the rows that do not fill a batch."""
     films, n = data.splits["train"], len(data.splits["train"]) * data.views
     per_epoch = max(1, n // cfg.training.batch_size)
     epoch, place = divmod(step, per_epoch)
-    order = epoch_order(n, cfg.seed, epoch)[n * place // per_epoch:n * (place + 1) // per_epoch].to(films.device)
+    order = epoch_order(n, cfg.seed, epoch)[place * cfg.training.batch_size:(place + 1) * cfg.training.batch_size]
     return films[order // data.views] * data.views + order % data.views
 
 
@@ -370,8 +396,8 @@ def build_model(cfg, data):
     """GlobalWorkspace of the data's widths, on its device."""
     dims = {"image": data.latents["image"].shape[1], "text": data.latents["text"].shape[1], "labels": data.labels.shape[1]}
     model = GlobalWorkspace(dims, cfg.model).to(data.device)
-    if cfg.training.compile:
-        model.compile()
+    for part in (*model.encoders.values(), *model.decoders.values()) if cfg.training.compile else ():
+        part.compile()
     return model
 
 
@@ -415,15 +441,14 @@ def workspace_losses(model, batch):
         for d in DOMAINS:
             terms["translation" if d not in s else "fused" if len(s) > 1 else "demi_cycle"].append(loss[d][i])
     outside = {d: [i for i, s in enumerate(PROPER) if d not in s] for d in DOMAINS}  # sets whose complement has d: 3
-    again = {d: model.encoders[d](decoded[d][outside[d]].flatten(0, 1)).view(3, size, -1) for d in DOMAINS}
+    again = {d: model.encoders[d](torch.cat([decoded[d][i] for i in outside[d]])).view(3, size, -1) for d in DOMAINS}
     cycled = [model.fuse({d: again[d][outside[d].index(i)] for d in DOMAINS if d not in s})[0] for i, s in enumerate(PROPER)]
     terms["cycle"] = []
     for d in DOMAINS:
         inside = [cycled[i] for i, s in enumerate(PROPER) if d in s]  # 3
         terms["cycle"].append(domain_loss(d, model.decoders[d](torch.cat(inside)).view(3, size, -1), targets[d]))
     directions = {d: F.normalize(e.float(), dim=1) for d, e in encodings.items()}
-    terms["contrastive"] = [common.info_nce(directions[a], directions[b], torch.tensor(1 / TEMPERATURE, device=states.device))
-                            for a, b in itertools.combinations(DOMAINS, 2)]
+    terms["contrastive"] = [common.info_nce(directions[a], directions[b], 1 / TEMPERATURE) for a, b in itertools.combinations(DOMAINS, 2)]
     return {name: torch.cat([t.reshape(-1) for t in terms[name]]).mean() for name in LOSS_WEIGHTS}
 
 
@@ -447,42 +472,50 @@ def predict(cfg, model, data, split, use=("image", "text"), decode="labels", cor
     Corruption adds 5 x amount x Gaussian noise of unit variance in each row to the z-scored input: of image, text, one of them at random, or both.
     """
     model.eval()
-    generator, out = torch.Generator().manual_seed(seed), []
+    films, generator = data.splits[split], torch.Generator().manual_seed(seed + 1)
     torch.manual_seed(seed)  # of random weights
-    for films in data.splits[split].split(cfg.evaluation.batch_size):
-        inputs = {d: latent_rows(data, d, films * data.views) for d in use}
-        side = torch.randint(2, (len(films),), generator=generator).to(data.device)
-        hit = {"none": side * 0 - 1, "both": side * 0 - 1, "one": side, "image": side * 0, "text": side * 0 + 1}[corrupt]
-        for i, d in enumerate(("image", "text")):
-            noise = torch.randn(len(films), data.latents[d].shape[1], generator=generator).to(data.device)
-            noise = (noise - noise.mean(1, keepdim=True)) / noise.std(1, keepdim=True, correction=0)
-            if d in inputs and corrupt != "none":
-                inputs[d] = inputs[d] + 5 * amount * noise * ((hit == i) | (corrupt == "both"))[:, None]
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=data.device.type == "cuda"):
-            decoded, weights = model(inputs, decode)
-        out.append((decoded.float(), weights.float(), hit))
-    return tuple(torch.cat(parts) for parts in zip(*out, strict=True))
+    inputs = {d: latent_rows(data, d, films * data.views) for d in use}
+    side = torch.randint(2, (len(films),), generator=generator).to(data.device)
+    hit = {"none": torch.full_like(side, -1), "both": torch.full_like(side, -1), "one": side, "image": torch.zeros_like(side),
+           "text": torch.ones_like(side)}
+    hit = hit[corrupt]
+    for i, d in enumerate(("image", "text") if corrupt != "none" else ()):
+        noise = torch.randn(len(films), data.latents[d].shape[1], generator=generator).to(data.device)
+        noise = (noise - noise.mean(1, keepdim=True)) / noise.std(1, keepdim=True, correction=0)
+        inputs[d] = inputs[d] + 5 * amount * noise * ((hit == i) | (corrupt == "both"))[:, None]
+    with common.full_precision():
+        decoded, weights = model(inputs, decode)
+    return decoded.float(), weights.float(), hit
 
 
 def scores(logits, labels):
-    """Genre metrics with the binary cross-entropy."""
+    """Genre metrics with the binary cross-entropy. Raises: FloatingPointError."""
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("non-finite predictions: the weights have overflowed; lower training.learning_rate")
     return {**common.multilabel_metrics(logits, labels), "bce": F.binary_cross_entropy_with_logits(logits, labels).item()}
 
 
 def tuned_thresholds(logits, labels):
     """The logit of each genre [C] above which predicting it maximises its F1 on these films [N, C]; 0 for a genre that none of them has."""
+    device, logits, labels = logits.device, logits.cpu(), labels.cpu()
     ordered, order = logits.sort(dim=0, descending=True)
-    hits = labels.gather(0, order).cumsum(0)
-    n = torch.arange(1, len(logits) + 1, device=logits.device)[:, None]
-    best = (2 * hits / (n + labels.sum(0))).argmax(0)
-    following = ordered.gather(0, (best + 1).clamp(max=len(logits) - 1)[None])[0]
-    middle = (ordered.gather(0, best[None])[0] + following) / 2
-    return torch.where(labels.sum(0) > 0, torch.where(best + 1 < len(logits), middle, middle - 1e-3), 0)
+    hits, n = labels.gather(0, order).cumsum(0), torch.arange(1, len(logits) + 1)[:, None]
+    after = torch.cat([ordered[1:], ordered[-1:] - 2])
+    f1 = torch.where(ordered > after, 2 * hits / (n + labels.sum(0)), -1)  # no cut between equal logits
+    best = f1.argmax(0, keepdim=True)
+    middle = (ordered.gather(0, best) + after.gather(0, best))[0] / 2
+    return torch.where(labels.sum(0) > 0, middle, 0).to(device)
 
 
 def read_best(folder, data, cfg):
     """The model of best_model.pt. Raises: UserError if it does not fit the data."""
-    state = common.load_checkpoint(folder / "best_model.pt")
+    try:
+        state, latest = common.load_checkpoint(folder / "best_model.pt"), common.load_checkpoint(folder / "checkpoint_latest.pt")
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; a finished run that has lost it starts again with --fresh") from None
+    if latest["global_step"] < total_steps(cfg, data):
+        raise UserError(f"{folder}: training stopped at step {latest['global_step']} of {total_steps(cfg, data)}; "
+                        "the same command without --stage goes on")
     model = build_model(cfg, data)
     try:
         model.load_state_dict(state["model_state_dict"])
@@ -495,6 +528,10 @@ def evaluate(cfg, data=None):
     """Test the best model: clean, missing modality, corrupted, cross-translation. Writes results.json and the plots; returns the results."""
     folder, data = start(cfg, data)
     model, step = read_best(folder, data, cfg)
+    amounts, file = sorted(set(cfg.evaluation.amounts)), folder / "results.json"
+    settings = {"amounts": amounts, "n_draws": cfg.evaluation.n_draws}
+    if file.exists() and (known := common.read_json(file)).get("evaluation") == settings and known["step"] == step:
+        return known
     labels = {split: data.labels[data.splits[split]] for split in ("dev", "test")}
 
     def averaged(runs):  # over draws
@@ -516,7 +553,7 @@ def evaluate(cfg, data=None):
     for split in ("train", "dev"):
         attention[split] = predict(cfg, model, data, split, seed=cfg.seed)[1][:, 0].cpu()
     corruption = []
-    for kind, amount in itertools.product(("one", "image", "text", "both"), cfg.evaluation.amounts):
+    for kind, amount in itertools.product(("one", "image", "text", "both"), amounts):
         runs = []
         for seed in draws:
             logits, weights, hit = predict(cfg, model, data, "test", corrupt=kind, amount=amount, seed=seed)
@@ -533,7 +570,8 @@ def evaluate(cfg, data=None):
                                                 **{k: ranks[k] for k in ("R@1", "R@5", "R@10", "median_rank")}, "chance_R@10": min(1, 10 / len(ids))}
     results = {"experiment": cfg.experiment, "selector": cfg.model.selector, "seed": cfg.seed, "synthetic": data.synthetic,
                "data_fingerprint": data.fingerprint,
-               "step": step, "n_test": len(labels["test"]), "inputs": inputs, "chance": chance, "corruption": corruption, "translation": translation,
+               "step": step, "evaluation": settings, "n_test": len(labels["test"]), "inputs": inputs, "chance": chance, "corruption": corruption,
+               "translation": translation,
                "attention_on_image": {split: {"mean": w.mean().item(), "sd": w.std().item()} for split, w in attention.items()}}
     common.write_json(folder / "results.json", results)
     common.atomic_write(folder / "results.txt", lambda file: file.write(f"{report(results)}\n".encode()))
@@ -597,7 +635,8 @@ def train(cfg, data=None):
     latest = folder / "checkpoint_latest.pt"
     if latest.exists() or latest.with_name(f"{latest.name}.previous").exists():
         state = common.load_checkpoint(latest)
-        step, history, best, pending = state["global_step"], state["history"], state["position"]["best"], list(state["position"]["pending"])
+        step, history, best = state["global_step"], state["history"], state["position"]["best"]
+        pending = [row.to(data.device) for row in state["position"]["pending"]]
         optimizer, scheduler = begin(max(step - 1, 0) // t.steps)
         model.load_state_dict(state["model_state_dict"])
         optimizer.load_state_dict(state["optimizer_state_dict"])
@@ -613,6 +652,8 @@ def train(cfg, data=None):
                                         "history": history,
             "config": dataclasses.asdict(cfg), "rng": common.rng_state(), "position": {"best": best, "pending": pending}})
 
+    if step < last_step:
+        (folder / "results.json").unlink(missing_ok=True)
     log = common.RunLog(folder, cfg.wandb and step < last_step, dataclasses.asdict(cfg))
     if history:  # a kill may have come between the last checkpoint and this file
         log.write(history)
@@ -623,14 +664,18 @@ def train(cfg, data=None):
                 (optimizer, scheduler), best = begin(1), None
             rate = scheduler.get_last_lr()[0]
             model.train()
-            pending.append(torch.stack(list(train_step(model, make_batch(data, batch_rows(data, cfg, step - 1)), optimizer).values())))
+            if step > t.steps:  # the frozen workspace drops nothing out
+                model.encoders.eval(), model.decoders.eval()
+            losses = train_step(model, make_batch(data, batch_rows(data, cfg, step - 1)), optimizer)
+            pending.append(torch.stack([*losses.values(), torch.full_like(losses["loss"], rate)]))
             if step % t.steps:
                 scheduler.step()
             logged = step % t.eval_every == 0 or step % t.steps == 0
             if logged or stop.signum:  # the host waits for the device only here
                 means = torch.stack(pending).cpu()
                 if len(bad := (~torch.isfinite(means).all(1)).nonzero()[:, 0]):
-                    names = [n for n, v in zip(("loss", *LOSS_WEIGHTS), means[int(bad[0])].tolist(), strict=True) if not math.isfinite(v)]
+                    *values, rate = means[int(bad[0])].tolist()
+                    names = [n for n, v in zip(("loss", *LOSS_WEIGHTS), values, strict=True) if not math.isfinite(v)]
                     raise FloatingPointError(f"non-finite {' and '.join(names)} in step {step - len(pending) + 1 + int(bad[0])}, "
                                              f"learning rate {rate:g}; lower training.learning_rate")
                 if logged:
@@ -638,7 +683,7 @@ def train(cfg, data=None):
                     logits, weights, _ = predict(cfg, model, data, "dev", seed=cfg.seed)
                     common.set_rng_state(rng)
                     dev = scores(logits, data.labels[data.splits["dev"]])
-                    row = {"step": step, **dict(zip(("loss", *LOSS_WEIGHTS), means.mean(0).tolist(), strict=True)), "dev_bce": dev["bce"],
+                    row = {"step": step, **dict(zip(("loss", *LOSS_WEIGHTS), means.mean(0)[:-1].tolist(), strict=True)), "dev_bce": dev["bce"],
                            "dev_mAP": dev["mAP"],
                            "dev_f1_macro": dev["f1_macro"], "dev_weight_image": weights[:, 0].mean().item(), "learning_rate": rate}
                     history.append(row)
@@ -674,7 +719,8 @@ def plot_training(folder, cfg, history, synthetic):
     panels = {"loss": {name: [row[name] for row in history] for name in ("loss", *LOSS_WEIGHTS)},
               "dev": {"mAP": [row["dev_mAP"] for row in history], "macro F1": [row["dev_f1_macro"] for row in history]},
               "weight of the image (dev)": {cfg.model.selector: [row["dev_weight_image"] for row in history]}}
-    chosen = max(range(len(history)), key=lambda i: history[i]["dev_mAP"]) + 1
+    last_phase = [i for i, row in enumerate(history) if row["step"] > history[-1]["step"] - cfg.training.steps]  # only it may be chosen
+    chosen = max(last_phase, key=lambda i: history[i]["dev_mAP"]) + 1
     common.plot_curves(folder / "training_curves.png", panels, xlabel=f"row of metrics.csv ({every} steps)", mark=chosen,
                        title=mark(f"{cfg.data.backbone}, selector {cfg.model.selector}", synthetic))
 
@@ -714,19 +760,30 @@ def compare(cfg):
     """Finished runs side by side: runs that differ only in their seed become one row, mean +- sd. Writes compare.png and compare.txt."""
     if not cfg.compare:
         raise UserError("--stage compare needs compare='[results/gw_clip_shared, results/gw_clip_random, ...]'")
-    runs, groups = [], {}
+    groups, amounts = {}, None
     for folder, results, config in common.finished_runs(cfg.compare):
-        label = re.sub(r",seed=\d+", "", folder.name)
-        key = json.dumps([config["model"], config["training"], config["data"]["backbone"], results["data_fingerprint"]], sort_keys=True)
-        runs.append((groups.setdefault(key, (label, []))[0], results))
-        groups[key][1].append(results)
+        if results.get("experiment") != cfg.experiment:
+            raise UserError(f"{folder}: a run of another experiment ({results.get('experiment')})")
+        key = json.dumps([{k: v for k, v in common.flatten(config).items() if k != "seed" and not common.is_neutral(k)}, results["data_fingerprint"]])
+        seeds = groups.setdefault(key, (re.sub(r",seed=\d+", "", folder.name), {}))[1]
+        seeds.setdefault(results["seed"], results)  # a copy of a run is not another seed
+        there = {c["amount"] for c in results["corruption"]}
+        amounts = there if amounts is None else amounts & there
+    names = [name for name, _ in groups.values()]
+    groups = [(name if names.count(name) == 1 else f"{name} ({next(iter(seeds.values()))['selector']}, {i + 1})", list(seeds.values()))
+              for i, (name, seeds) in enumerate(groups.values())]
+    for _, found in groups:
+        for results in found:
+            results["corruption"] = [c for c in results["corruption"] if c["amount"] in amounts]
+    runs = [(name, results) for name, found in groups for results in found]
+    synthetic = any(results["synthetic"] for _, results in runs)
     if len({results["data_fingerprint"] for _, results in runs}) > 1:
         print("NOTE: these runs were not made from the same data")
 
     def cell(values):
         return f"{np.mean(values):.3f}" + (f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
     table = []
-    for label, found in groups.values():
+    for label, found in groups:
         corrupted = {(c["kind"], c["amount"]): [next(d for d in r["corruption"] if (d["kind"], d["amount"]) == (c["kind"], c["amount"]))
                                                 for r in found]
                      for c in found[0]["corruption"]}
@@ -741,7 +798,8 @@ def compare(cfg):
                                table)
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    plot_corruption(out / "compare.png", runs, runs[0][1]["synthetic"])
+    text += "\n[SYNTHETIC demo data]" if synthetic else ""
+    plot_corruption(out / "compare.png", runs, synthetic)
     common.atomic_write(out / "compare.txt", lambda file: file.write(f"{text}\n".encode()))
     print(f"{text}\n{out / 'compare.txt'}, {out / 'compare.png'}")
 
@@ -760,11 +818,14 @@ def main(argv):
     if args.fresh and args.stage == "evaluate":
         raise UserError("--fresh starts a run again; --stage evaluate needs a trained one")
     if args.demo:
-        if any(override.startswith(("data.dir=", "data.latents_dir=", "data.labels_dir=")) for override in args.overrides):
+        if any(override.startswith(("data.dir=", "data.latents_dir=", "data.labels_dir=", "data.image_file=", "data.text_file="))
+               for override in args.overrides):
             raise UserError("--demo brings its own data; leave it or the folders out")
         dims = {"clip": (64, 48), "blip2": (96, 128)}.get(cfg.data.backbone, (64, 48))
-        cfg.data.dir = demo_data.write_mmimdb(f"data/demo/mmimdb_{cfg.data.backbone}", views=cfg.data.views, backbone=cfg.data.backbone, dims=dims)
+        cfg.data.dir = demo_data.write_mmimdb(f"data/demo/mmimdb_{cfg.data.backbone}_{cfg.data.views}", views=cfg.data.views,
+                                              backbone=cfg.data.backbone, dims=dims)
         cfg.data.latents_dir, cfg.data.labels_dir = f"{cfg.data.dir}/latents", f"{cfg.data.dir}/labels"
+        cfg.data.image_file, cfg.data.text_file = (f"mm_imdb1_globals_aug{cfg.data.views}_{cfg.data.backbone}_{m}.npy" for m in ("image", "text"))
     if args.stage == "labels":
         root, *_, folder = paths(cfg.data)
         labels = write_labels(root, folder)
@@ -773,6 +834,8 @@ def main(argv):
         return
     if cfg.training.selector_after_freeze and cfg.model.selector != "shared":
         raise UserError(f"training.selector_after_freeze trains the shared selector; model.selector={cfg.model.selector} has none")
+    if not cfg.evaluation.amounts:
+        raise UserError("evaluation.amounts is empty; give at least one amount of corruption")
     common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
     data = load_data(cfg)
     if args.stage == "evaluate":

@@ -33,7 +33,7 @@ EXPERIMENTS = ("coco_heads", "gw_mmimdb", "pixmo_mrl", "flickr_ttt", "alignment_
 
 
 def build(config_path, batch_size=None, device="auto"):
-    """(cfg, model, batch, optimizer, train_step, steps of a run or None, is it random data) of a YAML; None if it has no training step."""
+    """(cfg, model, batch, optimizer, train_step, steps of a run or None, why random data or "") of a YAML; None if it has no training step."""
     name = common.read_yaml(config_path).get("experiment")
     if name not in EXPERIMENTS or not Path(__file__).with_name(f"exp_{name}.py").exists():
         raise UserError(f"{config_path}: experiment: {name} is none of the scripts here; it must name one of {', '.join(EXPERIMENTS)}")
@@ -42,11 +42,11 @@ def build(config_path, batch_size=None, device="auto"):
     if not hasattr(cfg, "training") and not set(cfg.stages) & set(module.TRAINED):
         return None
     common.seed_everything(cfg.seed)
-    random = False
+    random = ""
     try:
         data = module.load_data(cfg)
-    except UserError:  # no data here: the shapes are what counts
-        data, random = module.random_data(cfg), True
+    except UserError as error:  # no data here: the shapes are what counts
+        data, random = module.random_data(cfg), str(error)
     known = not random or hasattr(getattr(cfg, "training", None), "steps")
     steps = module.total_steps(cfg, data) if known else None
     section = cfg.training if hasattr(cfg, "training") else getattr(cfg, data.stage)
@@ -135,7 +135,7 @@ def profile(config_path, batch_size=None, device="auto", repeats=5):
             "flops_per_sample": total / size, "flops_run": total * steps if steps else None, "batch_size": size, "steps": steps,
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "step_ms": 1000 * median, "flop_per_s": total / median,
             "peak_bytes": peak_memory(step, where), "operators": {"profiler": by_profiler, "counter": by_counter}, "uncounted": uncounted,
-            "random_data": random, "device": str(where)}
+            "random_data": bool(random), "why_random": random, "device": str(where)}
 
 
 def scaled(value, unit="FLOP"):
@@ -166,7 +166,8 @@ def report(results):
              for label, key, show in ROWS]
     lines.append(common.format_table(header, table))
     for r in results:
-        lines.append(f"\n{Path(r['config']).stem}: on {r['device']}{', random data of the real shapes' if r['random_data'] else ''}")
+        lines.append(f"\n{Path(r['config']).stem}: on {r['device']}"
+                     + (f", random data of the real shapes ({r['why_random']})" if r["random_data"] else ""))
         for name, operators in r["operators"].items():
             lines.append(f"  by {name}: " + ", ".join(f"{op} {scaled(flops)}" for op, flops in sorted(operators.items(), key=lambda item: -item[1])))
         lines.append(f"  not counted by the profiler, {100 * sum(r['uncounted'].values()):.1f}% of the time: "

@@ -367,7 +367,8 @@ def scores(a, b, metric):
     if metric in ("cka", "unbiased_cka"):
         return gram_products(a, b) / (a["norm"][:, None] * b["norm"]).clamp(min=1e-300)
     if metric == "cknna":
-        return torch.stack([masked_hsic(a, i, b) / (a["self"][i] * b["self"]).sqrt() for i in range(len(a["near"]))])
+        own = a["self"][:, None] * b["self"]  # of one sign, or too few mutual neighbours for a score: 0
+        return torch.stack([masked_hsic(a, i, b) for i in range(len(a["near"]))]) / own.sqrt().nan_to_num(0).clamp(min=1e-300) * (own > 1e-30)
     rows = max(1, BLOCK_BYTES // (len(b["near"]) * k * k))
     out = []
     for near in a["near"]:
@@ -437,7 +438,7 @@ def alignment_matrix(stack_a, stack_b, metric, k=10):
     edit_distance_knn: 1 - mean Levenshtein distance of the lists / k; in [0, 1].
     cka: linear CKA (Kornblith et al. 2019, eq. 1); in [0, 1], biased upwards when D is not far below N.
     unbiased_cka: with Song et al.'s (2012) unbiased HSIC; around 0 for independent features, may be negative.
-    cknna: CKA with both Grams restricted to shared neighbours (Huh et al. 2024, appendix A), unbiased.
+    cknna: CKA with both Grams restricted to shared neighbours (Huh et al. 2024, appendix A), unbiased; 0 where there are too few of them.
     svcca: mean canonical correlation of the first 10 singular directions (Raghu et al. 2017); in [0, 1].
 
     Raises: UserError for an unknown metric, N <= k, different N, non-finite features.
@@ -580,7 +581,7 @@ def _rank_sum_counts(x, y):
 
 
 def spearman(x, y):
-    """Spearman's rho with its two-sided p over n pairs: exact by permutation up to n = 10, beyond that Student's t with n - 2 degrees of freedom.
+    """Spearman's rho with its two-sided p over n pairs: exact by permutation up to n = 12, beyond that Student's t with n - 2 degrees of freedom.
 
     Returns: dict rho, p, n; rho and p are nan for n < 3 or when one side is constant.
     """
@@ -748,6 +749,8 @@ def caption_levels(pattern):
 
 def feature_files(pattern, pool, what):
     """Paths of the .pt files of a folder (searched through), file or pattern; those whose name says another `pool-...` are left out."""
+    if not pattern:
+        raise UserError(f"the folder of the {what} features is not set; give features_dir= (README, 'Data'), or try --demo")
     path = Path(pattern)
     files = sorted(path.rglob("*.pt")) if path.is_dir() else [path] if path.is_file() else [Path(p)
                                                                                             for p in sorted(glob.glob(pattern, recursive=True))]
@@ -875,13 +878,16 @@ def read_films(cfg, device):
     for path in (root / "split.json", *label_files):
         if not path.is_file():
             raise UserError(f"{path}: no such file; point mmimdb.dir= at the MM-IMDb folder (README, 'Data'), or try --demo")
-    labels, all_ids, genres = np.load(label_files[0]), label_files[1].read_text().split(), json.loads(label_files[2].read_text())
+    try:
+        labels, all_ids, genres = np.load(label_files[0]), label_files[1].read_text().split(), json.loads(label_files[2].read_text())
+    except Exception as error:  # numpy, json and the file system raise kinds of their own
+        raise UserError(f"{root / 'labels'}: the label files cannot be read ({type(error).__name__}: {error}); make them again") from None
     if labels.shape != (len(all_ids), len(genres)):
         raise UserError(f"{label_files[0]}: expected {len(all_ids)} x {len(genres)} (ids_all.txt, class_names_23.json), found {list(labels.shape)}")
     split, row_of = common.read_json(root / "split.json"), {film: row for row, film in enumerate(all_ids)}
     chosen = {}
     for part in ("train", "dev", "test"):
-        chosen[part] = [str(film) for film in split.get(part, [])]
+        chosen[part] = [str(film) for film in split.get(part) or []]
         index_file = next((p for p in (root / part, root / f"{part}.txt", root / f"{part}.json") if p.is_file()), None)
         if index_file:
             listed = read_lines(index_file)
@@ -924,7 +930,10 @@ def read_films(cfg, device):
 
 def read_latents(path, ids, a):
     """The clean views of one latent file as Features of one layer; row = views * film + view."""
-    rows = np.load(path, mmap_mode="r")
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except Exception as error:  # numpy raises kinds of its own on a damaged file
+        raise UserError(f"{path}: not a readable .npy file ({type(error).__name__}); encode it again") from None
     manifest_file = path.with_name(f"{path.stem}_manifest.json")
     views = common.read_json(manifest_file).get("views_per_sample") if manifest_file.is_file() else None
     if not isinstance(views, int) or rows.ndim != 2 or len(rows) != views * len(ids):
@@ -989,11 +998,12 @@ def load_data(cfg, stage=None):
             source.language += climb(ladder, source.language, texts, source.splits["train"])
             jobs = [{"model": m.model} for m in source.language]
         else:
-            genre_of(cfg.finetune.class_idx, source.genres)
-            jobs = [{"seed": seed, "weight": w, "genre": genre_of(cfg.finetune.class_idx, source.genres)}
+            genre = genre_of(cfg.finetune.class_idx, source.genres)
+            for part, rows in source.splits.items():
+                if not 0 < source.labels[rows, source.genres.index(genre)].sum() < len(rows):
+                    raise UserError(f"finetune.class_idx: {genre} has none or all of the {len(rows)} films of {part}; choose another genre")
+            jobs = [{"seed": seed, "weight": w, "genre": genre}
                     for w in cfg.finetune.weights for seed in range(cfg.seed, cfg.seed + cfg.finetune.n_seeds)]
-            if not jobs:
-                raise UserError("finetune.weights is empty; give at least one contrastive weight")
     return select(Data(stage, {}, {}, {}, jobs, source, files, synthetic), jobs[-1])
 
 
@@ -1854,8 +1864,10 @@ def evaluate(cfg, stages=None):
 def main(argv):
     args = common.parse_command_line(argv, (Config,), __doc__, STAGES)
     cfg = common.load_config(Config, args.config, args.overrides, demo=args.demo)
-    if not cfg.stages or len(set(cfg.stages)) != len(cfg.stages) or not cfg.alignment.metrics:
-        raise UserError("stages and alignment.metrics must each name at least one, and each once")
+    for key, values in (("stages", cfg.stages), ("alignment.metrics", cfg.alignment.metrics), ("finetune.weights", cfg.finetune.weights),
+                        ("mmimdb.learning_rates", cfg.mmimdb.learning_rates), ("mmimdb.weight_decays", cfg.mmimdb.weight_decays)):
+        if not values or len(set(values)) != len(values):
+            raise UserError(f"{key} must name at least one, and each once")
     if args.stage not in ("all", *cfg.stages):
         raise UserError(f"{args.config} has the stages {', '.join(cfg.stages)}; for {args.stage} set stages='[{args.stage}]'")
     if args.demo:

@@ -205,7 +205,7 @@ def test_every_layer_pair_against_loops(metric, k, duplicates):
     expected = torch.tensor([[loop_metric(metric, a[:, i], b[:, j], k) for j in range(3)] for i in range(2)], dtype=torch.float64)
     got = exp.alignment_matrix(a, b, metric, k)
     assert got.shape == (2, 3)
-    assert torch.allclose(got, expected, atol=3e-7, equal_nan=True), (got, expected)
+    assert torch.allclose(got, expected.nan_to_num(0), atol=3e-7), (got, expected)
 
 
 @pytest.mark.parametrize("metric", exp.METRICS)
@@ -494,7 +494,8 @@ def test_bad_features_are_one_line_naming_the_file(tmp_path, capsys, case):
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["alignment.metrics=[mutual_nn]"], "mutual_knn"), (["alignment.k=30"], "too few for alignment.k=30"),
+    (["alignment.metrics=[mutual_nn]"], "mutual_knn"), (["features_dir="], "is not set"), (["alignment.metrics=[cka, cka]"], "each once"),
+    (["mmimdb.learning_rates=[]"], "mmimdb.learning_rates must name"), (["alignment.k=30"], "too few for alignment.k=30"),
                                                     (["features_dir=nowhere"], "no language feature files"),
     (["stages=[uniqueness]"], r"placeholder {u}"), (["stages=[uniqueness]", "features_dir=nowhere_{u}"], "for any level"),
                                                     (["stages=[align, align]"], "each once"),
@@ -673,6 +674,8 @@ def test_index_files_choose_films(tmp_path, films):
 
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda root: (root / "labels/ids_all.txt").write_text("1\n2\n"), "expected 2 x 23"),
+    (lambda root: (root / "labels/labels_all_23.npy").write_bytes(b"junk"), "label files cannot be read"),
+    (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_text.npy").write_bytes(b"junk"), "not a readable .npy"),
     (lambda root: (root / "split.json").write_text(json.dumps({"train": ["nobody"], "dev": ["x"], "test": ["y"]})), "1 films of train are not in"),
     (lambda root: np.save(root / "latents/mm_imdb1_globals_aug3_clip_text.npy", np.zeros((7, 4))), "expected 120 films x views_per_sample"),
     (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_image.npy").unlink(), "no mm_imdb1_globals_aug*_image.npy"),
@@ -718,6 +721,16 @@ def test_contrastive_weight_zero_trains_no_image_tower_and_scale_is_clamped(tmp_
     image, text, _ = model(batch := exp.make_batch(data, data.splits["train"][:8]))
     expected = common.info_nce(F.normalize(image, dim=1), F.normalize(text, dim=1), torch.tensor(100.0))
     assert model.losses(batch)["contrast"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_genre_that_dev_lacks_is_refused(tmp_path, films):
+    root = tmp_path / "lacking"
+    shutil.copytree(films, root)
+    labels, ids = np.load(root / "labels/labels_all_23.npy"), (root / "labels/ids_all.txt").read_text().split()
+    labels[[ids.index(film) for film in common.read_json(root / "split.json")["dev"]], demo_data.GENRES.index("War")] = 0
+    np.save(root / "labels/labels_all_23.npy", labels)
+    with pytest.raises(UserError, match="War has none or all of the 12 films of dev"):
+        exp.load_data(film_config(tmp_path, root, "finetune.class_idx=War"))
 
 
 def test_threshold_that_maximises_f1():

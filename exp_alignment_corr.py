@@ -255,7 +255,7 @@ def centred_rows(x):
 def standardized(x):
     """Columns of centred x [N, D] divided by their norms; constant ones stay 0."""
     norms = x.square().sum(0).sqrt()
-    return x / norms.clamp(min=1e-12 * float(norms.max()))
+    return x / norms.clamp(min=max(1e-12 * float(norms.max()), 1e-300))
 
 
 def prepare(stack, metric, k=10):

@@ -263,6 +263,17 @@ def test_svcca_of_flat_spectra_low_rank_and_few_features():
     assert exp.svcca(narrow, narrow) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("metric", exp.METRICS)
+def test_tiny_and_degenerate_features_give_finite_scores(metric):
+    g = torch.Generator().manual_seed(0)
+    for n, d, dtype in itertools.product((4, 5, 12), (1, 3), (torch.float16, torch.bfloat16, torch.float64)):
+        a, b = torch.randn(n, 2, d, generator=g).to(dtype), torch.randn(n, 3, d + 1, generator=g).to(dtype)
+        a[2], b[:, 1] = 0, 1  # a row without direction, a layer without differences
+        for k in (1, n - 1):
+            assert torch.isfinite(exp.alignment_matrix(a, b, metric, k)).all(), (n, d, dtype, k)
+    assert math.isfinite(getattr(exp, metric)(torch.zeros(11, 4), torch.zeros(11, 4)))
+
+
 def test_chance_levels():
     a, b = case_b(400, (32, 32))
     assert exp.mutual_knn(a, b) == pytest.approx(10 / 399, abs=0.01)

@@ -47,14 +47,14 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------------------------------------------------------- config
 
-# Keys that do not change what is trained: they neither name the run's folder nor make it a different run. So are all that end in dir or _file:
-# the data they name are known by their fingerprint.
-NEUTRAL_KEYS = ("device", "num_workers", "wandb", "evaluation.", "compare")
+# Keys that do not change what is trained: they neither name the run's folder nor make it a different run. So are all that end in dir, _file or
+# parquet: the data they name are known by their fingerprint.
+NEUTRAL_KEYS = ("device", "num_workers", "wandb", "evaluation", "compare", "dim")
 
 
 def is_neutral(key):
     """Whether a dotted config key leaves the run what it is."""
-    return key.startswith(NEUTRAL_KEYS) or key.endswith(("dir", "_file"))
+    return key.split(".")[0] in NEUTRAL_KEYS or key.endswith(("dir", "_file", "parquet", ".cache"))
 
 
 def ranged(default, *bounds):
@@ -781,17 +781,17 @@ def read_json(path):
     return value
 
 
-def fingerprint(paths, whole=1 << 31):
-    """16 hex digits of the SHA-256 over the contents of the files, in the order given; of a file larger than `whole` bytes its size and 512 blocks
-    of 1 MiB, evenly spread from its first to its last."""
+def fingerprint(paths, whole=1 << 31, blocks=512):
+    """16 hex digits of the SHA-256 over the contents of the files, in the order given; of a file larger than `whole` bytes its size and `blocks`
+    blocks of 1 MiB, evenly spread from its first to its last."""
     digest = hashlib.sha256()
     for path in paths:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             if size > whole:
                 digest.update(str(size).encode())
-                for i in range(512):
-                    file.seek((size - (1 << 20)) * i // 511)
+                for i in range(blocks):
+                    file.seek((size - (1 << 20)) * i // (blocks - 1))
                     digest.update(file.read(1 << 20))
             else:
                 while block := file.read(1 << 24):

@@ -1,0 +1,1493 @@
+"""Matryoshka vision-text alignment: can one 4096-d embedding be cut to 128 dimensions with little loss?
+
+Two encoders (frozen pretrained ones, or a ViT and a text transformer from scratch), attention pooling and an MLP projector each, trained on PixMo
+images and captions by InfoNCE on the whole embedding and on its prefixes. Papers: Kusupati et al. 2022 (MRL), arXiv 2205.13147; Deitke et al. 2024
+(PixMo), arXiv 2409.17146.
+
+    python exp_pixmo_mrl.py configs/pixmo_scratch.yaml dataset.train_parquet=... dataset.val_parquet=... dataset.test_parquet=...
+    python exp_pixmo_mrl.py configs/pixmo_scratch.yaml --demo       # rendered scenes, under 90 s on two CPU cores
+    python exp_pixmo_mrl.py configs/pixmo_alignment.yaml            # CLIP ViT-L/14-336 and mpnet, frozen (needs transformers and a GPU)
+    python exp_pixmo_mrl.py configs/pixmo_scratch.yaml --stage embed dim=64 parquet=more.parquet        # embeddings.pt of any parquet
+    python exp_pixmo_mrl.py configs/pixmo_scratch.yaml --stage compare compare='[results/pixmo_scratch, results/pixmo_scratch_nomrl]'
+
+It prints retrieval at every dimension last, beside chance and PCA; pixmo_scratch_nomrl.yaml is the control without MRL.
+
+Shapes: B pairs a batch, N of a split, T tokens (patches or text), W width of an encoder, D = projection_dim, d one of the Matryoshka dimensions.
+
+Deviations from the recipe this follows:
+- every prefix is L2-normalised again (normalising the whole vector only leaves short prefixes at a wrong temperature);
+- pooling comes before the projector, which is an MLP: one linear map of W < D features cannot fill D dimensions;
+- rows without a caption (text dropout) and rows of equal image or caption are not each other's negatives (`text_dropout_mode: literal`: they are);
+- the cosine schedule stays at 0 past its end; resuming is exact, and a finished run is not trained again.
+"""
+
+import collections
+import dataclasses
+import glob
+import hashlib
+import heapq
+import io
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import common
+import demo_data
+from common import UserError, ranged
+
+
+# ---------------------------------------------------------------------------------------------------------------- config
+
+@dataclass
+class DatasetConfig:
+    train_parquet: str = "pixmo/pixmo_train.parquet"  # a file, a folder, or a glob
+    val_parquet: str = "pixmo/pixmo_val.parquet"  # chooses the epoch
+    test_parquet: str = ""  # reported (empty: the validation split is, and the report says so)
+    batch_size: int = ranged(64, ">= 2")  # pairs a step
+    image_size: int = ranged(0, ">= 0")  # pixels a side (0: what a pretrained encoder asks for, else 224)
+    random_crop: float = ranged(0.875, "> 0", "<= 1")  # side of the training crop, relative to the stored square
+    horizontal_flip_prob: float = ranged(0.0, ">= 0", "<= 1")  # captions often say left and right
+    max_text_length: int = ranged(512, ">= 2")  # tokens; longer captions are cut (a pretrained encoder may allow less)
+    text_dropout_prob: float = ranged(0.1, ">= 0", "< 1")  # captions replaced by "" in training
+    text_dropout_mode: Literal["masked", "literal"] = "masked"  # literal: dropped and duplicate captions stay negatives
+    max_pixels: int = ranged(100_000_000, ">= 1")  # images with more are left out unread
+    shuffle_rows: int = ranged(2048, ">= 1")  # row groups are shuffled, then rows within windows of at least so many
+    cache: bool = True  # keep decoded images (uint8, size**2 * 3 bytes each); false: decode at every use
+    cache_dir: str = "data/cache/pixmo"  # indexes, captions and decoded images
+
+
+@dataclass
+class VisionConfig:
+    name: str = "scratch"  # scratch, or a model of the Hugging Face hub or a folder (frozen)
+    projection_dim: int = ranged(4096, ">= 2")  # D, of both encoders
+    mrl_dimensions: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128], metadata={"bounds": (">= 1",)})  # besides projection_dim
+    use_attention_pooling: bool = True  # false: mean over the tokens
+    pooling_type: Literal["simple", "multihead"] = "simple"  # one score a token, or a learned query in `pooling_heads` heads
+    pooling_heads: int = ranged(8, ">= 1")  # of multihead
+    projector: Literal["mlp", "linear"] = "mlp"  # LayerNorm, then two layers or one
+    width: int = ranged(384, ">= 8")  # of the scratch ViT
+    depth: int = ranged(12, ">= 1")  # blocks
+    heads: int = ranged(6, ">= 1")  # attention heads
+    patch_size: int = ranged(16, ">= 1")  # pixels
+    dropout: float = ranged(0.0, ">= 0", "< 1")  # in the scratch blocks
+
+
+@dataclass
+class TextConfig:
+    name: str = "scratch"  # scratch, or a model of the Hugging Face hub or a folder (frozen)
+    use_attention_pooling: bool = True  # false: mean over the tokens
+    pooling_type: Literal["simple", "multihead"] = "simple"  # as of the vision encoder
+    pooling_heads: int = ranged(8, ">= 1")  # of multihead
+    projector: Literal["mlp", "linear"] = "mlp"  # as of the vision encoder
+    width: int = ranged(384, ">= 8")  # of the scratch transformer
+    depth: int = ranged(6, ">= 1")  # blocks
+    heads: int = ranged(6, ">= 1")  # attention heads
+    vocab_size: int = ranged(8192, ">= 258")  # of the byte-level BPE built from the training captions
+    dropout: float = ranged(0.0, ">= 0", "< 1")  # in the scratch blocks
+
+
+@dataclass
+class LossConfig:
+    contrastive: float = ranged(0.25, ">= 0")  # weight of InfoNCE on all D dimensions
+    mrl: float = ranged(1.0, ">= 0")  # weight of the Matryoshka loss (0: the control without it)
+    mrl_weights: list[float] = field(default_factory=list, metadata={"bounds": ("> 0",)})  # a dimension, from the largest (empty: equal)
+    sample_single_mrl_dim: bool = True  # one dimension a step, drawn by its weight; false: all of them
+    temperature: float = ranged(0.07, "> 0")  # of the softmax; where it starts if it is learned
+    learnable_temperature: bool = False  # train log(1 / temperature), at most log(100)
+
+
+@dataclass
+class OptimizationConfig:
+    lr: float = ranged(2e-4, "> 0")  # AdamW, after warm-up
+    weight_decay: float = ranged(0.01, ">= 0")  # on matrices only
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"bounds": (">= 0", "< 1")})  # of AdamW
+    max_grad_norm: float = ranged(1.0, "> 0")  # gradients are scaled down to this norm
+    warmup_ratio: float = ranged(0.1, ">= 0", "< 1")  # share of the steps
+    num_epochs: int = ranged(10, ">= 1")  # passes over the training rows
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU that has it, fp16 on another, else fp32
+    gradient_checkpointing: bool = False  # recompute the scratch blocks in backward: less memory, a third more time
+    save_every_steps: int = ranged(500, ">= 1")  # checkpoint_latest.pt within an epoch
+    save_every_epochs: int = ranged(0, ">= 0")  # keep checkpoint_epoch_*.pt (0: none)
+    log_every: int = ranged(50, ">= 1")  # steps between rows of metrics.csv
+    compile: bool = False  # torch.compile the scratch encoders
+
+
+@dataclass
+class EvaluationConfig:
+    shortlists: list[int] = field(default_factory=lambda: [10, 50, 200], metadata={"bounds": (">= 1",)})  # candidates of adaptive retrieval
+    n_pca: int = ranged(5000, ">= 2")  # training pairs that the PCA is fitted on
+    projection: Literal["pca", "tsne"] = "pca"  # of embedding_space.png
+    plots: bool = True  # draw the PNGs
+
+
+@dataclass
+class Config:
+    experiment: str = "pixmo_mrl"  # which script a YAML belongs to
+    seed: int = ranged(42, ">= 0", "< 4294967296")  # weights, data order, crops, dropped captions, drawn dimensions
+    device: str = "auto"  # auto | cuda | mps | cpu
+    num_workers: int = ranged(4, ">= 0")  # threads that decode images (0: the main one)
+    output_dir: str = ""  # run folder (empty: results/<config name>[,overrides])
+    wandb: bool = False  # mirror metrics.csv to Weights & Biases
+    compare: list[str] = field(default_factory=list)  # run folders for --stage compare
+    dim: int = ranged(0, ">= 0")  # of --stage embed (0: projection_dim)
+    parquet: str = ""  # input of --stage embed (empty: the test split, else the validation split)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    vision_encoder: VisionConfig = field(default_factory=VisionConfig)
+    text_encoder: TextConfig = field(default_factory=TextConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def mrl_dims(vision):
+    """All dimensions that are trained and measured, ascending, without duplicates: mrl_dimensions and projection_dim."""
+    return sorted({*vision.mrl_dimensions, vision.projection_dim})
+
+
+def check(cfg):
+    """Raises UserError for keys that do not fit each other."""
+    v, t, losses = cfg.vision_encoder, cfg.text_encoder, cfg.losses
+    if max(v.mrl_dimensions, default=1) > v.projection_dim:
+        raise UserError(f"vision_encoder.mrl_dimensions: {max(v.mrl_dimensions)} is more than vision_encoder.projection_dim={v.projection_dim}")
+    if losses.mrl_weights and len(losses.mrl_weights) != len(mrl_dims(v)):
+        raise UserError(f"losses.mrl_weights: expected one for each of {mrl_dims(v)[::-1]}, found {len(losses.mrl_weights)}")
+    if losses.contrastive == losses.mrl == 0:
+        raise UserError("losses.contrastive and losses.mrl are both 0; nothing would be trained")
+    if len(cfg.optimization.betas) != 2:
+        raise UserError(f"optimization.betas: expected two numbers, found {cfg.optimization.betas}")
+    for name, section in (("vision_encoder", v), ("text_encoder", t)):
+        if section.name == "scratch" and section.width % section.heads:
+            raise UserError(f"{name}.width={section.width} is not a multiple of {name}.heads={section.heads}")
+    size = cfg.dataset.image_size or 224
+    if v.name == "scratch" and size % v.patch_size:
+        raise UserError(f"dataset.image_size={size} is not a multiple of vision_encoder.patch_size={v.patch_size}")
+
+
+# --------------------------------------------------------------------------------------------------------------- parquet
+
+IMAGE_COLUMNS, CAPTION_COLUMNS = ("image_bytes", "image", "jpg", "bytes"), ("caption", "text", "captions", "transcripts")
+ID_COLUMNS = ("image_id", "id", "key", "image_url", "url")
+
+
+def parquet_files(pattern, key):
+    """The sorted parquet files of a file, folder or glob. Raises: UserError naming the config key."""
+    path = Path(pattern).expanduser()
+    found = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path)))]
+    if not found:
+        raise UserError(f"{key}={pattern}: no parquet files there; download allenai/pixmo-cap with its images (README, 'Data'), point {key}= at it, "
+                        "or try --demo")
+    return found
+
+
+def open_parquet(path):
+    """(pyarrow ParquetFile, image column, caption column, id column or None). Raises: UserError naming file and columns."""
+    import pyarrow
+    import pyarrow.parquet as pq
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    kinds, is_binary = {f.name: f.type for f in file.schema_arrow}, (lambda k: pyarrow.types.is_binary(k) or pyarrow.types.is_large_binary(k))
+
+    def holds_bytes(kind):
+        return is_binary(kind) or (pyarrow.types.is_struct(kind) and any(f.name == "bytes" and is_binary(f.type) for f in kind))
+    image = next((c for c in IMAGE_COLUMNS if c in kinds and holds_bytes(kinds[c])), None)
+    caption = next((c for c in CAPTION_COLUMNS if c in kinds), None)
+    if image is None:
+        urls = [c for c in kinds if "url" in c.lower()]
+        raise UserError(f"{path}: holds no image bytes (columns {', '.join(kinds)}); expected one of {', '.join(IMAGE_COLUMNS)}, binary or a struct "
+                        f"with `bytes`{f'. {urls[0]} only says where the images are: use a release that embeds them' if urls else ''}")
+    if caption is None:
+        raise UserError(f"{path}: no captions (columns {', '.join(kinds)}); expected one of {', '.join(CAPTION_COLUMNS)}")
+    return file, image, caption, next((c for c in ID_COLUMNS if c in kinds), None)
+
+
+def read_group(path, group):
+    """Yields (image bytes or None, list of captions, id or None) for each row of a row group, 64 rows in memory at a time.
+
+    Raises: UserError naming file and row group.
+    """
+    import pyarrow
+    file, image, caption, key = open_parquet(path)
+    with file:
+        try:
+            for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[c for c in (image, caption, key) if c], use_threads=False):
+                images = batch.column(image)
+                images = images.field("bytes") if pyarrow.types.is_struct(images.type) else images
+                keys = batch.column(key).to_pylist() if key else [None] * len(batch)
+                for data, text, name in zip(images, batch.column(caption).to_pylist(), keys, strict=True):
+                    yield data.as_py(), [t.strip() for t in (text if isinstance(text, list) else [text]) if isinstance(t, str) and t.strip()], name
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path}: row group {group} cannot be read ({str(error).splitlines()[0]}); download the file again") from None
+
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+def decode_image(data, size, max_pixels=100_000_000):
+    """The centre square of an image file as uint8 [size, size, 3]: turned as its EXIF says, transparency on white, 16 bits scaled to 8.
+
+    JPEGs are decoded at the power of two that leaves at least twice `size`. Raises: ValueError with the cause, of anything that is no whole image.
+    """
+    if not data:
+        raise ValueError("no image bytes")
+    Image.MAX_IMAGE_PIXELS = None  # max_pixels takes its place
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception:
+        start = bytes(data[:64]).lstrip().lower()
+        raise ValueError("HTML, not an image" if start.startswith((b"<!doctype", b"<html")) else "not an image") from None
+    if image.format not in FORMATS:
+        raise ValueError(f"format {image.format} is not read")
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than dataset.max_pixels={max_pixels}")
+    try:
+        image.draft(image.mode, (2 * size, 2 * size))
+        image.load()  # only this finds a file cut off half-way
+        try:
+            turn = TURNS.get(image.getexif().get(0x0112))
+        except Exception:  # a damaged EXIF block says nothing about the pixels
+            turn = None
+        if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
+            values = np.asarray(image)
+            if values.size and (values.min() < 0 or values.max() > 65535):
+                raise ValueError("32-bit integers are not read")
+            image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels are not read")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        image = image.transpose(Image.Transpose[turn]) if turn else image
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0)
+    except Exception as error:  # Pillow's decoders raise kinds of their own
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    return np.asarray(image)
+
+
+@dataclass
+class Split:
+    """The rows of some parquet files that hold an image and a caption. `position` numbers all rows, good and bad, over all files."""
+    name: str
+    files: list  # paths
+    groups: np.ndarray  # [G, 4] int: file, row group in it, first position, rows
+    position: np.ndarray  # [N] of the good rows, ascending
+    captions: list  # [N] lists of str, at least one each
+    ids: list  # [N] of the id column, else "<file>:<row>"
+    same: np.ndarray  # [N] int: rows that share an image or a caption carry the same number
+    image_hash: np.ndarray  # [N] uint64 of the encoded bytes
+    bad: list  # [(file, row, cause)]
+    size: int  # of the stored square
+    max_pixels: int
+    pixels: np.ndarray | None  # [positions, size, size, 3] uint8, memory-mapped; None: decoded at every use
+    window: int  # shuffle_rows
+    fingerprint: str
+    tokens: list = None  # [N] lists of int32 arrays, one a caption
+    held: dict = field(default_factory=collections.OrderedDict)  # row group -> encoded images, when there are no pixels
+
+    def __len__(self):
+        return len(self.position)
+
+
+def group_equal(*keys):
+    """[N] int: the smallest index of a row's connected component, rows being joined by any equal key; keys: [N] lists of lists of hashables."""
+    parent = list(range(len(keys[0])))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+    for column in keys:
+        seen = {}
+        for i, values in enumerate(column):
+            for value in values:
+                a, b = root(i), root(seen.setdefault(value, i))
+                parent[max(a, b)] = min(a, b)
+    return np.array([root(i) for i in range(len(parent))], dtype=np.int64)
+
+
+def prepare(pattern, key, cfg, size):
+    """Split of a parquet file, folder or glob: every image is decoded once, the good rows are indexed and, with dataset.cache, kept.
+
+    Work that a kill interrupts goes on at the next row group. Raises: UserError (no files, no columns, no good row, no room on the disk).
+    """
+    d, files = cfg.dataset, parquet_files(pattern, key)
+    groups, position = [], 0
+    for number, path in enumerate(files):
+        metadata = open_parquet(path)[0].metadata
+        for group in range(metadata.num_row_groups):
+            groups.append((number, group, position, metadata.row_group(group).num_rows))
+            position += groups[-1][3]
+    source = common.fingerprint(files, whole=1 << 26, blocks=16)
+    recipe = json.dumps([source, size, d.max_pixels, d.cache, "centre square, bicubic, 1"])
+    folder = Path(d.cache_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    index, image_file = folder / "rows.jsonl", folder / "pixels.uint8"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {}
+    if index.exists():
+        for line in index.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                done[entry["group"]] = entry
+            except (ValueError, KeyError):  # the line that a kill cut short; its row group is read again
+                continue
+    shape = (position, size, size, 3)
+    missing = [i for i in range(len(groups)) if i not in done]
+    if missing and d.cache:
+        with open(image_file, "ab") as file:
+            room = shutil.disk_usage(folder).free - (math.prod(shape) - file.tell())
+            if room < 0:
+                raise UserError(f"{folder}: {math.prod(shape) / 1e9:.1f} GB of decoded images do not fit, {-room / 1e9:.1f} GB are missing; "
+                                "set dataset.cache_dir=, or dataset.cache=false to decode at every use")
+        os.truncate(image_file, math.prod(shape))
+    if missing:
+        with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool, open(index, "ab") as log:
+            if log.tell():
+                log.write(b"\n")  # ends a line that a kill cut short
+            pixels = open(image_file, "r+b") if d.cache else None
+            started = time.time()
+            for n, i in enumerate(common.progress(missing, f"decoding {key.split('.')[-1]}")):
+                done[i] = decode_group(files[groups[i][0]], groups[i], i, size, d.max_pixels, pool if cfg.num_workers else None, pixels)
+                log.write(f"{json.dumps(done[i])}\n".encode())
+                log.flush()
+                if not sys.stderr.isatty() and time.time() - started > 30:
+                    started = time.time()
+                    print(f"decoding {key.split('.')[-1]}: {n + 1} of {len(missing)} row groups", flush=True)
+            if pixels:
+                pixels.close()
+    entries = [done[i] for i in range(len(groups))]
+    good = [np.array(e["rows"], dtype=np.int64) + groups[i][2] for i, e in enumerate(entries)]
+    captions = [texts for e in entries for texts in e["captions"]]
+    hashes = np.array([int(h, 16) for e in entries for h in e["hash"]], dtype=np.uint64)
+    first = {number: start for number, group, start, _ in groups if group == 0}
+    bad = [(files[groups[i][0]].name, row + groups[i][2] - first[groups[i][0]], cause) for i, e in enumerate(entries) for row, cause in e["bad"]]
+    names = [str(name) if name is not None else f"{files[groups[i][0]].name}:{row + groups[i][2] - first[groups[i][0]]}"
+             for i, e in enumerate(entries) for row, name in zip(e["rows"], e["ids"], strict=True)]
+    if not captions:
+        raise UserError(f"{key}={pattern}: none of {position:,} rows holds an image and a caption (the first: {bad[0][2] if bad else 'no rows'})")
+    mapped = np.memmap(image_file, dtype=np.uint8, mode="r", shape=shape) if d.cache else None
+    return Split(key.split(".")[-1].removesuffix("_parquet"), files, np.array(groups), np.concatenate(good), captions, names,
+                 group_equal([[int(h)] for h in hashes], captions), hashes, bad, size, d.max_pixels, mapped,
+                 d.shuffle_rows, source)
+
+
+def decode_group(path, group, number, size, max_pixels, pool, pixels):
+    """The index entry of a row group: {group, rows, captions, ids, hash of the good rows, bad: [(row, cause)]}; writes its images to `pixels`."""
+    entry = {"group": number, "rows": [], "captions": [], "ids": [], "hash": [], "bad": []}
+
+    def work(item):
+        row, (data, texts, name) = item
+        try:
+            image = decode_image(data, size, max_pixels)
+            if not texts:
+                raise ValueError("no caption")
+        except ValueError as error:
+            return row, str(error), None, None, None, None
+        return row, None, image, texts, name, hashlib.sha256(data).hexdigest()[:16]
+
+    def chunks(rows, n=64):  # so that a pool never holds a whole row group
+        chunk = []
+        for row in rows:
+            chunk.append(row)
+            if len(chunk) == n:
+                yield chunk
+                chunk = []
+        yield chunk
+    for chunk in chunks(enumerate(read_group(path, group[1]))):
+        for row, cause, image, texts, name, digest in (pool.map if pool else map)(work, chunk):
+            if cause:
+                entry["bad"].append((row, cause))
+                continue
+            for part, value in (("rows", row), ("captions", texts), ("ids", name if isinstance(name, (int, str)) else None), ("hash", digest)):
+                entry[part].append(value)
+            if pixels:
+                pixels.seek((group[2] + row) * image.size)
+                pixels.write(image.tobytes())
+    if pixels:
+        pixels.flush()
+        os.fsync(pixels.fileno())
+    return entry
+
+
+def gather_images(split, rows, pool=None):
+    """uint8 [B, size, size, 3] of rows of a split: from the cache, or decoded from the row groups, of which those of a window are held."""
+    positions = split.position[rows]
+    if split.pixels is not None:
+        return split.pixels[positions]
+    group_of = np.searchsorted(split.groups[:, 2], positions, side="right") - 1
+    wanted = list(dict.fromkeys(group_of.tolist()))
+    for group in wanted:
+        if group not in split.held:
+            number, inside, _, _ = split.groups[group]
+            split.held[group] = [data for data, _, _ in read_group(split.files[number], int(inside))]
+        split.held.move_to_end(group)
+    data = [split.held[g][p - split.groups[g, 2]] for g, p in zip(group_of, positions, strict=True)]
+    while len(split.held) > len(wanted) and sum(map(len, split.held.values())) > 2 * split.window:
+        split.held.popitem(last=False)
+    return np.stack(list((pool.map if pool else map)(lambda x: decode_image(x, split.size, split.max_pixels), data)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- tokens
+
+WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")
+PAD, START, BYTE = 0, 1, 2  # ids: padding, the start of a text, and byte 0
+
+
+class Tokenizer:
+    """Byte-level BPE over lower-cased text (Sennrich et al. 2016, arXiv 1508.07909, on bytes): every text starts with START and has a code."""
+
+    def __init__(self, merges):
+        self.merges = [tuple(pair) for pair in merges]
+        self.rank = {pair: i for i, pair in enumerate(self.merges)}
+        self.known = {}
+
+    def __len__(self):
+        return BYTE + 256 + len(self.merges)
+
+    @classmethod
+    def train(cls, captions, vocab_size):
+        """The most frequent pairs, merged one after the other; of equal ones the smaller ids first. captions: iterable of str."""
+        counts = collections.Counter(word for text in captions for word in WORD.findall(text.lower()))
+        words = [([BYTE + b for b in word.encode()], n) for word, n in sorted(counts.items())]
+        pairs, where = collections.Counter(), collections.defaultdict(set)
+        for i, (ids, n) in enumerate(words):
+            for pair in zip(ids, ids[1:], strict=False):
+                pairs[pair] += n
+                where[pair].add(i)
+        heap = [(-n, pair) for pair, n in pairs.items()]
+        heapq.heapify(heap)
+        merges = []
+        while heap and BYTE + 256 + len(merges) < vocab_size:
+            negative, pair = heapq.heappop(heap)
+            if -negative != pairs[pair]:  # an outdated entry; the pair is in the heap again with its count of now
+                continue
+            if -negative < 2:
+                break
+            new, changed = BYTE + 256 + len(merges), set()
+            merges.append(pair)
+            for i in where.pop(pair):
+                ids, n = words[i]
+                for old in zip(ids, ids[1:], strict=False):
+                    pairs[old] -= n
+                    changed.add(old)
+                ids[:] = merge(ids, pair, new)
+                for now in zip(ids, ids[1:], strict=False):
+                    pairs[now] += n
+                    where[now].add(i)
+                    changed.add(now)
+            for other in changed - {pair}:
+                if pairs[other] > 0:
+                    heapq.heappush(heap, (-pairs[other], other))
+        return cls(merges)
+
+    def word(self, word):
+        ids = [BYTE + b for b in word.encode()]
+        while len(ids) > 1:
+            pair = min(zip(ids, ids[1:], strict=False), key=lambda p: self.rank.get(p, math.inf))
+            if pair not in self.rank:
+                break
+            ids = merge(ids, pair, BYTE + 256 + self.rank[pair])
+        return ids
+
+    def __call__(self, texts, max_length):
+        """[int32 array of at most max_length ids, ...] of a list of str."""
+        out = []
+        for text in texts:
+            ids = [START]
+            for word in WORD.findall(text.lower()):
+                if word not in self.known:
+                    self.known[word] = self.word(word)
+                ids += self.known[word]
+            out.append(np.array(ids[:max_length], dtype=np.int32))
+        return out
+
+
+def merge(ids, pair, new):
+    """ids with every occurrence of a pair replaced by one new id, from left to right."""
+    out, i = [], 0
+    while i < len(ids):
+        if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
+            out.append(new)
+            i += 2
+        else:
+            out.append(ids[i])
+            i += 1
+    return out
+
+
+def pretrained(name, what):
+    """(kind, model part) of `transformers` by name or folder; what: "vision" or "text". Raises: UserError with the remedy."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(f"{what}_encoder.name={name} needs the package: pip install transformers (or {what}_encoder.name=scratch)") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModel.from_pretrained(name)
+        facts = {"pad": 0}
+        if what == "vision":
+            processor = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(name)[0]
+            facts = {"mean": processor.get("image_mean") or [0.5] * 3, "std": processor.get("image_std") or [0.5] * 3}
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            facts = {"tokenizer": tokenizer, "pad": tokenizer.pad_token_id or 0}
+    except Exception as error:  # the hub, the files and the network raise kinds of their own
+        raise UserError(f"{what}_encoder.name={name} cannot be loaded ({' '.join(str(error).split())[:200]}); give a model of the hub or a folder, "
+                        f"or {what}_encoder.name=scratch") from None
+    model = getattr(model, f"{what}_model", model)
+    model = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    if what == "vision":
+        size = getattr(model.config, "image_size", None)
+        facts["image_size"] = size[0] if isinstance(size, (list, tuple)) else size
+    else:
+        limits = (facts["tokenizer"].model_max_length, getattr(model.config, "max_position_embeddings", None))
+        facts["max_length"] = min(n for n in (*limits, 10**6) if n)
+    return facts, model.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+@dataclass
+class Data:
+    """The splits, and what turns their rows into batches."""
+    sets: dict  # train | val | test -> Split
+    splits: dict  # the same names -> [N] row numbers, torch.arange
+    tokenizer: object  # (list of str, longest) -> [int32 array, ...]
+    encoders: dict  # vision | text -> (facts, frozen module), of pretrained ones
+    image_size: int
+    mean: torch.Tensor  # [3] of pixels in 0..255, on the device
+    std: torch.Tensor
+    pad: int  # token id
+    max_length: int  # tokens
+    empty: np.ndarray  # tokens of ""
+    dropout: float
+    literal: bool
+    flip: float
+    seed: int
+    device: torch.device
+    fingerprint: str
+    synthetic: bool
+
+
+def load_data(cfg, tokenizer=None, only=None):
+    """Data of cfg: train, val and, if there is one, test. Raises: UserError naming file or key.
+
+    tokenizer: of a finished run (else it is built from the training captions). only: (pattern, config key), to load nothing but that as `embed`.
+    """
+    check(cfg)
+    d, v, t = cfg.dataset, cfg.vision_encoder, cfg.text_encoder
+    device = common.pick_device(cfg.device)
+    keys = {"train": (d.train_parquet, "dataset.train_parquet"), "val": (d.val_parquet, "dataset.val_parquet")}
+    if d.test_parquet:
+        keys["test"] = (d.test_parquet, "dataset.test_parquet")
+    keys = {"embed": only} if only else keys
+    for pattern, key in keys.values():  # what is missing is said before minutes of decoding
+        for path in parquet_files(pattern, key):
+            open_parquet(path)
+    encoders = {part: pretrained(section.name, part) for part, section in (("vision", v), ("text", t)) if section.name != "scratch"}
+    facts = encoders["vision"][0] if v.name != "scratch" else {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 224}
+    size = d.image_size or facts["image_size"] or 224
+    sets = {name: prepare(pattern, key, cfg, round(size / d.random_crop)) for name, (pattern, key) in keys.items()}
+    leave_out_overlap(sets)
+    if t.name == "scratch":
+        tokenize = tokenizer or build_tokenizer(sets["train"], t.vocab_size, d.cache_dir)
+        pad, longest = PAD, d.max_text_length
+    else:
+        text, (pad, longest) = encoders["text"][0], (encoders["text"][0]["pad"], min(d.max_text_length, encoders["text"][0]["max_length"]))
+
+        def tokenize(texts, max_length):
+            return [np.array(ids, dtype=np.int32) for ids in text["tokenizer"](texts, truncation=True, max_length=max_length)["input_ids"]]
+    for split in sets.values():
+        flat = tokenize([text for texts in split.captions for text in texts], longest)
+        ends = np.cumsum([len(texts) for texts in split.captions])
+        split.tokens = [flat[end - len(texts):end] for end, texts in zip(ends, split.captions, strict=True)]
+    synthetic = any(b"synthetic" in (open_parquet(path)[0].schema_arrow.metadata or {}) for split in sets.values() for path in split.files)
+    digest = hashlib.sha256(" ".join(f"{name}={split.fingerprint}" for name, split in sets.items()).encode()).hexdigest()[:16]
+    return Data(sets, {name: torch.arange(len(split)) for name, split in sets.items()}, tokenize, encoders, size,
+                255 * torch.tensor(facts["mean"], device=device), 255 * torch.tensor(facts["std"], device=device), pad, longest,
+                tokenize([""], longest)[0], d.text_dropout_prob, d.text_dropout_mode == "literal", d.horizontal_flip_prob, cfg.seed, device, digest,
+                synthetic)
+
+
+def leave_out_overlap(sets):
+    """Take the rows out of train whose image is in val or test, and out of val those in test: a split is by image."""
+    for name, later in (("train", ("val", "test")), ("val", ("test",))):
+        for other in later:
+            if name not in sets or other not in sets:
+                continue
+            split = sets[name]
+            twice = np.isin(split.image_hash, sets[other].image_hash)
+            if twice.all():
+                raise UserError(f"dataset.{name}_parquet and dataset.{other}_parquet hold the same images; a split needs images of its own")
+            if twice.any():
+                keep = np.flatnonzero(~twice)
+                number = np.searchsorted(split.groups[:, 2], split.position[twice], side="right") - 1
+                first = {n: start for n, group, start, _ in split.groups if group == 0}
+                split.bad += [(split.files[split.groups[g, 0]].name, int(p - first[split.groups[g, 0]]), f"its image is also in {other}")
+                              for g, p in zip(number, split.position[twice], strict=True)]
+                for part in ("position", "same", "image_hash"):
+                    setattr(split, part, getattr(split, part)[keep])
+                for part in ("captions", "ids"):
+                    setattr(split, part, [getattr(split, part)[i] for i in keep])
+
+
+def build_tokenizer(split, vocab_size, cache_dir, n_captions=200_000):
+    """Tokenizer from (at most n_captions of) the captions of a split, kept in cache_dir."""
+    captions = [text for texts in split.captions for text in texts]
+    captions = captions[::-(-len(captions) // n_captions)]
+    name = hashlib.sha256("\0".join([str(vocab_size), *captions]).encode()).hexdigest()[:16]
+    path = Path(cache_dir) / f"tokenizer_{name}.json"
+    if not path.exists():
+        common.write_json(path, {"merges": Tokenizer.train(captions, vocab_size).merges})
+    return Tokenizer(common.read_json(path)["merges"])
+
+
+def uniform(seed, epoch, rows, what):
+    """[n] float64 in [0, 1): a pure function of its arguments (SplitMix64, Steele et al. 2014), whatever the batch or the number of threads."""
+    key = int.from_bytes(hashlib.sha256(f"{seed} {epoch} {what}".encode()).digest()[:8], "little")
+    x = np.asarray(rows).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def gather(data, rows, split="train", epoch=None, pool=None):
+    """A batch on the host: squares uint8 [B, S, S, 3], where to cut and whether to flip them, token ids. epoch: of training; None: no randomness."""
+    s, rows = data.sets[split], np.asarray(rows)
+    images, n, margin = gather_images(s, rows, pool), len(rows), s.size - data.image_size
+    top = left = np.full(n, margin // 2)
+    flip = dropped = np.zeros(n, dtype=bool)
+    texts = [s.tokens[r][0] for r in rows]
+    if epoch is not None:
+        draw = {what: uniform(data.seed, epoch, s.position[rows], what) for what in ("top", "left", "flip", "caption", "drop")}
+        top, left = (np.floor(draw[side] * (margin + 1)).astype(np.int64) for side in ("top", "left"))
+        flip, dropped = draw["flip"] < data.flip, draw["drop"] < data.dropout
+        texts = [data.empty if gone else s.tokens[r][int(u * len(s.tokens[r]))] for r, u, gone in zip(rows, draw["caption"], dropped, strict=True)]
+    tokens = np.full((n, max(map(len, texts))), data.pad, dtype=np.int64)
+    mask = np.zeros(tokens.shape, dtype=bool)
+    for i, text in enumerate(texts):
+        tokens[i, :len(text)], mask[i, :len(text)] = text, True
+    batch = {"image": images, "top": top, "left": left, "flip": flip, "tokens": tokens, "mask": mask, "ids": np.where(dropped, -1, s.same[rows])}
+    batch = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
+    return {name: value.pin_memory() for name, value in batch.items()} if data.device.type == "cuda" else batch
+
+
+def to_device(data, batch):
+    """{image [B, 3, H, H] float, tokens [B, T] int, mask [B, T] bool, ids [B] int}: cropped, flipped and normalised on the device."""
+    batch = {name: value.to(data.device, non_blocking=True) for name, value in batch.items()}
+    span, image = torch.arange(data.image_size, device=data.device), batch["image"]
+    columns = batch["left"][:, None] + torch.where(batch["flip"][:, None], span.flip(0), span)
+    image = image[torch.arange(len(image), device=data.device)[:, None, None], (batch["top"][:, None] + span)[:, :, None], columns[:, None]]
+    image = ((image - data.mean) / data.std).permute(0, 3, 1, 2)
+    return {"image": image, **{name: batch[name] for name in ("tokens", "mask", "ids")}}
+
+
+def make_batch(data, indices, split="train", epoch=None):
+    """A batch of rows [B] of a split on the device, as `to_device` returns it. epoch: draws crops, captions and text dropout; None: none of them."""
+    return to_device(data, gather(data, indices, split, epoch))
+
+
+def prefetched(work, items, depth=2):
+    """work(item) of every item in order, computed in a thread up to `depth` items ahead."""
+    with ThreadPoolExecutor(1) as thread:
+        queue = collections.deque()
+        for item in items:
+            queue.append(thread.submit(work, item))
+            if len(queue) > depth:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
+def epoch_order(split, seed, epoch):
+    """[N] rows in the order of an epoch: row groups shuffled, then rows within windows of whole row groups with at least split.window rows."""
+    rng = np.random.default_rng([seed, epoch])
+    groups = np.split(np.arange(len(split)), np.searchsorted(split.position, split.groups[1:, 2]))
+    order, window = [], []
+    for g in rng.permutation(len(groups)):
+        window.append(groups[g])
+        if sum(map(len, window)) >= split.window:
+            order.append(rng.permutation(np.concatenate(window)))
+            window = []
+    return np.concatenate([*order, *([rng.permutation(np.concatenate(window))] if window else [])])
+
+
+def steps_per_epoch(cfg, data):
+    return max(1, len(data.sets["train"]) // cfg.dataset.batch_size)
+
+
+def total_steps(cfg, data):
+    """Optimisation steps of a run; what does not fill a batch waits for another epoch."""
+    return cfg.optimization.num_epochs * steps_per_epoch(cfg, data)
+
+
+def training_batches(cfg, data, first):
+    """Batches on the host of the steps from `first` (counted from 0), each a pure function of seed, epoch and place."""
+    n, size = steps_per_epoch(cfg, data), cfg.dataset.batch_size
+
+    def items():
+        for epoch in range(first // n, cfg.optimization.num_epochs):
+            order = epoch_order(data.sets["train"], cfg.seed, epoch)
+            for place in range(max(0, first - epoch * n), n):
+                yield epoch, order[place * size:(place + 1) * size]
+    with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool:
+        yield from prefetched(lambda item: gather(data, item[1], "train", item[0], pool if cfg.num_workers else None), items())
+
+
+def random_data(cfg):
+    """Data of random pixels and tokens in the shapes of cfg, for profile_flops.py where the files are not at hand."""
+    check(cfg)
+    d, v, t = cfg.dataset, cfg.vision_encoder, cfg.text_encoder
+    encoders = {part: pretrained(section.name, part) for part, section in (("vision", v), ("text", t)) if section.name != "scratch"}
+    size = d.image_size or (encoders["vision"][0]["image_size"] if v.name != "scratch" else None) or 224
+    pad, longest = (PAD, d.max_text_length) if t.name == "scratch" else (encoders["text"][0]["pad"],
+                                                                         min(d.max_text_length, encoders["text"][0]["max_length"]))
+    device, rng, n, stored = common.pick_device(cfg.device), np.random.default_rng(0), d.batch_size, round(size / d.random_crop)
+    tokens = [[row] for row in rng.integers(START, BYTE + 256, (n, longest)).astype(np.int32)]
+    split = Split("train", [], np.array([[0, 0, 0, n]]), np.arange(n), [["random"]] * n, list(range(n)), np.arange(n), np.arange(n).astype(np.uint64),
+                  [], stored, 1, rng.integers(0, 256, (n, stored, stored, 3), dtype=np.uint8), n, "random", tokens)
+    tokenizer = Tokenizer([(BYTE, BYTE)] * (t.vocab_size - BYTE - 256)) if t.name == "scratch" else None
+    return Data({"train": split}, {"train": torch.arange(n)}, tokenizer, encoders, size, torch.full((3,), 127.5, device=device),
+                torch.full((3,), 127.5, device=device), pad, longest, tokens[0][0][:1], 0.0, False, 0.0, cfg.seed, device, "random", False)
+
+
+# ----------------------------------------------------------------------------------------------------------------- model
+
+class Block(nn.Module):
+    """Pre-norm transformer block on [B, T, W]; mask [B, T] bool: which tokens may be attended to."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+
+    def forward(self, x, mask=None):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T, W / heads]
+        x = x + F.dropout(self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+                                   .transpose(1, 2).flatten(2)), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+
+
+class ScratchViT(nn.Module):
+    """Patches of [B, 3, H, H] -> [B, T, W] tokens (Dosovitskiy et al. 2021, without a class token)."""
+
+    def __init__(self, c, image_size, checkpointing):
+        super().__init__()
+        self.width, self.checkpointing = c.width, checkpointing
+        self.patches = nn.Conv2d(3, c.width, c.patch_size, c.patch_size)
+        self.position = nn.Parameter(0.02 * torch.randn((image_size // c.patch_size) ** 2, c.width))
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout) for _ in range(c.depth))
+
+    def forward(self, image, mask=None):
+        return run_blocks(self, self.patches(image).flatten(2).transpose(1, 2) + self.position, mask)
+
+
+class ScratchText(nn.Module):
+    """Token ids [B, T] with their mask -> [B, T, W]; every token attends to all that are no padding."""
+
+    def __init__(self, c, n_tokens, max_length, checkpointing):
+        super().__init__()
+        self.width, self.checkpointing = c.width, checkpointing
+        self.embedding = nn.Embedding(n_tokens, c.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.position = nn.Parameter(0.02 * torch.randn(max_length, c.width))
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.dropout) for _ in range(c.depth))
+
+    def forward(self, tokens, mask):
+        return run_blocks(self, self.embedding(tokens) + self.position[:tokens.shape[1]], mask)
+
+
+def run_blocks(encoder, x, mask):
+    for block in encoder.blocks:
+        x = checkpoint(block, x, mask, use_reentrant=False) if encoder.checkpointing and torch.is_grad_enabled() else block(x, mask)
+    return x
+
+
+class Frozen(nn.Module):
+    """A pretrained encoder: always in eval mode, without gradients, in no optimizer and no checkpoint (a tuple hides it from nn.Module)."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.hidden, self.width = (backbone,), backbone.config.hidden_size
+
+    @torch.no_grad()
+    def forward(self, x, mask=None):
+        backbone, = self.hidden
+        output = backbone(pixel_values=x) if mask is None else backbone(input_ids=x, attention_mask=mask.long())
+        return output.last_hidden_state  # [B, T, W]
+
+
+class AttentionPooling(nn.Module):
+    """[B, T, W] -> [B, W], a weighted mean over the tokens where mask [B, T] is true; zeros for a row without any.
+
+    simple: one learned score a token. multihead: a learned query attends to the tokens in `heads` heads, and a linear map of the result.
+    """
+
+    def __init__(self, width, kind, heads):
+        super().__init__()
+        self.kind, self.heads = kind, heads
+        if kind == "simple":
+            self.score = nn.Linear(width, 1)
+        else:
+            if width % heads:
+                raise UserError(f"pooling_heads={heads} does not divide the encoder's width {width}")
+            self.query = nn.Parameter(torch.randn(heads, width // heads) / (width // heads) ** 0.5)
+            self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x, mask=None):
+        if self.kind == "simple":
+            scores, values = self.score(x).transpose(1, 2), x[:, None]  # [B, 1, T], [B, 1, T, W]
+        else:
+            keys, values = (part(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.key, self.value))  # [B, heads, T, W / heads]
+            scores = (keys * self.query[:, None]).sum(3) / keys.shape[3] ** 0.5  # [B, heads, T]
+        scores = scores.float()
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(2)
+        if mask is not None:
+            weights = weights * mask[:, None]
+        pooled = (weights.to(values.dtype)[:, :, None] @ values).flatten(1)  # [B, W]
+        return pooled if self.kind == "simple" else self.out(pooled)
+
+
+def mean_pooling(x, mask=None):
+    """[B, T, W] -> [B, W], the mean over the tokens where mask [B, T] is true; zeros for a row without any."""
+    return x.mean(1) if mask is None else (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+class Tower(nn.Module):
+    """An encoder, LayerNorm, pooling at its width, and the projector: inputs [B, ..] with mask -> [B, D], not normalised."""
+
+    def __init__(self, encoder, c, dim):
+        super().__init__()
+        self.encoder, self.norm = encoder, nn.LayerNorm(encoder.width)
+        self.pool = AttentionPooling(encoder.width, c.pooling_type, c.pooling_heads) if c.use_attention_pooling else mean_pooling
+        layers = [nn.Linear(encoder.width, dim), nn.GELU(), nn.Linear(dim, dim)] if c.projector == "mlp" else [nn.Linear(encoder.width, dim)]
+        self.projector = nn.Sequential(nn.LayerNorm(encoder.width), *layers)
+
+    def forward(self, x, mask=None):
+        tokens = self.encoder(x, mask)
+        return self.projector(self.pool(self.norm(tokens), mask))
+
+
+class MatryoshkaModel(nn.Module):
+    """Two towers into one space of D dimensions, with the weights of the loss and the logit scale."""
+
+    def __init__(self, cfg, data):
+        super().__init__()
+        v, t, losses, again = cfg.vision_encoder, cfg.text_encoder, cfg.losses, cfg.optimization.gradient_checkpointing
+        vision = Frozen(data.encoders["vision"][1]) if v.name != "scratch" else ScratchViT(v, data.image_size, again)
+        text = Frozen(data.encoders["text"][1]) if t.name != "scratch" else ScratchText(t, len(data.tokenizer), data.max_length, again)
+        self.vision, self.text = Tower(vision, v, v.projection_dim), Tower(text, t, v.projection_dim)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(losses.temperature)), requires_grad=losses.learnable_temperature)
+        self.dims, self.contrastive, self.mrl = mrl_dims(v), losses.contrastive, losses.mrl
+        self.weights = [w / sum(losses.mrl_weights) for w in losses.mrl_weights[::-1]] or [1 / len(self.dims)] * len(self.dims)
+        self.false_negatives = "ignore" if data.literal else "mask"
+        self.max_grad_norm = cfg.optimization.max_grad_norm
+        self.dtype = autocast_dtype(cfg.optimization.precision, data.device)
+        self.scaler = torch.amp.GradScaler(data.device.type, enabled=self.dtype == torch.float16)
+
+    @property
+    def logit_scale(self):
+        return self.log_scale.clamp(max=math.log(100)).exp()
+
+    def forward(self, batch):
+        """(image [B, D], text [B, D]) in float32, not normalised."""
+        with torch.autocast(batch["image"].device.type, self.dtype, enabled=self.dtype != torch.float32):
+            image, text = self.vision(batch["image"]), self.text(batch["tokens"], batch["mask"])
+        return image.float(), text.float()
+
+
+def autocast_dtype(precision, device):
+    """torch dtype of optimization.precision on a device."""
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def build_model(cfg, data):
+    """MatryoshkaModel on the data's device."""
+    model = MatryoshkaModel(cfg, data).to(data.device)
+    for tower in (model.vision, model.text):
+        if isinstance(tower.encoder, Frozen):
+            tower.encoder.hidden[0].to(data.device)
+        elif cfg.optimization.compile:
+            tower.encoder.compile()
+    return model
+
+
+def build_optimizer(cfg, model):
+    """AdamW; weight decay on matrices only: not on biases, norms, positions, embeddings and the logit scale."""
+    o, groups = cfg.optimization, ([], [])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim < 2 or name.endswith(("position", "embedding.weight", "query"))].append(parameter)
+    return torch.optim.AdamW([{"params": groups[0], "weight_decay": o.weight_decay}, {"params": groups[1], "weight_decay": 0.0}], lr=o.lr,
+                             betas=tuple(o.betas), fused=groups[0][0].is_cuda)
+
+
+# ------------------------------------------------------------------------------------------------------------- objective
+
+def prefix_losses(image, text, dims, logit_scale, ids=None, false_negatives="ignore"):
+    """{d: symmetric InfoNCE of the first d dimensions, L2-normalised again} for ascending dims.
+
+    Products and squared norms are accumulated from one dimension to the next, so that all prefixes cost one [N, D] x [D, N] product.
+    """
+    if image.ndim != 2 or image.shape != text.shape or not len(image):
+        raise ValueError(f"image and text must be equal [N, D] with N > 0, found {list(image.shape)} and {list(text.shape)}")
+    if not dims or dims[0] < 1 or dims[-1] > image.shape[1]:
+        raise ValueError(f"dims must lie in 1..{image.shape[1]}, found {dims}")
+    if false_negatives not in ("ignore", "mask") or (false_negatives == "mask" and ids is None):
+        raise ValueError(f"false_negatives must be ignore, or mask with ids [N], found {false_negatives!r}")
+    image, text = (x if x.dtype == torch.float64 else x.float() for x in (image, text))
+    if false_negatives == "mask":
+        masked = (ids[:, None] == ids).fill_diagonal_(False)
+    losses, scores, norms, last = {}, 0, [0, 0], 0
+    with torch.autocast(image.device.type, enabled=False):
+        for d in dims:
+            a, b = image[:, last:d], text[:, last:d]
+            scores = scores + a @ b.T  # [N, N]
+            norms = [norms[0] + a.square().sum(1), norms[1] + b.square().sum(1)]
+            inverse = [n.clamp(min=torch.finfo(n.dtype).tiny).rsqrt() for n in norms]
+            logits = logit_scale * scores * inverse[0][:, None] * inverse[1]
+            positive = logits.diagonal()
+            if false_negatives == "mask":
+                logits = logits.masked_fill(masked, torch.finfo(logits.dtype).min / 4)
+            losses[d] = ((logits.logsumexp(0) + logits.logsumexp(1)) / 2 - positive).mean()
+            last = d
+    return losses
+
+
+def matryoshka_loss(image, text, dims, logit_scale, weights=None, ids=None, false_negatives="ignore"):
+    """Matryoshka InfoNCE: (sum_d w_d L_d / sum_d w_d, {d: L_d}), L_d the symmetric InfoNCE of the first d dimensions, each L2-normalised.
+
+    image, text: [N, D] float, not normalised; row i of one is the partner of row i of the other. dims: ints in 1..D, any order.
+    logit_scale: 1 / temperature. weights: one a dimension, in the order of dims (default: equal). ids [N] int with false_negatives="mask": pairs of
+    equal id are not each other's negatives. Returns 0-d tensors, float32 (float64 for float64 input).
+    Raises: ValueError on shapes, dims or weights that do not fit.
+    Source: Kusupati et al. 2022, eq. 1, with InfoNCE for the classification loss.
+    """
+    weights = [1.0] * len(dims) if weights is None else list(weights)
+    if len(weights) != len(dims) or min(weights, default=0) < 0 or not sum(weights) > 0:
+        raise ValueError(f"weights must be one a dimension, none negative and not all 0, found {weights} for dims {dims}")
+    losses = prefix_losses(image, text, sorted(set(dims)), logit_scale, ids, false_negatives)
+    return sum(w * losses[d] for w, d in zip(weights, dims, strict=True)) / sum(weights), losses
+
+
+def objective(model, image, text, ids, drawn=None):
+    """{loss, loss_clip, loss_mrl}: contrastive * InfoNCE(D) + mrl * (the loss of the drawn dimension, or the weighted mean over all)."""
+    dims = [drawn] if drawn else model.dims
+    losses = prefix_losses(image, text, sorted({*dims, model.dims[-1]}), model.logit_scale, ids, model.false_negatives)
+    clip = losses[model.dims[-1]]
+    mrl = losses[drawn] if drawn else sum(w * losses[d] for w, d in zip(model.weights, dims, strict=True))
+    return {"loss": model.contrastive * clip + model.mrl * mrl, "loss_clip": clip, "loss_mrl": mrl}
+
+
+def draw_dim(cfg, model, step):
+    """The dimension of a step, drawn with probability w_d / sum w as a pure function of seed and step; None: all of them."""
+    if not cfg.losses.sample_single_mrl_dim or not cfg.losses.mrl:
+        return None
+    return int(np.random.default_rng([cfg.seed, step]).choice(model.dims, p=model.weights))
+
+
+def train_step(model, batch, optimizer, drawn=None):
+    """One step -> {loss, loss_clip, loss_mrl, grad_norm} as 0-d tensors (no synchronisation but fp16's). drawn: a dimension, or None for all."""
+    optimizer.zero_grad(set_to_none=True)
+    losses = objective(model, *model(batch), batch["ids"], drawn)
+    model.scaler.scale(losses["loss"]).backward()
+    model.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], model.max_grad_norm)
+    model.scaler.step(optimizer)
+    model.scaler.update()
+    return {**{name: value.detach() for name, value in losses.items()}, "grad_norm": norm}
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+@torch.no_grad()
+def embed(cfg, model, data, split, rows=None):
+    """(image [N, D], text [N, D]) float32 of a split's rows (default: all), not normalised, on the device: centre crops, first captions."""
+    model.eval()
+    rows = np.arange(len(data.sets[split])) if rows is None else rows
+    size = cfg.dataset.batch_size
+    out = []
+    with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool:
+        chunks = [rows[i:i + size] for i in range(0, len(rows), size)]
+        for batch in prefetched(lambda chunk: gather(data, chunk, split, pool=pool if cfg.num_workers else None), chunks):
+            out.append(model(to_device(data, batch)))
+    image, text = (torch.cat(parts) for parts in zip(*out, strict=True))
+    if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
+        raise FloatingPointError("non-finite embeddings: the weights have overflowed; lower optimization.lr")
+    return image, text
+
+
+@torch.no_grad()
+def validate(cfg, model, data):
+    """{val/..}: the losses over batches of nearly equal size with every dimension, and R@k of the whole embedding, in percent."""
+    image, text = embed(cfg, model, data, "val")
+    ids = torch.from_numpy(data.sets["val"].same).to(data.device)
+    parts = torch.arange(len(ids)).tensor_split(-(-len(ids) // cfg.dataset.batch_size))
+    losses = [objective(model, image[p], text[p], ids[p]) for p in parts]
+    row = {f"val/{name}": float(np.average([loss[name].item() for loss in losses], weights=[len(p) for p in parts])) for name in losses[0]}
+    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    for name, found in (("i2t", common.retrieval_metrics(image, text, ids, ids)), ("t2i", common.retrieval_metrics(text, image, ids, ids))):
+        row |= {f"val/{name}_r{k}": 100 * found[f"R@{k}"] for k in (1, 5, 10)}
+    return row
+
+
+def both_ways(image, text, ids):
+    """Retrieval of normalised [N, d] embeddings: {i2t: {R@1, .., median_rank}, t2i: .., R@k_mean of both}."""
+    keys = ("R@1", "R@5", "R@10", "MRR", "median_rank")
+    found = {}
+    for way, (a, b) in {"i2t": (image, text), "t2i": (text, image)}.items():
+        metrics = common.retrieval_metrics(a, b, ids, ids)
+        found[way] = {k: metrics[k] for k in keys}
+    return {**found, "R@5_mean": (found["i2t"]["R@5"] + found["t2i"]["R@5"]) / 2}
+
+
+def geometry(image, text):
+    """Of normalised [N, d]: alignment mean |x - y|^2 (Wang & Isola 2020), uniformity log mean exp(-2 |x_i - x_j|^2) over i < j of each side, and the
+    distance of the two means (the modality gap of Liang et al. 2022)."""
+    def uniformity(x):
+        squares = torch.cat([(2 - 2 * x[i:i + 1024] @ x.T)[torch.arange(len(x[i:i + 1024])).to(x.device)[:, None] + i
+                                                             < torch.arange(len(x)).to(x.device)] for i in range(0, len(x), 1024)])
+        return (torch.logsumexp(-2 * squares, 0) - math.log(len(squares))).item()
+    return {"alignment": (image - text).square().sum(1).mean().item(), "uniformity_image": uniformity(image), "uniformity_text": uniformity(text),
+            "modality_gap": (image.mean(0) - text.mean(0)).norm().item()}
+
+
+def fit_pca(image, text):
+    """(mean of image [D], mean of text [D], axes [D, D] by falling variance) of normalised [N, D]; each side is centred by itself."""
+    means = image.double().mean(0), text.double().mean(0)
+    centred = torch.cat([image.double() - means[0], text.double() - means[1]])
+    axes = torch.linalg.eigh(centred.T @ centred)[1].flip(1)
+    return (*(m.float() for m in means), axes.float())
+
+
+def funnel(queries, gallery, ids, dim, shortlist, seed=0):
+    """R@1 of adaptive retrieval: the `shortlist` best gallery rows by the first `dim` dimensions, ranked again by all of them.
+
+    queries, gallery: [N, D] normalised; ids: [N] int, which rows belong together. Equal scores in the shortlist come in random order (by seed), in
+    the second ranking they share the place; shortlist = N is the exact search. Source: Kusupati et al. 2022, section 4.3.
+    """
+    order = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(seed)).to(gallery.device)
+    gallery, owners, shortlist = gallery[order], ids[order], min(shortlist, len(gallery))
+    small = F.normalize(gallery[:, :dim], dim=1)
+    hits, size = [], max(1, 2**26 // (shortlist * queries.shape[1]))
+    for i in range(0, len(queries), size):
+        q = queries[i:i + size]
+        top = (F.normalize(q[:, :dim], dim=1) @ small.T).topk(shortlist, dim=1).indices  # [q, shortlist]
+        scores = (gallery[top].double() @ q.double()[:, :, None])[:, :, 0].float()
+        own = owners[top] == ids[i:i + size, None]
+        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        level = (scores == best).sum(1)
+        hit = (own & (scores == best)).sum(1) / level.clamp(min=1) * (scores <= best).all(1) * own.any(1)
+        hits.append(hit.double())
+    return torch.cat(hits).mean().item()
+
+
+def search_times(queries, gallery, settings, repeats=5):
+    """{(dim, shortlist): milliseconds a query} of plain float32 search; (D, 0) is the exact one. The median of `repeats` passes over all queries."""
+    def search(dim, shortlist):
+        scores = queries[:, :dim] @ gallery[:, :dim].T
+        if not shortlist:
+            return scores.argmax(1)
+        return [top[(gallery[top] @ q).argmax()] for q, top in zip(queries, scores.topk(min(shortlist, len(gallery)), dim=1).indices, strict=True)]
+
+    def timed(dim, shortlist):
+        start = time.perf_counter()
+        search(dim, shortlist)
+        if queries.is_cuda:
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - start) / len(queries)
+    return {setting: float(np.median([timed(*setting) for _ in range(repeats)])) for setting in settings}
+
+
+def read_best(cfg, data, folder):
+    """(model, epoch) of best_model.pt. Raises: UserError if training is not finished or the weights do not fit."""
+    try:
+        state, latest = common.load_checkpoint(folder / "best_model.pt"), common.load_checkpoint(folder / "checkpoint_latest.pt")
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; a finished run that has lost it starts again with --fresh") from None
+    if latest["epoch"] < cfg.optimization.num_epochs:
+        raise UserError(f"{folder}: training stopped in epoch {latest['epoch'] + 1} of {cfg.optimization.num_epochs}; "
+                        "the same command without --stage goes on")
+    model = build_model(cfg, data)
+    try:
+        model.load_state_dict(state["model_state_dict"])
+    except RuntimeError:
+        raise UserError(f"{folder / 'best_model.pt'} is of other widths than the config; choose another output_dir=, or --fresh") from None
+    return model, state["epoch"]
+
+
+def evaluate(cfg, data=None):
+    """Test the best model at every dimension, against chance and PCA; writes results.json and the plots; returns the results."""
+    folder, data = start(cfg, data)
+    model, epoch = read_best(cfg, data, folder)
+    name, e, file = "test" if "test" in data.sets else "val", cfg.evaluation, folder / "results.json"
+    settings = {"shortlists": sorted(set(e.shortlists)), "n_pca": e.n_pca}
+    if file.exists() and (known := common.read_json(file)).get("evaluation") == settings and known["epoch"] == epoch:
+        return known
+    with common.full_precision():
+        image, text = embed(cfg, model, data, name)
+        ids = torch.from_numpy(data.sets[name].same).to(data.device)
+        rows = np.random.default_rng(cfg.seed).permutation(len(data.sets["train"]))[:e.n_pca]
+        *means, axes = fit_pca(*(F.normalize(x, dim=1) for x in embed(cfg, model, data, "train", np.sort(rows))))
+        whole = [F.normalize(x, dim=1) for x in (image, text)]
+        turned = [(x - mean) @ axes for x, mean in zip(whole, means, strict=True)]
+        dims, pca, shape = {}, {}, {}
+        for d in model.dims:
+            cut = [F.normalize(x[:, :d], dim=1) for x in whole]
+            dims[str(d)], shape[str(d)] = both_ways(*cut, ids), geometry(*cut)
+            pca[str(d)] = both_ways(*(F.normalize(x[:, :d], dim=1) for x in turned), ids)
+        per_query = common.retrieval_per_query(*whole, ids, ids)
+        largest, adaptive = model.dims[-1], []
+        for d in model.dims[:-1]:
+            for k in settings["shortlists"]:
+                if k <= len(ids):
+                    adaptive.append({"dim": d, "shortlist": k, "i2t_R@1": funnel(*whole, ids, d, k), "t2i_R@1": funnel(*whole[::-1], ids, d, k),
+                                     "multiply_adds": len(ids) * d + k * largest})
+        times = search_times(whole[1], whole[0], [(largest, 0), *((a["dim"], a["shortlist"]) for a in adaptive)])
+    results = {"experiment": cfg.experiment, "seed": cfg.seed, "synthetic": data.synthetic, "data_fingerprint": data.fingerprint, "split": name,
+               "n": len(ids), "n_train": len(data.sets["train"]), "epoch": epoch, "evaluation": settings, "trained_with_mrl": cfg.losses.mrl > 0,
+               "unit": "fractions; multiply-adds a query", "dims": dims, "pca": pca,
+               "chance": {f"R@{k}": per_query[f"chance@{k}"].mean().item() for k in (1, 5, 10)},
+               "geometry": shape, "adaptive": adaptive, "exact_multiply_adds": len(ids) * largest,
+               "left_out": {part: len(split.bad) for part, split in data.sets.items()}}
+    common.record_environment(folder, search_ms={f"{d}, shortlist {k}" if k else "exact": t for (d, k), t in times.items()})
+    common.atomic_write(folder / "results.txt", lambda f: f.write(f"{report(results, times)}\n".encode()))
+    if e.plots:
+        plot_evaluation(folder, cfg, results, whole)
+    common.write_json(file, results)
+    return results
+
+
+def report(r, times=None):
+    """The final tables as text; times: as of `search_times`."""
+    def percent(x):
+        return f"{100 * x:.1f}"
+    ways, dims = ("i2t", "t2i"), sorted(map(int, r["dims"]), reverse=True)
+
+    def row(label, found, whole):
+        cells = [c for way in ways for c in (*(percent(found[way][f"R@{k}"]) for k in (1, 5, 10)), f"{found[way]['MRR']:.3f}",
+                                              f"{found[way]['median_rank']:g}")]
+        return [label, *cells, f"{percent(found['R@5_mean'])} ({100 * found['R@5_mean'] / max(whole['R@5_mean'], 1e-9):.0f}%)"]
+    whole = r["dims"][str(dims[0])]
+    rows = [row(str(d), r["dims"][str(d)], whole) for d in dims] + [row(f"{d}, PCA", r["pca"][str(d)], whole) for d in dims]
+    chance = [percent(r["chance"][f"R@{k}"]) for k in (1, 5, 10)]
+    rows.append(["chance", *chance, "-", "-", *chance, "-", "-", chance[1]])
+    marked = "  [SYNTHETIC demo data]" if r["synthetic"] else ""
+    lines = [f"{r['split']}: {r['n']:,} pairs; epoch {r['epoch']}, seed {r['seed']}, trained {'with' if r['trained_with_mrl'] else 'WITHOUT'} MRL"
+             f" on {r['n_train']:,} pairs{'' if r['split'] == 'test' else ' (this split also chose the epoch)'}{marked}",
+             common.format_table(["dimensions", *(f"{way} {m}" for way in ways for m in ("R@1", "R@5", "R@10", "MRR", "median")), "mean R@5 (kept)"],
+                                 rows)]
+    if r["adaptive"]:
+        def time_of(key):
+            return [f"{times[key]:.3f}"] if times else []
+        rows = [["exact", percent(whole["i2t"]["R@1"]), percent(whole["t2i"]["R@1"]), f"{r['exact_multiply_adds']:,}", *time_of((dims[0], 0))]]
+        rows += [[f"{a['dim']}, best {a['shortlist']} again by {dims[0]}", percent(a["i2t_R@1"]), percent(a["t2i_R@1"]), f"{a['multiply_adds']:,}",
+                  *time_of((a["dim"], a["shortlist"]))] for a in r["adaptive"]]
+        lines += ["", common.format_table(["adaptive retrieval", "i2t R@1", "t2i R@1", "multiply-adds/query", *(["ms/query"] if times else [])], rows)]
+    rows = [[str(d), *(f"{r['geometry'][str(d)][k]:.3f}" for k in ("alignment", "uniformity_image", "uniformity_text", "modality_gap"))] for d in dims]
+    lines += ["", common.format_table(["geometry", "alignment", "uniformity image", "text", "modality gap"], rows)]
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+def start(cfg, data=None):
+    """(run folder, data), after the checks that every stage needs: same config, same data as the folder's run."""
+    data = data or load_data(cfg)
+    folder = common.open_run(cfg)
+    common.check_same_data(folder, data.fingerprint)
+    return folder, data
+
+
+TRAIN_COLUMNS, VAL_COLUMNS = ("loss", "loss_clip", "loss_mrl"), (*(f"val/{n}" for n in ("loss", "loss_clip", "loss_mrl")),
+                                                                 *(f"val/{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
+
+
+def train(cfg, data=None):
+    """Train for optimization.num_epochs, resuming exactly, also within an epoch; best_model.pt is the epoch of the lowest validation loss.
+
+    Returns the history: a row every log_every steps and at the end of an epoch, those with the validation columns filled.
+    """
+    o = cfg.optimization
+    folder, data = start(cfg, data)
+    common.seed_everything(cfg.seed)
+    model = build_model(cfg, data)
+    optimizer = build_optimizer(cfg, model)
+    per_epoch, last_step = steps_per_epoch(cfg, data), total_steps(cfg, data)
+    warmup = round(o.warmup_ratio * last_step)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: common.warmup_cosine(step, last_step, warmup))
+    step, history, best, pending, complete = 0, [], None, [], 0
+    latest = folder / "checkpoint_latest.pt"
+    if latest.exists() or latest.with_name(f"{latest.name}.previous").exists():
+        state = common.load_checkpoint(latest)
+        step, complete, history, best = state["global_step"], state["epoch"], state["history"], state["best_val_loss"]
+        pending = [row.to(data.device) for row in state["position"]["pending"]]
+        model.load_state_dict(state["model_state_dict"])
+        optimizer.load_state_dict(state["optimizer_state_dict"])
+        scheduler.load_state_dict(state["scheduler_state_dict"])
+        model.scaler.load_state_dict(state["scaler_state_dict"])
+        common.set_rng_state(state["rng"])
+        print(f"{folder}: training is complete" if complete >= o.num_epochs else f"resuming {folder} at step {step} of {last_step}")
+
+    def save(path=latest, keep_previous=True):
+        common.save_checkpoint(path, {
+            "epoch": complete, "global_step": step, "best_val_loss": best, "model_state_dict": model.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": scheduler.state_dict(),
+            "scaler_state_dict": model.scaler.state_dict(), "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(),
+            "position": {"pending": pending}}, keep_previous)
+
+    if complete < o.num_epochs:
+        (folder / "results.json").unlink(missing_ok=True)
+        if isinstance(data.tokenizer, Tokenizer):
+            common.write_json(folder / "tokenizer.json", {"merges": data.tokenizer.merges})
+        rows = [f"{split.name},{file},{row},{json.dumps(cause)}\n" for split in data.sets.values() for file, row, cause in split.bad]
+        common.atomic_write(folder / "left_out.csv", lambda file: file.write("".join(["split,file,row,cause\n", *rows]).encode()))
+    log = common.RunLog(folder, cfg.wandb and complete < o.num_epochs, dataclasses.asdict(cfg))
+    if history:  # a kill may have come between the last checkpoint and this file
+        log.write(history)
+    started, first, waited = time.time(), step, 0.0
+    batches = training_batches(cfg, data, first)
+    with common.StopSignal() as stop:
+        for step in common.progress(range(first + 1, last_step + 1), "steps"):  # counted from 1: `step` steps are done at the end of the body
+            asked = time.time()
+            batch = to_device(data, next(batches))
+            waited += time.time() - asked
+            model.train()
+            rate = scheduler.get_last_lr()[0]
+            losses = train_step(model, batch, optimizer, draw_dim(cfg, model, step))
+            pending.append(torch.stack([*(losses[name] for name in TRAIN_COLUMNS), torch.full_like(losses["loss"], rate)]))
+            scheduler.step()
+            ends = step % per_epoch == 0
+            if step % o.log_every == 0 or ends:  # the host waits for the device only here
+                means = torch.stack(pending).cpu()
+                if len(bad := (~torch.isfinite(means).all(1)).nonzero()[:, 0]):
+                    *values, rate = means[int(bad[0])].tolist()
+                    names = [name for name, v in zip(TRAIN_COLUMNS, values, strict=True) if not math.isfinite(v)]
+                    raise FloatingPointError(f"non-finite {' and '.join(names)} in step {step - len(pending) + 1 + int(bad[0])}, learning rate "
+                                             f"{rate:g}; lower optimization.lr")
+                row = {"train/step": step, "train/epoch": step / per_epoch, "train/lr": rate,
+                       **{f"train/{name}": value for name, value in zip(TRAIN_COLUMNS, means.mean(0).tolist(), strict=False)},
+                       **dict.fromkeys(VAL_COLUMNS)}
+                history.append(row)
+                pending = []
+            if ends:
+                rng = common.rng_state()
+                row |= validate(cfg, model, data)
+                common.set_rng_state(rng)
+                complete, better = step // per_epoch, best is None or row["val/loss"] < best
+                if better:
+                    best = row["val/loss"]
+                    common.save_checkpoint(folder / "best_model.pt", {"model_state_dict": model.state_dict(), "config": dataclasses.asdict(cfg),
+                                                                      "epoch": complete}, keep_previous=False)
+                if o.save_every_epochs and complete % o.save_every_epochs == 0:
+                    save(folder / f"checkpoint_epoch_{complete}.pt", keep_previous=False)
+                print(f"epoch {complete:3}  loss {row['train/loss']:.4f}  val: loss {row['val/loss']:.4f}  R@1 {row['val/i2t_r1']:.1f} "
+                      f"{row['val/t2i_r1']:.1f}  R@10 {row['val/i2t_r10']:.1f} {row['val/t2i_r10']:.1f}{' *' if better else ''}", flush=True)
+            if ends or step % o.save_every_steps == 0 or stop.signum:
+                save()
+            if ends or step % o.log_every == 0:
+                log.write(history)
+            if stop.signum:
+                raise common.Stopped(stop.signum, f"stopped at step {step}; the same command resumes from {latest}")
+    log.close()
+    if step > first:
+        seconds = time.time() - started
+        common.record_environment(folder, device=str(data.device), train_seconds=round(seconds, 2), pairs_per_second=round(
+            (step - first) * cfg.dataset.batch_size / seconds, 1), share_waiting_for_data=round(waited / seconds, 4))
+    return history
+
+
+# ----------------------------------------------------------------------------------------------------------------- plots
+
+def plot_training(folder, cfg, history, synthetic):
+    """training_curves.png, loss_components.png, lr_schedule.png, against steps."""
+    title = f"{folder.name}{' (synthetic data)' if synthetic else ''}"
+    ends = [row for row in history if row["val/loss"] is not None]
+    chosen = min(ends, key=lambda row: row["val/loss"])["train/step"]
+
+    def draw(name, panels):
+        figure, axes = common.new_figure(len(panels))
+        for axis, (ylabel, columns) in zip(axes, panels.items(), strict=True):
+            for column in columns:
+                rows = [row for row in history if row[column] is not None]
+                axis.plot([row["train/step"] for row in rows], [row[column] for row in rows], marker="." if len(rows) < 30 else None, label=column)
+            if any(column.startswith("val") for column in columns):
+                axis.axvline(chosen, color="grey", linestyle=":", linewidth=1, label="chosen")
+            axis.set(xlabel="step", ylabel=ylabel)
+            axis.legend(fontsize=8)
+        figure.suptitle(title)
+        common.save_figure(figure, folder / name)
+    draw("training_curves.png", {"loss": ["train/loss", "val/loss"], "R@k of all dimensions (val), %": [f"val/{w}_r{k}" for w in ("i2t", "t2i")
+                                                                                                        for k in (1, 10)]})
+    draw("loss_components.png", {f"{label} loss": [f"train/{column}", f"val/{column}"] for label, column in
+                                 (("contrastive", "loss_clip"), ("Matryoshka", "loss_mrl"), ("total", "loss"))})
+    draw("lr_schedule.png", {"learning rate": ["train/lr"]})
+
+
+def plot_retrieval(path, runs, synthetic):
+    """mean R@5 of both directions against the dimension; runs = [(label, {dim: .. as of both_ways} or a list of them, chance), ...]."""
+    figure, (axis,) = common.new_figure(width=6, height=4.2)
+    for label, found, style in runs:
+        dims = sorted(map(int, found[0]))
+        values = 100 * np.array([[each[str(d)]["R@5_mean"] for d in dims] for each in found])
+        axis.errorbar(dims, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None, fmt=style, marker=".", capsize=2,
+                      label=f"{label}{f' (n = {len(values)})' if len(values) > 1 else ''}")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(dims, map(str, dims))
+    axis.set(xlabel="dimensions kept", ylabel="mean R@5 of both directions, %", title="retrieval by prefix" + (" (synthetic data)" if synthetic else ""))
+    axis.set_ylim(bottom=0)
+    return figure, axis
+
+
+def plot_evaluation(folder, cfg, r, whole, n=200):
+    """mrl_performance.png, embedding_space.png, similarity_matrix.png (the first n pairs)."""
+    figure, axis = plot_retrieval(folder / "mrl_performance.png", [("prefix", [r["dims"]], "-"), ("PCA", [r["pca"]], "--")], r["synthetic"])
+    axis.axhline(100 * r["chance"]["R@5"], color="grey", linestyle=":", label="chance")
+    axis.legend(fontsize=8)
+    common.save_figure(figure, folder / "mrl_performance.png")
+    first = [x[:n] for x in whole]
+    mark = " (synthetic data)" if r["synthetic"] else ""
+    common.plot_embedding_space(folder / "embedding_space.png", dict(zip(("images", "captions"), first, strict=True)),
+                                f"{len(first[0])} pairs of {r['split']}{mark}", cfg.evaluation.projection)
+    common.plot_similarity_matrix(folder / "similarity_matrix.png", first[0] @ first[1].T, f"{r['split']}{mark}", "captions", "images")
+
+
+def compare(cfg):
+    """Finished runs side by side: runs that differ only in their seed become one row, mean +- sd. Writes compare.txt and compare.png."""
+    if not cfg.compare:
+        raise UserError("--stage compare needs compare='[results/pixmo_scratch, results/pixmo_scratch_nomrl, ...]'")
+    groups = {}
+    for folder, results, config in common.finished_runs(cfg.compare):
+        if results.get("experiment") != cfg.experiment:
+            raise UserError(f"{folder}: a run of another experiment ({results.get('experiment')})")
+        key = json.dumps([{k: v for k, v in common.flatten(config).items() if k != "seed" and not common.is_neutral(k)}, results["data_fingerprint"]])
+        groups.setdefault(key, (re.sub(r",seed=\d+", "", folder.name), {}))[1].setdefault(results["seed"], results)
+    runs = [(name, list(seeds.values())) for name, seeds in groups.values()]
+    everything = [r for _, found in runs for r in found]
+    synthetic = any(r["synthetic"] for r in everything)
+    if len({r["data_fingerprint"] for r in everything}) > 1:
+        print("NOTE: these runs were not made from the same data")
+
+    def cell(values):
+        return f"{100 * np.mean(values):.1f}" + (f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+    table = []
+    for name, found in runs:
+        for label, part in (("", "dims"), (", PCA", "pca")):
+            for d in sorted(map(int, found[0][part]), reverse=True):
+                each = [r[part][str(d)] for r in found]
+                kept = [x["R@5_mean"] / max(max(y["R@5_mean"] for y in r["dims"].values()), 1e-9) for x, r in zip(each, found, strict=True)]
+                table.append([f"{name}{label}", len(found), d, *(cell([x[way][f"R@{k}"] for x in each]) for way in ("i2t", "t2i") for k in (1, 5, 10)),
+                              cell([x["R@5_mean"] for x in each]), cell(kept)])
+    chance = [cell([r["chance"][f"R@{k}"] for r in everything]).split(" ")[0] for k in (1, 5, 10)]
+    table.append(["chance", "-", "-", *chance, *chance, chance[1], "-"])
+    text = common.format_table(["run", "seeds", "dimensions", *(f"{way} R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)), "mean R@5",
+                                "% of the best kept"], table) + ("\n[SYNTHETIC demo data]" if synthetic else "")
+    out = Path(cfg.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    figure, axis = plot_retrieval(out / "compare.png", [(f"{name}{label}", [r[part] for r in found], style) for name, found in runs
+                                                        for label, part, style in (("", "dims", "-"), (", PCA", "pca", "--"))], synthetic)
+    axis.axhline(100 * np.mean([r["chance"]["R@5"] for r in everything]), color="grey", linestyle=":", label="chance")
+    axis.legend(fontsize=7)
+    common.save_figure(figure, out / "compare.png")
+    common.atomic_write(out / "compare.txt", lambda file: file.write(f"{text}\n".encode()))
+    print(f"{text}\n{out / 'compare.txt'}, {out / 'compare.png'}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+STAGES = ("all", "prepare", "train", "evaluate", "embed", "compare")
+
+
+def embed_stage(cfg):
+    """embeddings.pt in the run's folder: {image [N, dim], text [N, dim] normalised float32, ids [N], dim, parquet} of any parquet."""
+    folder, dims = Path(cfg.output_dir), cfg.vision_encoder.projection_dim
+    if cfg.dim > dims:
+        raise UserError(f"dim={cfg.dim} is more than vision_encoder.projection_dim={dims}")
+    if not (folder / "best_model.pt").exists():
+        raise UserError(f"{folder / 'best_model.pt'}: no such file; train first, with the same command without --stage")
+    common.check_run(cfg)
+    tokenizer = Tokenizer(common.read_json(folder / "tokenizer.json")["merges"]) if cfg.text_encoder.name == "scratch" else None
+    source = next((pattern, key) for pattern, key in ((cfg.parquet, "parquet"), (cfg.dataset.test_parquet, "dataset.test_parquet"),
+                                                      (cfg.dataset.val_parquet, "dataset.val_parquet")) if pattern)
+    data = load_data(cfg, tokenizer, source)
+    model, _ = read_best(cfg, data, folder)
+    dim = cfg.dim or dims
+    image, text = (F.normalize(x[:, :dim], dim=1).cpu() for x in embed(cfg, model, data, "embed"))
+    content = {"image": image, "text": text, "ids": data.sets["embed"].ids, "dim": dim, "parquet": source[0]}
+    common.atomic_write(folder / "embeddings.pt", lambda file: torch.save(content, file))
+    print(f"{len(image):,} pairs x {dim} dimensions, {len(data.sets['embed'].bad)} rows left out: {folder / 'embeddings.pt'}")
+
+
+def show_splits(data):
+    """One line a split: rows, and what was left out and why."""
+    for name, split in data.sets.items():
+        causes = collections.Counter(re.sub(r"\d+ x \d+|\d+", "..", cause) for _, _, cause in split.bad)
+        total = len(split) + len(split.bad)
+        why = f", {len(split.bad):,} of {total:,} rows left out ({100 * len(split.bad) / total:.2f}%): " + "; ".join(
+            f"{n} {cause}" for cause, n in causes.most_common(4)) if split.bad else ""
+        print(f"{name}: {len(split):,} pairs{why}{' ...' if len(causes) > 4 else ''}")
+
+
+@common.exit_codes
+def main(argv):
+    args = common.parse_command_line(argv, (Config,), __doc__, STAGES)
+    cfg = common.load_config(Config, args.config, args.overrides, demo=args.demo)
+    if args.stage == "compare":
+        return compare(cfg)
+    if args.fresh and args.stage in ("evaluate", "embed"):
+        raise UserError(f"--fresh starts a run again; --stage {args.stage} needs a trained one")
+    if args.demo:
+        if any(re.match(r"dataset\.\w+_parquet=", override) for override in args.overrides):
+            raise UserError("--demo brings its own data; leave it or the parquet files out")
+        folder = demo_data.write_pixmo()
+        for name in ("train", "val", "test"):
+            setattr(cfg.dataset, f"{name}_parquet", f"{folder}/pixmo_{name}.parquet")
+    check(cfg)
+    if args.stage == "embed":
+        return embed_stage(cfg)
+    if args.stage == "prepare":
+        return show_splits(load_data(cfg))
+    common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
+    data = load_data(cfg)
+    if args.stage == "evaluate":
+        read_best(cfg, data, Path(cfg.output_dir))
+    folder = common.open_run(cfg, args.fresh)
+    show_splits(data)
+    if args.stage in ("all", "train"):
+        history = train(cfg, data)
+        if cfg.evaluation.plots:
+            plot_training(folder, cfg, history, data.synthetic)
+    if args.stage in ("all", "evaluate"):
+        evaluate(cfg, data)
+        print(f"\n{(folder / 'results.txt').read_text()}", end="")
+    print(f"files: {folder}/ (results.json, metrics.csv, best_model.pt, *.png)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

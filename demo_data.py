@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from common import atomic_write
 
@@ -165,5 +165,77 @@ def write_mmimdb(folder="data/demo/mmimdb", n_films=600, views=3, backbone="clip
     return str(folder)
 
 
+COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180), "orange": (255, 127, 14), "purple": (148, 103, 189),
+           "brown": (140, 86, 75), "pink": (247, 140, 205), "black": (20, 20, 20)}
+BACKGROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 190), "pale yellow": (255, 250, 190), "light blue": (200, 225, 255)}
+SHAPES = ("circle", "square", "triangle", "ring", "cross")
+PLACES = [f"{row} {column}".replace("middle centre", "centre") for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
+
+
+def draw_scene(draws, size):
+    """(RGB picture of 1 to 4 shapes on a 3 x 3 grid, its caption) at size = (width, height) pixels."""
+    background = list(BACKGROUNDS)[draws.randint(len(BACKGROUNDS))]
+    image = Image.new("RGB", size, BACKGROUNDS[background])
+    pen, objects, unit = ImageDraw.Draw(image), [], min(size) / 3
+    left, top = (size[0] - min(size)) / 2, (size[1] - min(size)) / 2  # the scene is in the centre square
+    for place in sorted(draws.choice(9, draws.randint(1, 5), replace=False)):
+        colour, shape = list(COLOURS)[draws.randint(len(COLOURS))], SHAPES[draws.randint(len(SHAPES))]
+        big = draws.rand() < 0.5
+        r, x, y = unit * (0.42 if big else 0.25), left + unit * (place % 3 + 0.5), top + unit * (place // 3 + 0.5)
+        fill = COLOURS[colour]
+        if shape == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif shape == "square":
+            pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
+        elif shape == "triangle":
+            pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=fill)
+        elif shape == "ring":
+            pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=max(2, int(r / 2.5)))
+        else:
+            pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=fill)
+            pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=fill)
+        objects.append((f"a {'large' if big else 'small'} {colour} {shape}", PLACES[place]))
+    number = ("one shape", "two shapes", "three shapes", "four shapes")[len(objects) - 1]
+    order = draws.permutation(len(objects))
+    told = [(f"There is {objects[i][0]} in the {objects[i][1]}.", f"In the {objects[i][1]} I can see {objects[i][0]}.",
+             f"{objects[i][0].capitalize()} is placed at the {objects[i][1]}.")[draws.randint(3)] for i in order]
+    opening = (f"The picture shows {number} on a {background} background.", f"This is a drawing of {number}; the background is {background}.",
+               f"On a {background} background, {number} can be seen.")[draws.randint(3)]
+    return image, " ".join([opening, *told])
+
+
+def write_pixmo(folder="data/demo/pixmo", sizes=(1600, 200, 200), group_rows=64):
+    """pixmo_{train,val,test}.parquet as exp_pixmo_mrl.py reads them: `image` struct {bytes, path}, `caption`, `image_id`, row groups of 64.
+
+    Drawn scenes of many sizes and file formats with captions of several sentences; about one row in 200 is broken as real rows are (cut off, an error
+    page, no image, no caption).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    folder = Path(folder)
+    if (folder / "pixmo_test.parquet").exists():  # written last
+        return str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, (name, n) in enumerate(zip(("train", "val", "test"), sizes, strict=True)):
+        draws, rows = np.random.RandomState(100 + part), []
+        for i in range(n):
+            short = int(draws.randint(72, 200))
+            long = int(short * draws.uniform(1, 1.6))
+            image, caption = draw_scene(draws, (long, short) if draws.rand() < 0.6 else (short, long))
+            kind = ("JPEG", "JPEG", "JPEG", "PNG", "palette", "WEBP", "CMYK")[draws.randint(7)]
+            image = image.convert("CMYK") if kind == "CMYK" else image.quantize(32) if kind == "palette" else image
+            image.save(buffer := io.BytesIO(), {"CMYK": "JPEG", "palette": "GIF"}.get(kind, kind), quality=90)
+            data = buffer.getvalue()
+            if i % 200 == 7:
+                data, caption = ((data[:len(data) // 2], caption), (b"<html><body>404 Not Found</body></html>", caption), (None, caption),
+                                 (data, ""))[i // 200 % 4]
+            rows.append({"image": {"bytes": data, "path": None}, "caption": caption, "image_id": 10**6 * (part + 1) + i})
+        schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("caption", pa.string()), ("image_id", pa.int64())],
+                           metadata={"synthetic": "true"})
+        atomic_write(folder / f"pixmo_{name}.parquet",
+                     lambda file, x=rows, s=schema: pq.write_table(pa.Table.from_pylist(x, schema=s), file, row_group_size=group_rows))
+    return str(folder)
+
+
 if __name__ == "__main__":
-    print(write_coco(), write_alignment(), write_mmimdb(), sep="\n")
+    print(write_coco(), write_alignment(), write_mmimdb(), write_pixmo(), sep="\n")

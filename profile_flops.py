@@ -39,7 +39,7 @@ def build(config_path, batch_size=None, device="auto"):
         raise UserError(f"{config_path}: experiment: {name} is none of the scripts here; it must name one of {', '.join(EXPERIMENTS)}")
     module = importlib.import_module(f"exp_{name}")
     cfg = common.load_config(module.Config, config_path, [f"device={device}"])
-    if not hasattr(cfg, "training") and not set(cfg.stages) & set(module.TRAINED):
+    if hasattr(module, "TRAINED") and not set(cfg.stages) & set(module.TRAINED):
         return None
     common.seed_everything(cfg.seed)
     random = ""
@@ -49,7 +49,8 @@ def build(config_path, batch_size=None, device="auto"):
         data, random = module.random_data(cfg), str(error)
     known = not random or hasattr(getattr(cfg, "training", None), "steps")
     steps = module.total_steps(cfg, data) if known else None
-    section = cfg.training if hasattr(cfg, "training") else getattr(cfg, data.stage)
+    sections = (getattr(cfg, key, None) for key in ("training", "dataset", getattr(data, "stage", "")))
+    section = next(section for section in sections if hasattr(section, "batch_size"))
     n, rows = batch_size or section.batch_size, data.splits["train"]
     rows = rows.repeat(-(-n // len(rows)))[:n]
     model = module.build_model(cfg, data)

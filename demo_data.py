@@ -230,8 +230,8 @@ def write_pixmo(folder="data/demo/pixmo", sizes=(1600, 200, 200), group_rows=64)
                 data, caption = ((data[:len(data) // 2], caption), (b"<html><body>404 Not Found</body></html>", caption), (None, caption),
                                  (data, ""))[i // 200 % 4]
             rows.append({"image": {"bytes": data, "path": None}, "caption": caption, "image_id": 10**6 * (part + 1) + i})
-        schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("caption", pa.string()), ("image_id", pa.int64())],
-                           metadata={"synthetic": "true"})
+        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        schema = pa.schema([("image", image), ("caption", pa.string()), ("image_id", pa.int64())], metadata={"synthetic": "true"})
         atomic_write(folder / f"pixmo_{name}.parquet",
                      lambda file, x=rows, s=schema: pq.write_table(pa.Table.from_pylist(x, schema=s), file, row_group_size=group_rows))
     return str(folder)

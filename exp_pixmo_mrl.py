@@ -27,6 +27,7 @@ import glob
 import hashlib
 import heapq
 import io
+import itertools
 import json
 import math
 import os
@@ -49,7 +50,6 @@ from torch.utils.checkpoint import checkpoint
 import common
 import demo_data
 from common import UserError, ranged
-
 
 # ---------------------------------------------------------------------------------------------------------------- config
 
@@ -360,20 +360,18 @@ def prepare(pattern, key, cfg, size):
                                 "set dataset.cache_dir=, or dataset.cache=false to decode at every use")
         os.truncate(image_file, math.prod(shape))
     if missing:
-        with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool, open(index, "ab") as log:
+        with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool, open(index, "ab") as log, open(image_file if d.cache else index, "r+b") as pixels:
             if log.tell():
                 log.write(b"\n")  # ends a line that a kill cut short
-            pixels = open(image_file, "r+b") if d.cache else None
             started = time.time()
             for n, i in enumerate(common.progress(missing, f"decoding {key.split('.')[-1]}")):
-                done[i] = decode_group(files[groups[i][0]], groups[i], i, size, d.max_pixels, pool if cfg.num_workers else None, pixels)
+                done[i] = decode_group(files[groups[i][0]], groups[i], i, size, d.max_pixels, pool if cfg.num_workers else None,
+                                       pixels if d.cache else None)
                 log.write(f"{json.dumps(done[i])}\n".encode())
                 log.flush()
                 if not sys.stderr.isatty() and time.time() - started > 30:
                     started = time.time()
                     print(f"decoding {key.split('.')[-1]}: {n + 1} of {len(missing)} row groups", flush=True)
-            if pixels:
-                pixels.close()
     entries = [done[i] for i in range(len(groups))]
     good = [np.array(e["rows"], dtype=np.int64) + groups[i][2] for i, e in enumerate(entries)]
     captions = [texts for e in entries for texts in e["captions"]]
@@ -470,7 +468,7 @@ class Tokenizer:
         words = [([BYTE + b for b in word.encode()], n) for word, n in sorted(counts.items())]
         pairs, where = collections.Counter(), collections.defaultdict(set)
         for i, (ids, n) in enumerate(words):
-            for pair in zip(ids, ids[1:], strict=False):
+            for pair in itertools.pairwise(ids):
                 pairs[pair] += n
                 where[pair].add(i)
         heap = [(-n, pair) for pair, n in pairs.items()]
@@ -486,11 +484,11 @@ class Tokenizer:
             merges.append(pair)
             for i in where.pop(pair):
                 ids, n = words[i]
-                for old in zip(ids, ids[1:], strict=False):
+                for old in itertools.pairwise(ids):
                     pairs[old] -= n
                     changed.add(old)
                 ids[:] = merge(ids, pair, new)
-                for now in zip(ids, ids[1:], strict=False):
+                for now in itertools.pairwise(ids):
                     pairs[now] += n
                     where[now].add(i)
                     changed.add(now)
@@ -502,7 +500,7 @@ class Tokenizer:
     def word(self, word):
         ids = [BYTE + b for b in word.encode()]
         while len(ids) > 1:
-            pair = min(zip(ids, ids[1:], strict=False), key=lambda p: self.rank.get(p, math.inf))
+            pair = min(itertools.pairwise(ids), key=lambda p: self.rank.get(p, math.inf))
             if pair not in self.rank:
                 break
             ids = merge(ids, pair, BYTE + 256 + self.rank[pair])
@@ -1209,8 +1207,10 @@ def report(r, times=None):
         rows = [["exact", percent(whole["i2t"]["R@1"]), percent(whole["t2i"]["R@1"]), f"{r['exact_multiply_adds']:,}", *time_of((dims[0], 0))]]
         rows += [[f"{a['dim']}, best {a['shortlist']} again by {dims[0]}", percent(a["i2t_R@1"]), percent(a["t2i_R@1"]), f"{a['multiply_adds']:,}",
                   *time_of((a["dim"], a["shortlist"]))] for a in r["adaptive"]]
-        lines += ["", common.format_table(["adaptive retrieval", "i2t R@1", "t2i R@1", "multiply-adds/query", *(["ms/query"] if times else [])], rows)]
-    rows = [[str(d), *(f"{r['geometry'][str(d)][k]:.3f}" for k in ("alignment", "uniformity_image", "uniformity_text", "modality_gap"))] for d in dims]
+        header = ["adaptive retrieval", "i2t R@1", "t2i R@1", "multiply-adds/query", *(["ms/query"] if times else [])]
+        lines += ["", common.format_table(header, rows)]
+    keys = ("alignment", "uniformity_image", "uniformity_text", "modality_gap")
+    rows = [[str(d), *(f"{r['geometry'][str(d)][key]:.3f}" for key in keys)] for d in dims]
     lines += ["", common.format_table(["geometry", "alignment", "uniformity image", "text", "modality gap"], rows)]
     return "\n".join(lines)
 
@@ -1360,7 +1360,8 @@ def plot_retrieval(path, runs, synthetic):
                       label=f"{label}{f' (n = {len(values)})' if len(values) > 1 else ''}")
     axis.set_xscale("log", base=2)
     axis.set_xticks(dims, map(str, dims))
-    axis.set(xlabel="dimensions kept", ylabel="mean R@5 of both directions, %", title="retrieval by prefix" + (" (synthetic data)" if synthetic else ""))
+    axis.set(xlabel="dimensions kept", ylabel="mean R@5 of both directions, %",
+             title="retrieval by prefix" + (" (synthetic data)" if synthetic else ""))
     axis.set_ylim(bottom=0)
     return figure, axis
 
@@ -1388,7 +1389,8 @@ def compare(cfg):
             raise UserError(f"{folder}: a run of another experiment ({results.get('experiment')})")
         key = json.dumps([{k: v for k, v in common.flatten(config).items() if k != "seed" and not common.is_neutral(k)}, results["data_fingerprint"]])
         groups.setdefault(key, (re.sub(r",seed=\d+", "", folder.name), {}))[1].setdefault(results["seed"], results)
-    runs = [(name, list(seeds.values())) for name, seeds in groups.values()]
+    names = [name for name, _ in groups.values()]
+    runs = [(name if names.count(name) == 1 else f"{name} ({i + 1})", list(seeds.values())) for i, (name, seeds) in enumerate(groups.values())]
     everything = [r for _, found in runs for r in found]
     synthetic = any(r["synthetic"] for r in everything)
     if len({r["data_fingerprint"] for r in everything}) > 1:
@@ -1402,7 +1404,8 @@ def compare(cfg):
             for d in sorted(map(int, found[0][part]), reverse=True):
                 each = [r[part][str(d)] for r in found]
                 kept = [x["R@5_mean"] / max(max(y["R@5_mean"] for y in r["dims"].values()), 1e-9) for x, r in zip(each, found, strict=True)]
-                table.append([f"{name}{label}", len(found), d, *(cell([x[way][f"R@{k}"] for x in each]) for way in ("i2t", "t2i") for k in (1, 5, 10)),
+                table.append([f"{name}{label}", len(found), d,
+                              *(cell([x[way][f"R@{k}"] for x in each]) for way in ("i2t", "t2i") for k in (1, 5, 10)),
                               cell([x["R@5_mean"] for x in each]), cell(kept)])
     chance = [cell([r["chance"][f"R@{k}"] for r in everything]).split(" ")[0] for k in (1, 5, 10)]
     table.append(["chance", "-", "-", *chance, *chance, chance[1], "-"])

@@ -879,8 +879,8 @@ def tiny_clip(folder):
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters), ".</w>", ".", ";</w>", ";"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\nt h\nr e\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 20, "unk_token": "<|endoftext|>",
-                                                              "pad_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 20,
+                                                              "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}))
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.4, 0.3],
                                                                  "image_processor_type": "CLIPImageProcessor"}))
     return folder
@@ -931,4 +931,4 @@ def test_real_photos_load(tmp_path):
     assert not data.synthetic
     batch = exp.make_batch(data, np.arange(4), "val")
     assert batch["image"].shape == (4, 3, 64, 64)
-    assert 20 <= batch["mask"].sum(1).min()
+    assert batch["mask"].sum(1).min() >= 20

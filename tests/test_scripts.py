@@ -24,6 +24,9 @@ DEMOS = {  # overrides that shrink a config's demo to a few seconds
        for name in ("alignment_synthetic", "alignment_synthetic_full")},
     **{f"gw_{backbone}_{selector}": ["training.steps=6", "training.eval_every=3", "evaluation.n_draws=1", "evaluation.amounts=[0, 0.5, 1]"]
        for backbone in ("clip", "blip2") for selector in ("shared", "random")},
+    **{f"pixmo_{name}": ["optimization.num_epochs=1", "evaluation.n_pca=200", "vision_encoder.depth=1", "text_encoder.depth=1",
+                         "vision_encoder.projection_dim=256", "vision_encoder.mrl_dimensions=[64, 16]"]
+       for name in ("alignment", "scratch", "scratch_nomrl")},
     "alignment_prh": ["alignment.n_permutations=19", "alignment.metrics=[mutual_knn]", "stages=[uniqueness]"],
     "alignment_mmimdb": ["mmimdb.epochs=2", "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]"],
     "clip_finetune": ["finetune.epochs=2", "finetune.warmup_epochs=1", "finetune.n_seeds=1", "alignment.n_permutations=19"]}

@@ -354,11 +354,11 @@ def prepare(pattern, key, cfg, size):
     missing = [i for i in range(len(groups)) if i not in done]
     if missing and d.cache:
         with open(image_file, "ab") as file:
-            room = shutil.disk_usage(folder).free - (math.prod(shape) - file.tell())
-            if room < 0:
-                raise UserError(f"{folder}: {math.prod(shape) / 1e9:.1f} GB of decoded images do not fit, {-room / 1e9:.1f} GB are missing; "
-                                "set dataset.cache_dir=, or dataset.cache=false to decode at every use")
-        os.truncate(image_file, math.prod(shape))
+            file.truncate(math.prod(shape))  # full of holes: takes no room yet
+            room = shutil.disk_usage(folder).free - len(missing) / len(groups) * math.prod(shape)
+        if room < 0:
+            raise UserError(f"{folder}: {math.prod(shape) / 1e9:.2g} GB of decoded images do not fit, {-room / 1e9:.2g} GB are missing; "
+                            "set dataset.cache_dir=, or dataset.cache=false to decode at every use")
     if missing:
         with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool, open(index, "ab") as log, open(image_file if d.cache else index, "r+b") as pixels:
             if log.tell():
@@ -402,27 +402,24 @@ def decode_group(path, group, number, size, max_pixels, pool, pixels):
             return row, str(error), None, None, None, None
         return row, None, image, texts, name, hashlib.sha256(data).hexdigest()[:16]
 
-    def chunks(rows, n=64):  # so that a pool never holds a whole row group
-        chunk = []
-        for row in rows:
-            chunk.append(row)
-            if len(chunk) == n:
-                yield chunk
-                chunk = []
-        yield chunk
-    for chunk in chunks(enumerate(read_group(path, group[1]))):
-        for row, cause, image, texts, name, digest in (pool.map if pool else map)(work, chunk):
-            if cause:
-                entry["bad"].append((row, cause))
-                continue
-            for part, value in (("rows", row), ("captions", texts), ("ids", name if isinstance(name, (int, str)) else None), ("hash", digest)):
-                entry[part].append(value)
-            if pixels:
-                pixels.seek((group[2] + row) * image.size)
-                pixels.write(image.tobytes())
-    if pixels:
-        pixels.flush()
-        os.fsync(pixels.fileno())
+    rows = enumerate(read_group(path, group[1]))
+    try:
+        while chunk := list(itertools.islice(rows, 64)):  # so that a pool never holds a whole row group
+            for row, cause, image, texts, name, digest in (pool.map if pool else map)(work, chunk):
+                if cause:
+                    entry["bad"].append((row, cause))
+                    continue
+                for part, value in (("rows", row), ("captions", texts), ("ids", name if isinstance(name, (int, str)) else None), ("hash", digest)):
+                    entry[part].append(value)
+                if pixels:
+                    pixels.seek((group[2] + row) * image.size)
+                    pixels.write(image.tobytes())
+        if pixels:
+            pixels.flush()
+            os.fsync(pixels.fileno())
+    except OSError as error:  # of writing: what cannot be read is a UserError
+        raise OSError(f"{pixels.name} could not be written ({error.strerror}); what is decoded is kept, and the same command goes on once there is "
+                      "room, or set dataset.cache=false") from None
     return entry
 
 
@@ -605,8 +602,16 @@ def load_data(cfg, tokenizer=None, only=None):
     encoders = {part: pretrained(section.name, part) for part, section in (("vision", v), ("text", t)) if section.name != "scratch"}
     facts = encoders["vision"][0] if v.name != "scratch" else {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 224}
     size = d.image_size or facts["image_size"] or 224
+    if v.name != "scratch":
+        try:
+            Frozen(encoders["vision"][1])(torch.zeros(1, 3, size, size))
+        except Exception as error:  # transformers raises kinds of its own
+            raise UserError(f"dataset.image_size={size}: {v.name} does not take it ({' '.join(str(error).split())[:120]}); leave it 0 for the "
+                            f"encoder's own {facts['image_size']}") from None
     sets = {name: prepare(pattern, key, cfg, round(size / d.random_crop)) for name, (pattern, key) in keys.items()}
     leave_out_overlap(sets)
+    if small := [name for name, split in sets.items() if len(split) < 2 and not only]:
+        raise UserError(f"dataset.{small[0]}_parquet: one pair is no data to tell apart; give at least two")
     if t.name == "scratch":
         tokenize = tokenizer or build_tokenizer(sets["train"], t.vocab_size, d.cache_dir)
         pad, longest = PAD, d.max_text_length
@@ -681,7 +686,7 @@ def gather(data, rows, split="train", epoch=None, pool=None):
         top, left = (np.floor(draw[side] * (margin + 1)).astype(np.int64) for side in ("top", "left"))
         flip, dropped = draw["flip"] < data.flip, draw["drop"] < data.dropout
         texts = [data.empty if gone else s.tokens[r][int(u * len(s.tokens[r]))] for r, u, gone in zip(rows, draw["caption"], dropped, strict=True)]
-    tokens = np.full((n, max(map(len, texts))), data.pad, dtype=np.int64)
+    tokens = np.full((n, max(1, *map(len, texts))), data.pad, dtype=np.int64)
     mask = np.zeros(tokens.shape, dtype=bool)
     for i, text in enumerate(texts):
         tokens[i, :len(text)], mask[i, :len(text)] = text, True
@@ -1149,10 +1154,11 @@ def evaluate(cfg, data=None):
     if file.exists() and (known := common.read_json(file)).get("evaluation") == settings and known["epoch"] == epoch:
         return known
     with common.full_precision():
-        image, text = embed(cfg, model, data, name)
-        ids = torch.from_numpy(data.sets[name].same).to(data.device)
+        where = torch.device("cpu") if data.device.type == "mps" else data.device  # MPS has no float64
+        image, text = (x.to(where) for x in embed(cfg, model, data, name))
+        ids = torch.from_numpy(data.sets[name].same).to(where)
         rows = np.random.default_rng(cfg.seed).permutation(len(data.sets["train"]))[:e.n_pca]
-        *means, axes = fit_pca(*(F.normalize(x, dim=1) for x in embed(cfg, model, data, "train", np.sort(rows))))
+        *means, axes = fit_pca(*(F.normalize(x, dim=1).to(where) for x in embed(cfg, model, data, "train", np.sort(rows))))
         whole = [F.normalize(x, dim=1) for x in (image, text)]
         turned = [(x - mean) @ axes for x, mean in zip(whole, means, strict=True)]
         dims, pca, shape = {}, {}, {}
@@ -1347,7 +1353,13 @@ def plot_training(folder, cfg, history, synthetic):
                                                                                                         for k in (1, 10)]})
     draw("loss_components.png", {f"{label} loss": [f"train/{column}", f"val/{column}"] for label, column in
                                  (("contrastive", "loss_clip"), ("Matryoshka", "loss_mrl"), ("total", "loss"))})
-    draw("lr_schedule.png", {"learning rate": ["train/lr"]})
+    last, rate = history[-1]["train/step"], cfg.optimization.lr
+    figure, (axis,) = common.new_figure()
+    axis.plot([rate * common.warmup_cosine(step, last, round(cfg.optimization.warmup_ratio * last)) for step in range(last)], label="schedule")
+    axis.plot([row["train/step"] - 1 for row in history], [row["train/lr"] for row in history], ".", label="train/lr, as logged")
+    axis.set(xlabel="step", ylabel="learning rate", title=title)
+    axis.legend(fontsize=8)
+    common.save_figure(figure, folder / "lr_schedule.png")
 
 
 def plot_retrieval(path, runs, synthetic):
@@ -1362,7 +1374,7 @@ def plot_retrieval(path, runs, synthetic):
     axis.set_xticks(dims, map(str, dims))
     axis.set(xlabel="dimensions kept", ylabel="mean R@5 of both directions, %",
              title="retrieval by prefix" + (" (synthetic data)" if synthetic else ""))
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.08 * max(100 * each[str(d)]["R@5_mean"] for _, found, _ in runs for each in found for d in dims) + 1)
     return figure, axis
 
 

@@ -205,9 +205,15 @@ def main(argv):
         raise UserError(f"--batch-size: must be at least 1, found {args.batch_size}")
     results = []
     for path in args.configs:
-        found = profile(path, args.batch_size, args.device)
+        try:
+            found = profile(path, args.batch_size, args.device)
+            why = "has no training step"
+        except UserError as error:  # e.g. a pretrained encoder that is not here: the other configs are still wanted
+            found, why = None, error
+            if len(args.configs) == 1:
+                raise
         if found is None:
-            print(f"{path}: has no training step; passed over")
+            print(f"{path}: {why}; passed over")
         else:
             results.append(found)
     if not results:

@@ -876,7 +876,7 @@ def tiny_clip(folder):
     torch.manual_seed(0)
     transformers.CLIPModel(config).save_pretrained(folder)
     letters = [chr(i) for i in range(97, 123)]
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters), ".</w>", ".", ";</w>", ";"]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", "th", "re", *letters, *(f"{c}</w>" for c in letters), ".</w>", ".", ";</w>", ";"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\nt h\nr e\n")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 20,

@@ -1,0 +1,566 @@
+"""encode.py with tiny random models of each family: pooling against loops over single texts, files that the experiments train on, kill and resume."""
+
+import importlib.util
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import ROOT
+from PIL import Image
+
+pytest.importorskip("transformers")
+import tiny_models
+import transformers
+
+import common
+import demo_data
+import encode
+import exp_alignment_corr
+import exp_coco_heads
+import exp_gw_mmimdb
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+ARGS = {"device": torch.device("cpu"), "weights": "float32", "dtype": "float32", "max_length": 512}
+CAPTIONS = [*tiny_models.TEXTS, "a", "one two three four five six seven"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """model(kind, **options) -> folder of a tiny model, made once."""
+    made, root = {}, tmp_path_factory.mktemp("models")
+
+    def get(kind, **options):
+        name = "_".join([kind, *(str(v).strip() for v in options.values())]).replace("/", "").replace(" ", "")
+        if name not in made:
+            made[name] = tiny_models.save_model(root / name, kind, **options)
+        return made[name]
+    return get
+
+
+def draw_picture(draws, size):
+    """Coloured patches, smoothed."""
+    return Image.fromarray(draws.randint(256, size=(5, 6, 3)).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory):
+    """A folder with 30 pictures, of which 4 cannot be read, and a COCO captions JSON with its annotations out of order."""
+    root, draws = tmp_path_factory.mktemp("coco_raw"), np.random.RandomState(0)
+    (root / "images").mkdir()
+    images, annotations = [], []
+    for i in range(30):
+        picture, caption = draw_picture(draws, (48 + i, 40)), f"A {('red', 'big', 'wet')[i % 3]} thing.Seen {i} times"
+        name = f"{i:012}.jpg"
+        picture.save(root / "images" / name, quality=90)
+        images.append({"id": 1000 - i, "file_name": name})
+        annotations += [{"id": 50 * i + k, "image_id": 1000 - i, "caption": f"{caption.split('.')[k % 2]} {k}\n"} for k in range(2 + i % 2)]
+    raw = (root / "images" / images[3]["file_name"]).read_bytes()
+    (root / "images" / images[3]["file_name"]).write_bytes(raw[:300])
+    (root / "images" / images[17]["file_name"]).write_text("<html>404</html>")
+    (root / "images" / images[20]["file_name"]).unlink()
+    (root / "images" / images[29]["file_name"]).write_bytes(b"")
+    Image.new("L", (40, 40), 7).save(root / "images" / images[5]["file_name"])  # grey
+    random.Random(1).shuffle(annotations)
+    images.insert(2, {"id": 5, "file_name": "uncaptioned.jpg"})
+    (root / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return root
+
+
+@pytest.fixture
+def films(tmp_path):
+    """MM-IMDb's raw files and labels of 90 stand-in films, without latents."""
+    root = tmp_path / "films"
+    demo_data.write_mmimdb(root, n_films=90)
+    for path in (root / "latents").iterdir():
+        path.unlink()
+    return root
+
+
+def run(*args):
+    """encode.main, which must succeed."""
+    assert encode.main([*map(str, args), "--device", "cpu", "--workers", "2"]) == 0
+
+
+def fails(capsys, *args):
+    """The one line on stderr of a command that must end with exit code 2."""
+    capsys.readouterr()
+    assert encode.main([*map(str, args), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def coco_args(coco, model, out, *more):
+    return ["coco", "--images", coco / "images", "--captions", coco / "captions.json", "--image-model", model("siglip"), "--text-model", model("mistral"),
+            "--out", out, *more]
+
+
+def opened(path, **options):
+    source = encode.find_model(path)
+    return source, encode.load_tokenizer(source, **options)
+
+
+# ------------------------------------------------------------------------------------------------------ pooling and forward
+
+@pytest.mark.parametrize(("kind", "how", "side"), [*((kind, how, side) for kind in ("mistral", "gpt2") for how in ("last", "mean") for side in ("left", "right")),
+                                                   ("bert", "first", "right"), ("bert", "mean", "right")])
+def test_pooled_texts_equal_a_loop_over_single_texts(model, kind, how, side):
+    """Each text alone has no padding at all: the last token is hidden[-1]."""
+    source, tokenizer = opened(model(kind), padding_side=side)
+    items = encode.tokenize(tokenizer, CAPTIONS, 64, add_eos=how == "last")
+    assert len({len(item) for item in items}) > 3
+    (found,) = encode.text_forward(source, tokenizer, SimpleNamespace(**ARGS), how)(items)
+    plain = transformers.AutoModel.from_pretrained(model(kind)).eval()
+    for row, item in zip(found, items, strict=True):
+        with torch.no_grad():
+            hidden = plain(input_ids=torch.tensor([item])).last_hidden_state[0]
+        expected = {"last": hidden[-1], "first": hidden[0], "mean": hidden.mean(0)}[how]
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
+        if how == "last":
+            assert (row - hidden[-2]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("wrap", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_eos_ends_every_text_once_also_when_cut(tmp_path, wrap):
+    tokenizer = tiny_models.save_tokenizer(tmp_path, wrap=wrap)
+    for length in (6, 64):
+        ids = encode.tokenize(tokenizer, [*CAPTIONS, "x" * 500], length, add_eos=True)
+        assert all(item[-1] == tokenizer.eos_token_id and item.count(tokenizer.eos_token_id) == 1 and len(item) <= length for item in ids)
+        assert max(map(len, ids)) == length
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
+def test_language_features_and_nats_equal_a_loop_over_single_texts(model, kind, side):
+    source, tokenizer = opened(model(kind), padding_side=side)
+    limit = 40
+    items = encode.language_preparer(tokenizer, [*CAPTIONS, "w" * 90])(range(len(CAPTIONS) + 1))
+    features, nats = encode.language_forward(source, tokenizer, SimpleNamespace(**{**ARGS, "max_length": limit}))(items)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model(kind)).eval()
+    start = tokenizer.bos_token_id
+    for row, value, item in zip(features, nats, items, strict=True):
+        scored = item if item[0] == start else [start, *item]
+        with torch.no_grad():
+            hidden = plain(input_ids=torch.tensor([item[:limit]]), output_hidden_states=True).hidden_states
+            logits = plain(input_ids=torch.tensor([scored[:limit]])).logits[0].double()
+        torch.testing.assert_close(row, torch.stack([h[0].mean(0) for h in hidden]), rtol=1e-4, atol=1e-5)
+        if len(scored) > limit:
+            assert math.isnan(value)
+        else:
+            expected = -sum(F.log_softmax(logits[i], 0)[scored[i + 1]] for i in range(len(scored) - 1))
+            assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    assert nats.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip", "blip2", "vit"])
+def test_image_features_equal_the_model_on_one_picture(model, coco, kind):
+    source = encode.find_model(model(kind))
+    processor, files = encode.load_processor(source), [coco / "images" / f"{i:012}.jpg" for i in (0, 5, 8)]
+    with encode.concurrent.futures.ThreadPoolExecutor(2) as workers:
+        items = encode.image_preparer(files, processor, workers)(range(3))
+    (found,) = encode.image_forward(source, SimpleNamespace(**ARGS))(items)
+    plain = transformers.AutoModel.from_pretrained(model(kind)).eval()
+    for row, file in zip(found, files, strict=True):
+        pixels = processor(images=Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            if kind == "blip2":
+                seen = plain.vision_model(pixel_values=pixels).last_hidden_state
+                tokens = plain.qformer(query_embeds=plain.query_tokens, encoder_hidden_states=seen).last_hidden_state[0]
+                expected = sum(tokens) / len(tokens)
+            elif kind == "vit":
+                expected = plain(pixel_values=pixels).last_hidden_state[0, 0]
+            else:
+                expected = plain.get_image_features(pixel_values=pixels).pooler_output[0]
+        torch.testing.assert_close(row.float(), expected, rtol=1e-4, atol=1e-5)
+    assert (found[0] - found[2]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip", "blip2"])
+def test_text_towers_equal_the_model_on_one_text(model, kind):
+    source, tokenizer = opened(model(kind))
+    items = encode.text_preparer(source, tokenizer, CAPTIONS, SimpleNamespace(**ARGS), False)(range(len(CAPTIONS)))
+    (found,) = encode.text_forward(source, tokenizer, SimpleNamespace(**ARGS), encode.text_pooling(source, "last"))(items)
+    plain = transformers.AutoModel.from_pretrained(model(kind)).eval()
+    for row, item in zip(found, items, strict=True):
+        with torch.no_grad():
+            if kind == "blip2":
+                expected = plain.language_model.get_encoder()(input_ids=torch.tensor([item])).last_hidden_state[0].mean(0)
+            else:
+                item = item + [tokenizer.pad_token_id] * (24 - len(item)) if kind == "siglip" else item
+                expected = plain.get_text_features(input_ids=torch.tensor([item])).pooler_output[0]
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "dinov2", "vit_mae"])
+def test_vision_layers_are_the_cls_token_after_each_block(model, kind):
+    source, pixels = encode.find_model(model(kind)), torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    (found,) = encode.vision_forward(source, SimpleNamespace(**ARGS), "cls")(list(pixels.numpy()))
+    assert found.shape == (3, 2, 16)
+    plain = transformers.AutoModel.from_pretrained(model(kind)).eval()
+    tower = getattr(plain, "vision_model", plain)
+    with torch.no_grad():
+        if kind == "vit_mae":
+            plain.config.mask_ratio = 0.0
+            outputs = tower(pixel_values=pixels, noise=torch.rand(3, 16), output_hidden_states=True)  # any order of patches
+        else:
+            outputs = tower(pixel_values=pixels, output_hidden_states=True)
+        torch.testing.assert_close(found[:, 0], outputs.hidden_states[1][:, 0], rtol=1e-4, atol=1e-5)
+        norm = tower.post_layernorm if kind == "clip" else tower.layernorm
+        pooled = outputs.pooler_output if kind == "clip" else outputs.last_hidden_state[:, 0]
+        torch.testing.assert_close(norm(found[:, 1]), pooled, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------------- coco
+
+def test_coco_files_hold_ids_in_order_and_count_bad_images(coco, model, tmp_path, capsys):
+    run(*coco_args(coco, model, tmp_path, "--dtype", "float32"))
+    images, texts = (torch.load(tmp_path / f"train2017_{part}_embeddings.pt", weights_only=True) for part in ("image", "text"))
+    metadata, raw = (json.loads(path.read_text()) for path in (tmp_path / "train2017_metadata.json", coco / "captions.json"))
+    manifest = json.loads((tmp_path / "train2017_image_embeddings_manifest.json").read_text())
+    broken = {f"{i:012}.jpg" for i in (3, 17, 20, 29)}
+    assert set(manifest["bad_images"]) == broken
+    assert (manifest["n_bad_images"], metadata["bad_images"], metadata["unique_images"]) == (4, 4, 26)
+    assert capsys.readouterr().out.count("cannot be read: ") == 4
+    assert manifest["job"]["model"] == model("siglip")
+    assert manifest["job"]["transform"]["image_mean"]
+    assert manifest["job"]["revision"].startswith("files ")
+
+    file_of, caption_of = {i["id"]: i["file_name"] for i in raw["images"]}, {a["id"]: a for a in raw["annotations"]}
+    kept = [a for a in raw["annotations"] if file_of[a["image_id"]] not in broken]
+    assert sorted(metadata["caption_ids"]) == sorted(a["id"] for a in kept)
+    assert len(images) == len(set(metadata["image_ids"])) == 26
+    assert len(texts) == len(kept) == len(metadata["image_ids"])
+    source, processor = encode.find_model(model("siglip")), encode.load_processor(encode.find_model(model("siglip")))
+    see = encode.image_forward(source, SimpleNamespace(**ARGS))
+    read_source, tokenizer = opened(model("mistral"))
+    read = encode.text_forward(read_source, tokenizer, SimpleNamespace(**ARGS), "last")
+    for row in (0, 1, 20, len(texts) - 1):
+        annotation = caption_of[metadata["caption_ids"][row]]
+        assert metadata["image_ids"][row] == annotation["image_id"]
+        assert metadata["captions"][row] == " ".join(annotation["caption"].split())
+        name = file_of[annotation["image_id"]]
+        assert metadata["image_files"][metadata["image_index"][row]] == name
+        torch.testing.assert_close(images[metadata["image_index"][row]],
+                                   see([encode.pixels_of(encode.read_image(coco / "images" / name), processor)])[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(texts[row], read(encode.tokenize(tokenizer, [metadata["captions"][row]], 64, add_eos=True))[0][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [[], ["--repeat-images"]])
+def test_coco_heads_trains_on_the_files(coco, model, tmp_path, layout):
+    run(*coco_args(coco, model, tmp_path / "data", *layout))
+    images, metadata = torch.load(tmp_path / "data/train2017_image_embeddings.pt"), json.loads((tmp_path / "data/train2017_metadata.json").read_text())
+    assert images.dtype == torch.float16
+    assert len(images) == (len(metadata["image_ids"]) if layout else 26)
+    assert ("image_index" in metadata) == (not layout)
+    assert exp_coco_heads.main([str(ROOT / "configs/siglip.yaml"), f"data.dir={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}", "data.val=4",
+                                "data.test=6", "data.train=rest", "training.num_epochs=1", "training.batch_size=16", "device=cpu", "--stage", "train"]) == 0
+    assert len(json.loads((tmp_path / "run/splits.json").read_text())["image_ids"]["train"]) == 16
+    assert (tmp_path / "run/best_model.pt").exists()
+
+
+def test_batch_size_does_not_change_a_row(coco, model, tmp_path):
+    """Rows agree to 1e-5 of the largest value in float32: other batches are other kernels and other padding, not other numbers."""
+    rows = {}
+    for size in (1, 3, 64):
+        run(*coco_args(coco, model, tmp_path / str(size), "--dtype", "float32", "--batch-size", size))
+        rows[size] = [torch.load(tmp_path / str(size) / f"train2017_{part}_embeddings.pt") for part in ("image", "text")]
+    for size in (3, 64):
+        for a, b in zip(rows[1], rows[size], strict=True):
+            assert (a - b).abs().max() < 1e-5 * a.abs().max()
+
+
+def test_instruction_and_limit(coco, model, tmp_path):
+    run(*coco_args(coco, model, tmp_path / "plain", "--limit", "3", "--dtype", "bfloat16"))
+    run(*coco_args(coco, model, tmp_path / "told", "--limit", "3", "--dtype", "bfloat16", "--instruction", "Find the picture"))
+    plain, told = (torch.load(tmp_path / name / "train2017_text_embeddings.pt") for name in ("plain", "told"))
+    assert plain.dtype == torch.bfloat16
+    assert len(plain) == len(told) == 7
+    assert ((plain - told).float().abs().amax(1) > 1e-3).all()
+    metadata = [json.loads((tmp_path / name / "train2017_metadata.json").read_text()) for name in ("plain", "told")]
+    assert metadata[0] == metadata[1]
+
+
+# ------------------------------------------------------------------------------------------------- kill, resume, other jobs
+
+DYING = """
+import os, signal, sys
+sys.path[:0] = [{root!r}]
+import encode
+encode.IMAGE_SHARD, encode.TEXT_SHARD, calls, write = 8, 16, [], encode.append_block
+def dying(*args):
+    write(*args)
+    calls.append(1)
+    if len(calls) == {kill_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+encode.append_block = dying
+encode.main({argv!r})
+"""
+
+
+@pytest.mark.parametrize("kill_at", [3, 6])  # in the images, after a shard's rows and before its state; in the texts
+def test_kill_and_resume_equals_an_uninterrupted_run_to_the_bit(coco, model, tmp_path, monkeypatch, kill_at):
+    monkeypatch.setattr(encode, "IMAGE_SHARD", 8)
+    monkeypatch.setattr(encode, "TEXT_SHARD", 16)
+    argv = [str(v) for v in coco_args(coco, model, tmp_path / "killed", "--batch-size", "4")] + ["--device", "cpu", "--workers", "2"]
+    process = subprocess.run([sys.executable, "-c", DYING.format(root=str(ROOT), kill_at=kill_at, argv=argv)], capture_output=True, text=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert not (tmp_path / "killed/train2017_metadata.json").exists()
+    state = json.loads(next((tmp_path / "killed").glob(".*.work/state.json")).read_text())
+    assert state["done"] == {3: 16, 6: 16}[kill_at]
+    written, write = [], encode.append_block
+    monkeypatch.setattr(encode, "append_block", lambda path, start, *rest: (written.append(start), write(path, start, *rest)))
+    run(*argv[:-4])
+    n_shards = len(written)
+    assert written[0] == 16  # finished shards are not encoded again
+    run(*coco_args(coco, model, tmp_path / "whole", "--batch-size", "4"))
+    assert n_shards < len(written) - n_shards
+    for name in ("image_embeddings.pt", "text_embeddings.pt", "metadata.json", "image_embeddings_manifest.json"):
+        assert (tmp_path / "killed" / f"train2017_{name}").read_bytes() == (tmp_path / "whole" / f"train2017_{name}").read_bytes(), name
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+
+
+def test_a_finished_command_loads_no_model_and_another_job_is_refused(coco, model, tmp_path, capsys, monkeypatch):
+    run(*coco_args(coco, model, tmp_path, "--limit", "3"))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(encode, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    run(*coco_args(coco, model, tmp_path, "--limit", "3"))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert "limit" not in fails(capsys, *coco_args(coco, model, tmp_path, "--limit", "4"))
+    line = fails(capsys, *coco_args(coco, model, tmp_path, "--limit", "3", "--image-model", model("clip")))
+    assert "was made otherwise" in line
+    assert "--out" in line
+    (tmp_path / "train2017_image_embeddings_manifest.json").unlink()
+    assert "was not made by this command" in fails(capsys, *coco_args(coco, model, tmp_path, "--limit", "3"))
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"])
+def test_batches_are_halved_when_memory_runs_out(message, capsys):
+    sizes = []
+
+    def forward(items):
+        sizes.append(len(items))
+        if len(items) > 3:
+            raise RuntimeError(message)
+        return (torch.tensor([[float(len(item))] for item in items]),)
+    items = [[0] * (1 + i * 7 % 5) for i in range(11)]
+    items[4] = "broken"
+    (rows,), good, batch_size = encode.run_batches(forward, items, 16)
+    assert batch_size == 2
+    assert [len(items[i]) for i in good] == sorted((len(i) for i in items if i != "broken"), reverse=True)  # like lengths together, the longest first
+    assert 4 not in good
+    assert rows[:, 0].tolist() == [len(items[i]) for i in good]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        encode.run_batches(lambda items: (_ for _ in ()).throw(RuntimeError("out of memory")), items, 1)
+    with pytest.raises(RuntimeError, match="a bug"):
+        encode.run_batches(lambda items: (_ for _ in ()).throw(RuntimeError("a bug")), items, 4)
+
+
+def test_features_too_large_for_float16_name_the_remedy(coco, model, tmp_path, capsys, monkeypatch):
+    original = encode.image_forward
+    monkeypatch.setattr(encode, "image_forward", lambda *args: lambda items: tuple(1e6 * x for x in original(*args)(items)))
+    line = fails(capsys, *coco_args(coco, model, tmp_path))
+    assert "not finite in float16" in line
+    assert "--dtype bfloat16" in line
+    shutil_free = tmp_path / "other"
+    run(*coco_args(coco, model, shutil_free, "--dtype", "bfloat16"))
+
+
+# ------------------------------------------------------------------------------------------------------------------ mmimdb
+
+def test_views_are_functions_of_id_and_view():
+    picture = draw_picture(np.random.RandomState(0), (60, 90))
+
+    def view(item, number):
+        return np.asarray(encode.augment_image(picture, (32, 24), encode.view_draws(item, number, "image")))
+    assert view("a", 1).shape == (24, 32, 3)
+    assert (view("a", 1) == view("a", 1)).all()
+    assert all((view("a", 1) != other).any() for other in (view("a", 2), view("b", 1)))
+    plot = " ".join(f"w{i}" for i in range(40))
+    masked = encode.mask_words(plot, "<mask>", encode.view_draws("a", 1, "text")).split()
+    assert masked.count("<mask>") == 6
+    assert all(new in (old, "<mask>") for old, new in zip(plot.split(), masked, strict=True))
+    dropped = encode.mask_words(plot, None, encode.view_draws("a", 1, "text")).split()
+    assert dropped == [word for word in masked if word != "<mask>"]
+    assert encode.mask_words("", "<mask>", encode.view_draws("a", 1, "text")) == ""
+
+
+@pytest.mark.parametrize("backbone", ["clip", "blip2"])
+def test_mmimdb_latents_are_rows_of_views_that_the_workspace_trains_on(films, model, tmp_path, backbone):
+    split = json.loads((films / "split.json").read_text())
+    bad = split["train"].pop(0)  # its poster is broken: nan rows, which the experiment accepts only outside the split
+    (films / "split.json").write_text(json.dumps(split))
+    (films / "dataset" / f"{bad}.jpeg").write_text("gone")
+    run("mmimdb", "--data", films, "--backbone", backbone, "--model", model(backbone), "--views", 3)
+    ids = (films / "labels/ids_all.txt").read_text().split()
+    source, tokenizer = opened(model(backbone))
+    processor, args = encode.load_processor(source), SimpleNamespace(**ARGS)
+    size = (32, 32)
+    for modality in ("image", "text"):
+        path = films / "latents" / f"mm_imdb1_globals_aug3_{backbone}_{modality}.npy"
+        rows, manifest = np.load(path, mmap_mode="r"), json.loads(path.with_name(f"{path.stem}_manifest.json").read_text())
+        assert rows.dtype == np.float16
+        assert rows.shape == (manifest["total_rows"], manifest["dims"]) == (270, {"image": (12, 16), "text": (12, 20)}[modality][backbone == "blip2"])
+        assert (manifest["original_rows"], manifest["views_per_sample"], manifest["ids"]) == (90, 3, ids)
+        broken = [3 * ids.index(bad) + view for view in range(3)] if modality == "image" else []
+        assert np.flatnonzero(np.isnan(rows).any(1)).tolist() == sorted(broken)
+        assert list(manifest["bad_images"]) == ([bad] if broken else [])
+        good = np.delete(rows, broken, axis=0).astype(np.float64)
+        statistics = np.load(path.with_name(f"{path.stem}.stats.npz"))
+        np.testing.assert_allclose(statistics["mu"], good.mean(0), atol=1e-5)
+        np.testing.assert_allclose(statistics["sigma"], good.std(0), rtol=1e-4)
+        for film, view in ((5, 0), (5, 2), (80, 1)):  # any row can be made again from its id and view
+            item = ids[film]
+            if modality == "image":
+                picture = encode.read_image(films / "dataset" / f"{item}.jpeg")
+                picture = encode.augment_image(picture, size, encode.view_draws(item, view, "image")) if view else picture
+                (row,) = encode.image_forward(source, args)([encode.pixels_of(picture, processor)])
+            else:
+                plot = json.loads((films / "dataset" / f"{item}.json").read_text())["plot"][0]
+                plot = encode.mask_words(plot, tokenizer.mask_token, encode.view_draws(item, view, "text")) if view else plot
+                how = encode.text_pooling(source, "last")
+                (row,) = encode.text_forward(source, tokenizer, args, how)(encode.tokenize(tokenizer, [plot], encode.max_tokens(source, tokenizer, 512)))
+            np.testing.assert_allclose(rows[3 * film + view].astype(np.float32), row[0].numpy(), rtol=2e-3, atol=2e-3)
+    assert exp_gw_mmimdb.main([str(ROOT / f"configs/gw_{backbone}_shared.yaml"), f"data.dir={films}", "data.views=3", f"output_dir={tmp_path / 'run'}",
+                               "--stage", "train", "training.steps=6", "training.eval_every=3", "training.batch_size=16", "device=cpu"]) == 0
+    assert (tmp_path / "run/best_model.pt").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- alignment
+
+def test_rewritten_captions_replace_more_and_more_words():
+    captions = [f"{a} {b} dog runs over the wet {c} sand" for a in ("one", "two") for b in ("red", "big") for c in ("grey", "cold", "long")]
+    items = encode.rewrite_captions(captions)
+    assert items == encode.rewrite_captions(captions) != encode.rewrite_captions(captions, seed=1)
+    for caption, item in zip(captions, items, strict=True):
+        (body,) = item.values()
+        assert body["original"] == caption
+        words, before = caption.split(), set()
+        assert list(body["sentences"]) == [f"Caption {k} - {10 * k}%" for k in range(1, 11)]
+        for u, text in zip(range(10, 101, 10), body["sentences"].values(), strict=True):
+            changed = {i for i, (old, new) in enumerate(zip(words, text.split(), strict=True)) if old != new}
+            assert len(changed) == round(len(words) * u / 100)
+            assert before <= changed
+            before = changed
+
+
+def test_alignment_features_by_level_load_and_are_compared(coco, model, tmp_path):
+    names = [f"{i:012}.jpg" for i in range(29)]  # three of them broken or missing
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    captions = [f"{tiny_models.TEXTS[i % 3]} {i}" for i in range(29)]
+    (tmp_path / "mine.txt").write_text("\n".join(captions))
+    out = tmp_path / "prh"
+    run("alignment", "--rewrite-captions", tmp_path / "mine.txt", "--images", coco / "images", "--image-names", tmp_path / "names.txt", "--out", out,
+        "--language", model("gpt2"), model("llama"), "--vision", model("vit"), model("clip"), "--dtype", "float32")
+    levels = exp_alignment_corr.read_captions(out / "captions.json")
+    assert sorted(levels) == list(range(0, 101, 10))
+    ids = [f"Index - {i}" for i in range(29) if i not in (3, 17, 20)]
+    vision = torch.load(out / "vision/clip.pt", weights_only=True)
+    assert (vision["ids"], vision["pool"], list(vision["feats"].shape)) == (ids, "cls", [26, 2, 16])
+    assert vision["files"] == [name for i, name in enumerate(names) if i not in (3, 17, 20)]
+    source, tokenizer = opened(model("gpt2"), padding_side="left")
+    forward = encode.language_forward(source, tokenizer, SimpleNamespace(**ARGS))
+    for u in (0, 60):
+        content = torch.load(out / f"gpt_u={u}_features/gpt2.pt", weights_only=True)
+        texts = [levels[u][i] for i in range(29) if i not in (3, 17, 20)]
+        features, nats = forward(encode.language_preparer(tokenizer, texts)(range(26)))
+        torch.testing.assert_close(content["feats"], features, rtol=1e-4, atol=1e-5)
+        assert (content["ids"], content["pool"]) == (ids, "avg")
+        fits = ~nats.isnan()
+        n_bytes = sum(len(text.encode()) for text, fit in zip(texts, fits, strict=True) if fit)
+        assert content["bpb"] == pytest.approx(float(nats[fits].sum()) / math.log(2) / n_bytes, rel=1e-5)
+    config = {"experiment": "alignment_corr", "stages": ["align", "uniqueness"], "features_dir": f"{out}/gpt_u={{u}}_features", "vision_dir": f"{out}/vision",
+              "pool_x": "avg", "pool_y": "cls", "device": "cpu", "output_dir": str(tmp_path / "run"), "captions_file": "",
+              "alignment": {"n_permutations": 19, "metrics": ["mutual_knn"]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert exp_alignment_corr.main([str(tmp_path / "config.yaml")]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert "uniqueness" in json.dumps(results)
+
+
+def test_alignment_of_films_trains_its_probes(films, model, tmp_path):
+    run("alignment", "--mmimdb", films, "--language", model("llama"), model("bloom"), "--vision", model("dinov2"), "--out", films / "features")
+    ids = (films / "labels/ids_all.txt").read_text().split()
+    assert torch.load(films / "features/language/llama.pt", weights_only=True)["ids"] == ids
+    cfg = common.load_config(exp_alignment_corr.Config, ROOT / "configs/alignment_mmimdb.yaml", [
+        f"mmimdb.dir={films}", f"mmimdb.language_dir={films / 'features/language'}", f"mmimdb.vision_dir={films / 'features/vision'}", "device=cpu",
+        "alignment.ladder=[]", f"output_dir={tmp_path / 'run'}"])
+    data = exp_alignment_corr.load_data(cfg)
+    network = exp_alignment_corr.build_model(cfg, data)
+    losses = exp_alignment_corr.train_step(network, exp_alignment_corr.make_batch(data, data.splits["train"][:16]),
+                                           exp_alignment_corr.build_optimizer(cfg, network))
+    assert all(math.isfinite(float(value)) for value in losses.values())
+
+
+# ----------------------------------------------------------------------------------------------------- flickr8k, messages
+
+def test_flickr8k_features_by_file_name(coco, model, tmp_path):
+    (tmp_path / "Flicker8k_Dataset").symlink_to(coco / "images")
+    run("flickr8k", "--data", tmp_path, "--model", model("siglip"))
+    content = torch.load(tmp_path / "image_features.pt", weights_only=True)
+    names = [f"{i:012}.jpg" for i in range(30) if i not in (3, 17, 20, 29)]
+    assert (content["ids"], list(content["feats"].shape), content["feats"].dtype) == (names, [26, 16], torch.float16)
+    if importlib.util.find_spec("exp_flickr_ttt"):
+        import exp_flickr_ttt
+        rows = exp_flickr_ttt.read_features(tmp_path / "image_features.pt", [names[7], names[0]])
+        assert torch.equal(rows, content["feats"][[7, 0]].float())
+
+
+def test_user_mistakes_are_one_line(coco, model, films, tmp_path, capsys):
+    def coco_with(*more):
+        return fails(capsys, *coco_args(coco, model, tmp_path / "out"), *more)
+    (tmp_path / "bad.json").write_text('{"annotations": [{"id": 1}], "images": []}')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config_only").mkdir()
+    (tmp_path / "config_only/config.json").write_text('{"model_type": "siglip"}')
+    assert "no such folder" in coco_with("--images", tmp_path / "none")
+    assert "bad.json: expected COCO captions" in coco_with("--captions", tmp_path / "bad.json")
+    assert "give a folder of a saved model" in coco_with("--text-model", tmp_path / "none")
+    assert "AutoImageProcessor cannot be loaded" in coco_with("--image-model", tmp_path / "config_only")
+    assert "none of the first 29 images" in coco_with("--images", tmp_path / "empty", "--limit", 29)
+    assert "not available" in coco_with("--device", "cuda:99")
+    assert "no such folder" in fails(capsys, "mmimdb", "--data", tmp_path / "none", "--model", model("clip"))
+    assert "no bfloat16" in fails(capsys, "mmimdb", "--data", films, "--model", model("clip"), "--dtype", "bfloat16")
+    assert "name models" in fails(capsys, "alignment", "--captions", tmp_path / "bad.json")
+    assert "captions_file=" in fails(capsys, "alignment", "--captions", tmp_path / "bad.json", "--language", model("gpt2"))
+    (tmp_path / "one.txt").write_text("a dog\na cat\n")
+    assert "30 photos for the 2 captions" in fails(capsys, "alignment", "--rewrite-captions", tmp_path / "one.txt", "--images", coco / "images", "--vision",
+                                                  model("vit"), "--out", tmp_path / "prh").replace("29 photos", "30 photos")
+    (tmp_path / "names.txt").write_text("000000000000.jpg\n000000000001.jpg")
+    line = fails(capsys, "alignment", "--captions", tmp_path / "prh/captions.json", "--images", coco / "images", "--image-names", tmp_path / "names.txt",
+                 "--vision", model("siglip"), "--out", tmp_path / "prh")
+    assert "--vision-pool avg" in line
+    assert "no Flickr8k_Dataset" in fails(capsys, "flickr8k", "--data", tmp_path, "--model", model("clip"))
+
+
+def test_weights_that_the_files_lack_are_an_error(model, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+    folder = tmp_path / "holes"
+    shutil.copytree(model("clip"), folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "Images").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "Images/a.jpg")
+    assert "visual_projection.weight" in fails(capsys, "flickr8k", "--data", tmp_path, "--model", folder)
+
+
+def test_without_transformers_a_line_names_the_pip_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "Images").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "Images/a.jpg")
+    assert "pip install" in fails(capsys, "flickr8k", "--data", tmp_path, "--model", "x")
+    with pytest.raises(SystemExit) as stop:
+        encode.main(["-h"])
+    assert stop.value.code == 0

@@ -20,8 +20,8 @@ def save_tokenizer(folder, padding_side="right", bos="<s>", eos="</s>", mask=Non
     if wrap:
         used = [t for t in (bos, eos) if t and t in wrap]
         bpe.post_processor = tokenizers.processors.TemplateProcessing(single=wrap, special_tokens=[(t, bpe.token_to_id(t)) for t in used])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token=bos, eos_token=eos, mask_token=mask, padding_side=padding_side,
-                                        model_max_length=64)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token=bos, eos_token=eos, mask_token=mask,
+                                        padding_side=padding_side, model_max_length=64)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

@@ -92,6 +92,8 @@ def test_every_readme_command_parses(command):
     """The script, its config and every override of each command in the README exist; nothing is run."""
     words = shlex.split(re.search(r"python (\w+\.py.*?)(?:&&|;|$)", command).group(1).replace("$seed", "1"))
     assert (ROOT / words[0]).exists()
+    if words[0] == "encode.py" and "-h" not in words:
+        assert callable(importlib.import_module("encode").parse_command_line(words[1:]).run)
     if words[0].startswith("exp_") and "-h" not in words:
         module = importlib.import_module(words[0].removesuffix(".py"))
         args = common.parse_command_line(words[1:], (module.Config,), module.__doc__, module.STAGES)

@@ -110,6 +110,7 @@ def load_model(source, args, kind="AutoModel"):
     model, info = load(source, kind, dtype=DTYPES[args.weights], output_loading_info=True)
     if missing := [key for key in info["missing_keys"] if "pooler" not in key]:  # a pooler that nothing here reads may be missing
         raise UserError(f"model {source.name}: {len(missing)} weights are not in its files (the first: {min(missing)}); it is no {kind} checkpoint")
+    model.config.use_cache = False  # keys and values of a decoder that generates nothing
     return model.to(args.device).eval().requires_grad_(False)
 
 
@@ -216,7 +217,7 @@ def language_forward(source, tokenizer, args):
 
     def run(items, hidden):
         ids, mask = pad([item[:limit] for item in items], tokenizer, args.device)
-        out = model(input_ids=ids, attention_mask=mask, output_hidden_states=hidden, use_cache=False, **positions(model, tokenizer, mask))
+        out = model(input_ids=ids, attention_mask=mask, output_hidden_states=hidden, **positions(model, tokenizer, mask))
         return ids, mask, out
 
     @torch.inference_mode()
@@ -443,12 +444,12 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
     state = common.read_json(state_file) if state_file.exists() else {"job": job, "done": 0, "batch_size": args.batch_size, "bad": {}, "shapes": []}
     check_same_job(state["job"], job, f"the unfinished {work}")
     shards = [range(i, min(i + shard, n)) for i in range(state["done"], n, shard)]
-    batch_size, began, told = min(state["batch_size"], args.batch_size), time.time(), 0
+    batch_size, told = min(state["batch_size"], args.batch_size), 0
     if state["done"]:
         print(f"{path.name}: going on at {state['done']} of {n} rows", flush=True)
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
         forward = load_forward() if shards else None
-        future = ahead.submit(prepare, shards[0]) if shards else None
+        future, began = ahead.submit(prepare, shards[0]) if shards else None, time.time()
         for number, rows in enumerate(shards):
             items = future.result()
             if number + 1 < len(shards):
@@ -692,6 +693,7 @@ def alignment(args):
 
             job = model_job(source, pool="avg", padding_side=tokenizer.padding_side, max_length=args.max_length, data=digest([ids, texts]))
             encode_rows(path, job, ids, SHARD, functools.partial(language_tokens, tokenizer, texts), load_forward, finish, args)
+        load_forward.cache_clear()  # frees the model
     for source in vision:
         processor, path = load_processor(source), out / "vision" / f"{source.stem}.pt"
         content = {"ids": ids, "model": source.stem, "pool": args.vision_pool, "files": [file.name for file in files]}

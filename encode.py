@@ -1,4 +1,4 @@
-"""Raw data sets -> the embedding files that the experiments read. Needs `transformers` (pip install transformers; not timm).
+"""Raw data sets -> the embedding files that the experiments read. Needs `transformers` (>= 5.20; not timm).
 
     python encode.py coco --images train2017 --captions captions_train2017.json --split train2017 --out pretrain_encoded
     python encode.py mmimdb --data mmimdb --backbone clip          # or blip2: latents of 70 views for exp_gw_mmimdb.py
@@ -52,8 +52,11 @@ def import_transformers():
     """The package, quiet; imported here, so that -h is quick and needs nothing."""
     try:
         import transformers
+        version = transformers.__version__
     except ImportError:
-        raise UserError("encode.py needs the package transformers: pip install 'transformers>=5.0'") from None
+        version = "0.0"
+    if tuple(map(int, version.split(".")[:2])) < (5, 20):  # older ones want torchvision for every image processor
+        raise UserError("encode.py needs the package transformers, at least 5.20: pip install 'transformers>=5.20'")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers

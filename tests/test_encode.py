@@ -563,6 +563,8 @@ def test_without_transformers_a_line_names_the_pip_command(monkeypatch, capsys, 
     (tmp_path / "Images").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "Images/a.jpg")
     assert "pip install" in fails(capsys, "flickr8k", "--data", tmp_path, "--model", "x")
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.57.6"))
+    assert "at least 5.20" in fails(capsys, "flickr8k", "--data", tmp_path, "--model", "x")
     with pytest.raises(SystemExit) as stop:
         encode.main(["-h"])
     assert stop.value.code == 0

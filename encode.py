@@ -469,7 +469,11 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
                 if k == 0 and len(wrong := (~torch.isfinite(block[good]).flatten(1).all(1)).nonzero()):
                     raise UserError(f"model {job['model']}: features of {names[rows[good[int(wrong[0])]]]} are not finite in {args.dtype} (largest "
                                     f"value {outputs[0].abs().max():.3g}); use --dtype {'float32' if path.suffix == '.npy' else 'bfloat16'}")
-                write_block(work / f"{k}.npy", rows[0], n, block)
+                try:
+                    write_block(work / f"{k}.npy", rows[0], n, block)
+                except OSError as error:
+                    raise OSError(f"{work / f'{k}.npy'} could not be written ({error}); finished shards are kept, and the same command goes on from "
+                                  "them once this is mended") from None
             for name, reason in bad.items():
                 print(f"cannot be read: {name} ({reason})", flush=True)
             state |= {"done": rows[-1] + 1, "batch_size": batch_size, "bad": {**state["bad"], **bad}}

@@ -369,6 +369,24 @@ def test_batches_are_halved_when_memory_runs_out(message, capsys):
         encode.run_batches(lambda items: (_ for _ in ()).throw(RuntimeError("a bug")), items, 4)
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(coco, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(encode, "SHARD", 8)
+    write = encode.write_block
+
+    def full(path, start, *rest):
+        if start == 16:
+            raise OSError(28, "No space left on device")
+        write(path, start, *rest)
+    monkeypatch.setattr(encode, "write_block", full)
+    assert encode.main([*map(str, coco_args(coco, model, tmp_path))]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left" in line
+    assert "0.npy" in line
+    monkeypatch.setattr(encode, "write_block", write)
+    run(*coco_args(coco, model, tmp_path))
+    assert "going on at 16 of 30 rows" in capsys.readouterr().out
+
+
 def test_features_too_large_for_float16_name_the_remedy(coco, model, tmp_path, capsys, monkeypatch):
     original = encode.image_forward
     monkeypatch.setattr(encode, "image_forward", lambda *args: lambda items: tuple(1e6 * x for x in original(*args)(items)))

@@ -86,6 +86,7 @@ class ModelConfig:
 @dataclass
 class TrainingConfig:
     batch_size: int = ranged(64, ">= 2")  # captions a step
+    bucket: int = ranged(8, ">= 1")  # batches sorted by length of speech together: more save padding; equal lengths are harder to tell apart
     epochs: int = ranged(30, ">= 1")  # passes over the training photos (or captions)
     optimizer: Literal["adamw"] = "adamw"  # the only one
     learning_rate: float = ranged(5e-4, "> 0")  # peak, after warm-up, then a cosine to 0
@@ -298,8 +299,8 @@ def find(root, *names):
     for name in names:
         if (root / name).exists():
             return root / name
-    raise UserError(f"{root / names[0]}: no such file or folder; download Flickr8k_Dataset.zip and Flickr8k_text.zip (github.com/jbrownlee/Datasets, release "
-                    "Flickr8k) and flickr_audio (sls.csail.mit.edu/downloads/flickraudio), set data.dir=, or try --demo")
+    raise UserError(f"{root / names[0]}: no such file or folder; download Flickr8k_Dataset.zip and Flickr8k_text.zip (github.com/jbrownlee/Datasets, "
+                    "release Flickr8k) and flickr_audio (sls.csail.mit.edu/downloads/flickraudio), set data.dir=, or try --demo")
 
 
 def read_lines(path):
@@ -345,7 +346,7 @@ def read_speech_list(root):
 
 
 def read_features(path, names):
-    """[N, D] float32 features of the photos of those names, from a .pt dict: feats [N, D] (of [N, layers, D] the last), ids [N]. Raises: UserError."""
+    """[N, D] float32 features of the named photos, from a .pt dict: feats [N, D] (of [N, layers, D] the last), ids [N]. Raises: UserError."""
     if not path:
         raise UserError("model.image_encoder=cached needs data.image_features_file=, a .pt with feats [N, D] and ids, the photos' file names")
     try:
@@ -357,7 +358,7 @@ def read_features(path, names):
         raise UserError(f"{path}: cannot be read as a dict of feats and ids ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     row_of = {name: i for i, name in enumerate(ids)}
     if feats.ndim != 2 or len(feats) != len(ids) or len(row_of) != len(ids):
-        raise UserError(f"{path}: expected feats [N, D] with N different ids, found {list(feats.shape)} and {len(row_of)} different of {len(ids)} ids")
+        raise UserError(f"{path}: expected feats [N, D] with N different ids, found {list(feats.shape)}, {len(row_of)} different of {len(ids)} ids")
     if missing := [name for name in names if Path(name).stem not in row_of]:
         raise UserError(f"{path}: no features of {len(missing)} of {len(names)} photos, the first is {missing[0]}")
     feats = feats[[row_of[Path(name).stem] for name in names]].float()
@@ -464,12 +465,11 @@ def as_input(data, modality, raw):
     frames = torch.tensor([len(x) for x in raw], device=data.device)
     padded = nn.utils.rnn.pad_sequence(raw, batch_first=True).to(data.device, non_blocking=True).float().transpose(1, 2)  # [A, 80, T]
     mean, deviation = data.mel_statistics
-    valid = torch.arange(padded.shape[2], device=data.device) < frames[:, None, None]
-    return {"audio": (padded - mean) / deviation * valid, "audio_frames": frames}
+    return {"audio": (padded - mean) / deviation, "audio_frames": frames}
 
 
 def spec_augment(audio, frames, draws):
-    """Zeroes (the mean) two bands of at most 12 mels and two spans of at most 15% of the frames of every row of audio [A, 80, T] (Park et al. 2019)."""
+    """Zeroes (the mean) in every row of audio [A, 80, T] two bands of up to 12 mels and two spans of up to 15% of its frames (Park et al. 2019)."""
     n, where = len(audio), audio.device
     start, width = torch.from_numpy(draws.random((2, n, 2, 1)).astype(np.float32)).to(where)
     mel, frame, length = torch.arange(N_MELS, device=where), torch.arange(audio.shape[2], device=where), frames[:, None, None]
@@ -505,7 +505,7 @@ def epoch_batches(data, cfg, epoch):
     frames = data.speech.numpy()[rows, 1]
     if frames.any():  # those without speech anywhere in between
         frames = np.where(frames > 0, frames, draws.choice(frames[frames > 0], len(rows)))
-    n_batches, pool = -(-len(rows) // cfg.training.batch_size), np.arange(len(rows)) // (16 * cfg.training.batch_size)
+    n_batches, pool = -(-len(rows) // cfg.training.batch_size), np.arange(len(rows)) // (cfg.training.bucket * cfg.training.batch_size)
     batches = np.array_split(rows[np.lexsort((frames, pool))], n_batches)
     return [torch.from_numpy(batches[i]) for i in draws.permutation(n_batches)]
 
@@ -575,8 +575,10 @@ class ImageEncoder(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Log mels [B, 80, T] of which `frames` [B] are there -> [B, D]: stride-2 convolutions, each normalised over its channels alone and zeroed again past
-    the end, then the mean over time and frequency. What lies beyond the end of a row changes nothing."""
+    """Log mels [B, 80, T], of which `frames` [B] are there -> [B, D]: stride-2 convolutions, then the mean over time and frequency.
+
+    The input and each layer, normalised over its channels alone, are zeroed past the end, so that what lies there changes nothing.
+    """
 
     def __init__(self, channels, dim, dropout):
         super().__init__()
@@ -586,7 +588,7 @@ class AudioEncoder(nn.Module):
         self.project = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels[-1], dim), nn.LayerNorm(dim))
 
     def forward(self, audio, frames):
-        x = audio[:, None].to(memory_format=torch.channels_last)  # [B, 1, 80, T]
+        x = (audio * (torch.arange(audio.shape[2], device=audio.device) < frames[:, None, None]))[:, None]  # [B, 1, 80, T]
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x, frames = conv(x), (frames + 1) // 2
             x = norm(x.permute(0, 2, 3, 1))  # [B, mels, T, C]
@@ -635,7 +637,8 @@ class SlotMemory(nn.Module):
         if not (set_so if episodic is None else episodic):
             return None
         with torch.autocast(x.device.type, enabled=False):
-            return self.ttt_lr * slot_weights(self.slots, x.detach().float(), self.ttt_topk)[0], x.detach()
+            x = x.detach().to(self.slots.dtype)
+            return self.ttt_lr * slot_weights(self.slots, x, self.ttt_topk)[0], x
 
     def read(self, x, adapted=None):
         """Row b's slots are m_k + w_bk (x_b - m_k). Keys and values are affine in the slots, so these are never formed: O(B M), not O(B M D^2)."""
@@ -644,7 +647,7 @@ class SlotMemory(nn.Module):
         if adapted is not None:
             w, written = adapted[0][:, None], [f(adapted[1]).view(q.shape) for f in (self.key, self.value)]  # [B, 1, M]
             logits = logits + w * ((q * written[0]).sum(2, keepdim=True) - logits)
-        p = (logits.float() / q.shape[2] ** 0.5).softmax(2)  # [B, heads, M]
+        p = (logits.to(self.slots.dtype) / q.shape[2] ** 0.5).softmax(2)  # [B, heads, M]
         if adapted is None:
             y = torch.einsum("bhm,mhd->bhd", p.to(v.dtype), v)
         else:
@@ -655,7 +658,7 @@ class SlotMemory(nn.Module):
         """The online write, where it is switched on."""
         if self.enable_ttt_updates and self.ttt_mode == "online" and not self.training:
             with torch.no_grad():
-                self.slots.copy_(memory_write(self.slots, x.float(), self.ttt_topk, self.ttt_lr))
+                self.slots.copy_(memory_write(self.slots, x, self.ttt_topk, self.ttt_lr))
 
     def forward(self, x, episodic=None):
         y = self.read(x, self.adapt(x, episodic))
@@ -671,13 +674,16 @@ class MultiModalMemoryNetwork(nn.Module):
     """
 
     def __init__(self, vocab_size=4565, latent_dim=256, memory_size=64, num_heads=4, num_layers=3, image_size=224, patch_size=16, image_features=0,
-                 audio_channels=(64, 128, 256, 512), modalities=MODALITIES, dropout=0.1, feedback_steps=2, enable_ttt_updates=False, ttt_topk=8, ttt_lr=0.1):
+                 audio_channels=(64, 128, 256, 512), modalities=MODALITIES, dropout=0.1, feedback_steps=2, enable_ttt_updates=False, ttt_topk=8,
+                 ttt_lr=0.1):
         super().__init__()
         dim = latent_dim
         encoders = {"text": lambda: TextEncoder(vocab_size, dim, num_heads, num_layers, dropout),
-                    "image": lambda: nn.Sequential(nn.LayerNorm(image_features), nn.Dropout(dropout), nn.Linear(image_features, dim), nn.LayerNorm(dim))
-                    if image_features else ImageEncoder(image_size, patch_size, dim, num_heads, num_layers, dropout),
+                    "image": lambda: ImageEncoder(image_size, patch_size, dim, num_heads, num_layers, dropout),
                     "audio": lambda: AudioEncoder(audio_channels, dim, dropout)}
+        if image_features:
+            encoders["image"] = lambda: nn.Sequential(nn.LayerNorm(image_features), nn.Dropout(dropout), nn.Linear(image_features, dim),
+                                                      nn.LayerNorm(dim))
 
         def memory(n, topk):
             return SlotMemory(dim, n, num_heads, topk, ttt_lr, enable_ttt_updates)
@@ -737,7 +743,7 @@ def build_optimizer(cfg, model):
 # ------------------------------------------------------------------------------------------------------------- objective
 
 def retrieval_losses(model, batch, temperature=0.07, through_update=True, fused=True):
-    """{"text_image", "text_audio", "image_audio", "fused"}: InfoNCE of the pairs, captions of one photo no negatives; those with audio over the spoken rows.
+    """{"text_image", "text_audio", "image_audio", "fused"}: InfoNCE of the pairs; captions of one photo are no negatives; audio: of spoken rows.
 
     Every modality goes through the fusion alone; "fused" is a random pair of modalities against the third. Which encodings are adapted before they
     are used (through_update) and which pair is fused is drawn from torch's CPU generator.
@@ -817,7 +823,7 @@ N_DIRECTIONS = 6  # of `directions` that the protocol uses, as far as they are t
 
 @torch.no_grad()
 def embed(model, data, modalities, items, batch_size, raw=None):
-    """[N, D] float32, L2-normalised, of items (photos if the modality is the image alone, else captions), or of what is given as raw instead of them."""
+    """[N, D] float32, L2-normalised, of items (photos if the modality is the image alone, else captions), or of raw items given for them."""
     model.eval()
     n = len(items)
     order = torch.arange(n)
@@ -921,7 +927,7 @@ NEIGHBOURS = {c: "".join(k for other in KEYS[max(0, y - 1):y + 2] for k in other
 
 
 def corrupt_text(caption, kind, amount, draws):
-    """Each letter with probability `amount`: swap it for a neighbour on the keyboard, drop it, or insert a neighbour after it; or drop whole words."""
+    """Each letter with probability `amount`: swapped for a neighbour on the keyboard, dropped, or followed by a neighbour; or words dropped."""
     if kind == "word drop":
         words = caption.split()
         keep = draws.random(len(words)) >= amount
@@ -988,8 +994,8 @@ def set_memories(model, mode=None, lr=None):
 def entropy_loss(z, gallery, temperature, filtered=False, memory=None):
     """(mean entropy of softmax(z . gallery / temperature), share of the rows [B] it is taken over).
 
-    filtered: EATA's active samples alone, weighted (Niu et al. 2022): entropy below 0.4 ln G and a cosine below 0.05 between their distribution and the
-    running mean of earlier ones, kept in the list `memory`. (Its Fisher regulariser is left out: streams are short and the model is reset.)
+    filtered: EATA's active samples alone, weighted (Niu et al. 2022): entropy below 0.4 ln G, and a cosine below 0.05 between their distribution and
+    the running mean of earlier ones, kept in the list `memory`. (Its Fisher regulariser is left out: streams are short and the model is reset.)
     """
     log_p = (z @ gallery.T / temperature).log_softmax(1)
     p = log_p.exp()
@@ -1067,7 +1073,8 @@ def choose_steps(cfg, model, data):
         (modality,), (kind, amount) = d.query, HELD_OUT[d.query[0]]
         if modality == "image" and data.photos.ndim == 2:
             continue
-        gallery, raw = embed(model, data, (d.gallery,), d.gallery_items, e.batch_size), corrupted_items(data, modality, d.items, kind, amount, cfg.seed)
+        gallery = embed(model, data, (d.gallery,), d.gallery_items, e.batch_size)
+        raw = corrupted_items(data, modality, d.items, kind, amount, cfg.seed)
         order = torch.randperm(len(d.items), generator=torch.Generator().manual_seed(cfg.seed))
         for method, lr in [("none", None), *((method, lr) for method, steps in STEPS.items() for lr in steps)]:
             z, _ = respond(model, data, modality, raw, gallery, method, lr, order, cfg.losses.temperature, e.batch_size, e.stream_batch)
@@ -1139,10 +1146,11 @@ def test_time(cfg, data=None):
 def report(r):
     """The final tables as text; recalls in percent."""
     marked = "  [SYNTHETIC demo data]" if r["synthetic"] else ""
-    rows = [["chance: " + t["direction"], t["n_queries"], t["n_gallery"], *(100 * t[f"chance_R@{k}"] for k in (1, 5, 10)), "", "", ""] for t in r["retrieval"]]
-    rows = [row for pair in zip(([t["direction"], "", "", *(100 * t[f"R@{k}"] for k in (1, 5, 10)), t["median_rank"],
-                                  *(f"{100 * low:.1f} to {100 * high:.1f}" for low, high in (t["R@1_95%"], t["R@10_95%"]))] for t in r["retrieval"]), rows,
-                                strict=True) for row in pair]
+    rows = []
+    for t in r["retrieval"]:
+        bounds = [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in (t["R@1_95%"], t["R@10_95%"])]
+        rows += [[t["direction"], t["n_queries"], t["n_gallery"], *(100 * t[f"R@{k}"] for k in (1, 5, 10)), t["median_rank"], *bounds],
+                 ["  chance", "", "", *(100 * t[f"chance_R@{k}"] for k in (1, 5, 10)), "", "", ""]]
     text = (f"test: {r['n_photos']['test']:,} photos; recalls in %; epoch {r['epoch']}, seed {r['seed']}{marked}\n"
             + common.format_table(["query -> gallery", "queries", "gallery", "R@1", "R@5", "R@10", "median rank", "R@1 95%", "R@10 95%"], rows))
     if "ttt" not in r:
@@ -1166,7 +1174,7 @@ def report(r):
             (better if low > 0 else worse if high < 0 else []).append(f"{row['method']}, {row['direction']}")
     helped_random = [name for name in helped if name.startswith("random")]
     helped = [name for name in helped if name not in helped_random]
-    text += (f"\n\ntest-time training{marked}: recalls without it (none), and changes by it with paired 95% intervals; corrupted: mean over all corruptions\n"
+    text += (f"\n\ntest-time training{marked}: recalls without it (none), changes by it with paired 95% intervals; corrupted: over all corruptions\n"
              + common.format_table(["direction, method", "clean R@1", "clean R@10", "corrupted R@1", "corrupted R@10"], rows)
              + "\nsteps chosen on dev under held-out corruptions: " + ", ".join(f"{m} {lr:g}" for m, lr in r["ttt"]["steps"].items()))
     text += f"\ncorrupted R@10: {len(helped)} of {compared} intervals lie above 0 (about {compared * 0.025:.1f} would by chance)"
@@ -1227,7 +1235,8 @@ def train(cfg, data=None):
         common.save_checkpoint(latest, {
             "epoch": step // per_epoch, "global_step": step, "best_val_loss": min((row["dev_loss"] for row in history), default=None),
             "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": scheduler.state_dict(),
-            "scaler_state_dict": {}, "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(), "position": {"pending": pending}})
+            "scaler_state_dict": {}, "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(),
+            "position": {"pending": pending}})
     if step < last_step:
         (folder / "results.json").unlink(missing_ok=True)
     log = common.RunLog(folder, cfg.wandb and step < last_step, dataclasses.asdict(cfg))
@@ -1242,8 +1251,8 @@ def train(cfg, data=None):
                 batches = {epoch: epoch_batches(data, cfg, epoch)}
             draws = np.random.default_rng([cfg.seed, epoch, place]) if t.augment else None
             model.train()
-            pending.append(train_step(model, make_batch(data, batches[epoch][place], draws, t.spell), optimizer, cfg.losses.temperature, cfg.losses.fused,
-                                      t.through_update, t.clip_norm, t.use_amp))
+            batch = make_batch(data, batches[epoch][place], draws, t.spell)
+            pending.append(train_step(model, batch, optimizer, cfg.losses.temperature, cfg.losses.fused, t.through_update, t.clip_norm, t.use_amp))
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             ends = place == per_epoch - 1
@@ -1287,7 +1296,8 @@ def mark(title, synthetic):
 
 def plot_training(folder, history, synthetic):
     names = [n for n in history[0] if n.startswith("dev_R@10 ")]
-    panels = {"training loss": {n: [row[n] for row in history] for n in ("loss", "text_image", "text_audio", "image_audio", "fused") if n in history[0]},
+    losses = [n for n in ("loss", "text_image", "text_audio", "image_audio", "fused") if n in history[0]]
+    panels = {"training loss": {n: [row[n] for row in history] for n in losses},
               "dev loss": {"three pairs": [row["dev_loss"] for row in history]},
               "dev R@10 (%)": {"mean of R@1, 5, 10": [row["dev_recall"] for row in history],
                                **{n.removeprefix("dev_R@10 "): [row[n] for row in history] for n in names}}}
@@ -1322,7 +1332,7 @@ def plot_severity(path, r, metric):
             mine = [c for c in table if c["direction"] == name and c["method"] == method]
             levels = sorted({c["severity"] for c in mine})
             values = [100 * np.mean([c[metric] for c in mine if c["severity"] == level]) for level in levels]
-            axis.plot(levels, values, marker=".", label=method, linewidth=2.2 if method == "none" else 1.2, color="black" if method == "none" else None)
+            axis.plot(levels, values, marker=".", label=method, **({"color": "black", "linewidth": 2.2} if method == "none" else {}))
         chance = next(row for row in r["ttt"]["summary"] if row["direction"] == name)[f"chance_{metric}"]
         axis.axhline(100 * chance, color="grey", linestyle=":", label="chance")
         axis.set(xlabel="severity of the query's corruption", ylabel=f"{metric} (%)", title=name, ylim=(0, None))

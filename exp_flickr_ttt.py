@@ -89,6 +89,7 @@ class TrainingConfig:
     bucket: int = ranged(8, ">= 1")  # batches sorted by length of speech together: more save padding; equal lengths are harder to tell apart
     epochs: int = ranged(30, ">= 1")  # passes over the training photos (or captions)
     optimizer: Literal["adamw"] = "adamw"  # the only one
+    speech_first: float = ranged(0.0, ">= 0", "< 1")  # share of the epochs that train text and audio alone, for when little is spoken
     learning_rate: float = ranged(5e-4, "> 0")  # peak, after warm-up, then a cosine to 0
     weight_decay: float = ranged(0.01, ">= 0")  # on every parameter
     warmup: float = ranged(0.05, ">= 0", "< 1")  # share of the steps
@@ -137,7 +138,7 @@ def mel_filters(device):
     """[201, 80] triangles, evenly spaced on the HTK mel scale from 0 to 8 kHz, peak 1, float32."""
     mels = torch.linspace(0, 2595 * math.log10(1 + 8000 / 700), N_MELS + 2)
     edges = 700 * (10 ** (mels / 2595) - 1)
-    slopes = (edges - torch.linspace(0, 8000, 201)[:, None]) / 1  # [201, 82], of each frequency to each edge
+    slopes = edges - torch.linspace(0, 8000, 201)[:, None]  # [201, 82], of each frequency to each edge
     widths = edges.diff()
     return torch.minimum(-slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]).clamp(min=0).to(device)
 
@@ -146,9 +147,9 @@ def mel_spectrogram(waveform):
     """Power mel spectrogram [.., 80, 1 + n // 160] of a 16 kHz waveform [.., n] float in [-1, 1], n > 200: windows of 25 ms every 10 ms."""
     window = torch.hann_window(400, device=waveform.device, dtype=waveform.dtype)
     flat = waveform.reshape(-1, waveform.shape[-1])
-    spectrum = torch.view_as_real(torch.stft(flat, 400, 160, window=window, center=True, pad_mode="reflect", return_complex=True))
-    power = spectrum.square().sum(-1)  # [N, 201, frames]
-    return (mel_filters(waveform.device).to(waveform.dtype).T @ power).view(*waveform.shape[:-1], N_MELS, -1)
+    spectrum = torch.stft(flat, 400, 160, window=window, center=True, pad_mode="reflect", return_complex=True)
+    real, imaginary = torch.view_as_real(spectrum).square().unbind(-1)  # [N, 201, frames]; a sum over the last axis would take longer than the stft
+    return (mel_filters(waveform.device).to(waveform.dtype).T @ (real + imaginary)).view(*waveform.shape[:-1], N_MELS, -1)
 
 
 def log_mel(waveform):
@@ -742,39 +743,39 @@ def build_optimizer(cfg, model):
 
 # ------------------------------------------------------------------------------------------------------------- objective
 
-def retrieval_losses(model, batch, temperature=0.07, through_update=True, fused=True):
+def retrieval_losses(model, batch, temperature=0.07, through_update=True, fused=True, speech_alone=False):
     """{"text_image", "text_audio", "image_audio", "fused"}: InfoNCE of the pairs; captions of one photo are no negatives; audio: of spoken rows.
 
     Every modality goes through the fusion alone; "fused" is a random pair of modalities against the third. Which encodings are adapted before they
-    are used (through_update) and which pair is fused is drawn from torch's CPU generator.
+    are used (through_update) and which pair is fused is drawn from torch's CPU generator. speech_alone: only "text_audio", where there is speech.
     """
     coins = (torch.rand(len(MODALITIES) + 1) < 0.5).tolist()
     adapted = {m: through_update and coin for m, coin in zip((*MODALITIES, "pair"), coins, strict=True)}
     third = MODALITIES[int(torch.randint(len(MODALITIES), ()))]
-    spoken = batch.get("audio_rows")
-    with_audio = spoken is not None and len(spoken) > 1
-    given = {"text": (batch["text"],), "image": (batch["image"],), **({"audio": (batch["audio"], batch["audio_frames"])} if with_audio else {})}
+    spoken, photo, given = batch.get("audio_rows"), batch["photo"], {"text": (batch["text"],), "image": (batch["image"],)}
+    if spoken is not None and len(spoken) > 1:
+        given["audio"] = (batch["audio"], batch["audio_frames"])
+        if speech_alone:
+            del given["image"]
     encodings = {m: model.encode(m, *inputs, episodic=adapted[m]) for m, inputs in given.items()}
     latents = {m: F.normalize(model.fuse_modalities({m: e}, adapted[m]).float(), dim=1) for m, e in encodings.items()}
-
-    def loss(a, b, ids):
-        return common.info_nce(a, b, 1 / temperature, ids, "mask")
-    losses = {"text_image": loss(latents["text"], latents["image"], batch["photo"])}
-    if with_audio:
-        ids = batch["photo"][spoken]
-        of_spoken = {m: z if m == "audio" else z[spoken] for m, z in latents.items()}
-        losses |= {f"{m}_audio": loss(of_spoken[m], of_spoken["audio"], ids) for m in ("text", "image")}
-        if fused:
-            pair = {m: e if m == "audio" else e[spoken] for m, e in encodings.items() if m != third}
-            losses["fused"] = loss(F.normalize(model.fuse_modalities(pair, adapted["pair"]).float(), dim=1), of_spoken[third], ids)
+    losses = {}
+    for a, b in PAIRS:
+        if a in latents and b in latents:
+            rows = spoken if b == "audio" else slice(None)
+            losses[f"{a}_{b}"] = common.info_nce(latents[a][rows], latents[b], 1 / temperature, photo[rows], "mask")
+    if fused and len(encodings) == 3:
+        pair = {m: e if m == "audio" else e[spoken] for m, e in encodings.items() if m != third}
+        joint, other = F.normalize(model.fuse_modalities(pair, adapted["pair"]).float(), dim=1), latents[third]
+        losses["fused"] = common.info_nce(joint, other if third == "audio" else other[spoken], 1 / temperature, photo[spoken], "mask")
     return losses
 
 
-def train_step(model, batch, optimizer, temperature=0.07, fused=0.5, through_update=True, clip_norm=1.0, amp=True):
+def train_step(model, batch, optimizer, temperature=0.07, fused=0.5, through_update=True, clip_norm=1.0, amp=True, speech_alone=False):
     """One step -> {"loss", and the losses of `retrieval_losses` that the batch has} as 0-d tensors (no synchronisation)."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch["text"].device.type, torch.bfloat16, enabled=amp and batch["text"].is_cuda):
-        losses = retrieval_losses(model, batch, temperature, through_update, fused > 0)
+        losses = retrieval_losses(model, batch, temperature, through_update, fused > 0, speech_alone)
     total = sum((fused if name == "fused" else 1) * value for name, value in losses.items())
     total.backward()
     nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
@@ -1252,7 +1253,8 @@ def train(cfg, data=None):
             draws = np.random.default_rng([cfg.seed, epoch, place]) if t.augment else None
             model.train()
             batch = make_batch(data, batches[epoch][place], draws, t.spell)
-            pending.append(train_step(model, batch, optimizer, cfg.losses.temperature, cfg.losses.fused, t.through_update, t.clip_norm, t.use_amp))
+            pending.append(train_step(model, batch, optimizer, cfg.losses.temperature, cfg.losses.fused, t.through_update, t.clip_norm, t.use_amp,
+                                      epoch < t.speech_first * t.epochs))
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             ends = place == per_epoch - 1

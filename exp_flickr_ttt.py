@@ -18,7 +18,8 @@ Deviations from the recipe this follows:
 - the recipe's TENT cannot work: backward under no_grad has no graph, its entropy head is untrained, it picks every parameter with 'memory' in its
   name, and p log p of an underflowed p is NaN. Here the entropy is that of softmax(query . gallery / temperature), and only LayerNorm affines adapt;
 - a batch's writes to a slot are averaged (summed, they diverge); in training a random half of the encodings is adapted, so that both uses are known;
-- every parameter gets gradient: fusion and presence bits are trained by fused pairs of modalities against the third.
+- every parameter gets gradient: fusion and presence bits are trained by fused pairs of modalities against the third;
+- encodings are standardised (batch statistics in training, fixed ones after): else the modality that is harder to match shrinks to one point.
 """
 
 import concurrent.futures
@@ -89,7 +90,6 @@ class TrainingConfig:
     bucket: int = ranged(8, ">= 1")  # batches sorted by length of speech together: more save padding; equal lengths are harder to tell apart
     epochs: int = ranged(30, ">= 1")  # passes over the training photos (or captions)
     optimizer: Literal["adamw"] = "adamw"  # the only one
-    speech_first: float = ranged(0.0, ">= 0", "< 1")  # share of the epochs that train text and audio alone, for when little is spoken
     learning_rate: float = ranged(5e-4, "> 0")  # peak, after warm-up, then a cosine to 0
     weight_decay: float = ranged(0.01, ">= 0")  # on every parameter
     warmup: float = ranged(0.05, ">= 0", "< 1")  # share of the steps
@@ -506,14 +506,15 @@ def epoch_batches(data, cfg, epoch):
     frames = data.speech.numpy()[rows, 1]
     if frames.any():  # those without speech anywhere in between
         frames = np.where(frames > 0, frames, draws.choice(frames[frames > 0], len(rows)))
-    n_batches, pool = -(-len(rows) // cfg.training.batch_size), np.arange(len(rows)) // (cfg.training.bucket * cfg.training.batch_size)
+    n_batches, pool = steps_per_epoch(cfg, data), np.arange(len(rows)) // (cfg.training.bucket * cfg.training.batch_size)
     batches = np.array_split(rows[np.lexsort((frames, pool))], n_batches)
     return [torch.from_numpy(batches[i]) for i in draws.permutation(n_batches)]
 
 
 def steps_per_epoch(cfg, data):
     rows = data.splits["train"]
-    return -(-(len(data.photo_of[rows].unique()) if cfg.data.captions == "one" else len(rows)) // cfg.training.batch_size)
+    n = len(data.photo_of[rows].unique()) if cfg.data.captions == "one" else len(rows)
+    return max(1, min(-(-n // cfg.training.batch_size), n // 2))  # no batch of one row
 
 
 def total_steps(cfg, data):
@@ -689,6 +690,7 @@ class MultiModalMemoryNetwork(nn.Module):
         def memory(n, topk):
             return SlotMemory(dim, n, num_heads, topk, ttt_lr, enable_ttt_updates)
         self.encoders = nn.ModuleDict({m: encoders[m]() for m in modalities})
+        self.standardise = nn.ModuleDict({m: nn.BatchNorm1d(dim) for m in modalities})  # else what is hard to match collapses into one point
         self.memories = nn.ModuleDict({m: memory(memory_size // 2, max(1, ttt_topk // 2)) for m in modalities})
         self.central, self.feedback_steps = memory(memory_size, ttt_topk), feedback_steps
         self.modality_type_embeddings = nn.Parameter(0.02 * torch.randn(len(MODALITIES), dim))
@@ -699,7 +701,7 @@ class MultiModalMemoryNetwork(nn.Module):
         """[B, D] of one modality, after its memory."""
         if modality not in self.encoders:
             raise ValueError(f"this model was trained without {modality}; it has {', '.join(self.encoders)}")
-        return self.memories[modality](self.encoders[modality](*inputs), episodic)
+        return self.memories[modality](self.standardise[modality](self.encoders[modality](*inputs)), episodic)
 
     def fuse_modalities(self, encodings, episodic=None):
         """Latent [B, D] of {modality: [B, D]}; a modality that is not there is zeros plus its type embedding, with presence bit 0."""
@@ -743,11 +745,11 @@ def build_optimizer(cfg, model):
 
 # ------------------------------------------------------------------------------------------------------------- objective
 
-def retrieval_losses(model, batch, temperature=0.07, through_update=True, fused=True, speech_alone=False):
+def retrieval_losses(model, batch, temperature=0.07, through_update=True, fused=True):
     """{"text_image", "text_audio", "image_audio", "fused"}: InfoNCE of the pairs; captions of one photo are no negatives; audio: of spoken rows.
 
     Every modality goes through the fusion alone; "fused" is a random pair of modalities against the third. Which encodings are adapted before they
-    are used (through_update) and which pair is fused is drawn from torch's CPU generator. speech_alone: only "text_audio", where there is speech.
+    are used (through_update) and which pair is fused is drawn from torch's CPU generator.
     """
     coins = (torch.rand(len(MODALITIES) + 1) < 0.5).tolist()
     adapted = {m: through_update and coin for m, coin in zip((*MODALITIES, "pair"), coins, strict=True)}
@@ -755,8 +757,6 @@ def retrieval_losses(model, batch, temperature=0.07, through_update=True, fused=
     spoken, photo, given = batch.get("audio_rows"), batch["photo"], {"text": (batch["text"],), "image": (batch["image"],)}
     if spoken is not None and len(spoken) > 1:
         given["audio"] = (batch["audio"], batch["audio_frames"])
-        if speech_alone:
-            del given["image"]
     encodings = {m: model.encode(m, *inputs, episodic=adapted[m]) for m, inputs in given.items()}
     latents = {m: F.normalize(model.fuse_modalities({m: e}, adapted[m]).float(), dim=1) for m, e in encodings.items()}
     losses = {}
@@ -771,11 +771,11 @@ def retrieval_losses(model, batch, temperature=0.07, through_update=True, fused=
     return losses
 
 
-def train_step(model, batch, optimizer, temperature=0.07, fused=0.5, through_update=True, clip_norm=1.0, amp=True, speech_alone=False):
+def train_step(model, batch, optimizer, temperature=0.07, fused=0.5, through_update=True, clip_norm=1.0, amp=True):
     """One step -> {"loss", and the losses of `retrieval_losses` that the batch has} as 0-d tensors (no synchronisation)."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch["text"].device.type, torch.bfloat16, enabled=amp and batch["text"].is_cuda):
-        losses = retrieval_losses(model, batch, temperature, through_update, fused > 0, speech_alone)
+        losses = retrieval_losses(model, batch, temperature, through_update, fused > 0)
     total = sum((fused if name == "fused" else 1) * value for name, value in losses.items())
     total.backward()
     nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
@@ -1253,8 +1253,7 @@ def train(cfg, data=None):
             draws = np.random.default_rng([cfg.seed, epoch, place]) if t.augment else None
             model.train()
             batch = make_batch(data, batches[epoch][place], draws, t.spell)
-            pending.append(train_step(model, batch, optimizer, cfg.losses.temperature, cfg.losses.fused, t.through_update, t.clip_norm, t.use_amp,
-                                      epoch < t.speech_first * t.epochs))
+            pending.append(train_step(model, batch, optimizer, cfg.losses.temperature, cfg.losses.fused, t.through_update, t.clip_norm, t.use_amp))
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             ends = place == per_epoch - 1

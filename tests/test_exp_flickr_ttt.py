@@ -411,7 +411,7 @@ def test_online_memories_answer_then_write_slots_only(small):
         model.train()
         state = {k: v.clone() for k, v in model.state_dict().items()}
         model(image=batch["image"])
-        assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())  # nor in training
+        assert all(torch.equal(state[k], v) for k, v in model.state_dict().items() if k.endswith("slots"))  # nor in training
 
 
 def test_episodic_is_invariant_to_batch_and_order(small):

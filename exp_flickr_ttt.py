@@ -921,7 +921,7 @@ CORRUPTIONS = {  # of queries: amounts, mildest first
     "audio": {"white noise": (20, 10, 5, 0)},  # dB
     "text": {"swap": (0.05, 0.1, 0.2), "drop": (0.05, 0.1, 0.2), "insert": (0.05, 0.1, 0.2)}}  # of the letters
 HELD_OUT = {"image": ("contrast", 0.3), "audio": ("low-pass", 1000), "text": ("word drop", 0.3)}  # on dev, for the steps below
-STEPS = {"memory-episodic": (0.03, 0.1, 0.3), "memory-online": (0.01, 0.03, 0.1, 0.3), "tent": (1e-4, 1e-3, 1e-2), "eata": (1e-4, 1e-3, 1e-2)}
+STEPS = {"memory-episodic": (0.1, 0.3, 1.0), "memory-online": (0.1, 0.3, 1.0), "tent": (1e-4, 1e-3, 1e-2), "eata": (1e-4, 1e-3, 1e-2)}
 KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 NEIGHBOURS = {c: "".join(k for other in KEYS[max(0, y - 1):y + 2] for k in other[max(0, x - 1):x + 2] if k != c)
               for y, row in enumerate(KEYS) for x, c in enumerate(row)}

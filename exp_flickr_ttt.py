@@ -1329,11 +1329,11 @@ def plot_severity(path, r, metric):
     names = list(dict.fromkeys(c["direction"] for c in table))
     figure, axes = common.new_figure(len(names), width=3.4, height=3.6)
     for axis, name in zip(axes, names, strict=True):
-        for method in ("none", *METHODS):
+        for method in (*METHODS, "none"):  # the others often lie on it: it is drawn over them, dashed
             mine = [c for c in table if c["direction"] == name and c["method"] == method]
             levels = sorted({c["severity"] for c in mine})
             values = [100 * np.mean([c[metric] for c in mine if c["severity"] == level]) for level in levels]
-            axis.plot(levels, values, marker=".", label=method, **({"color": "black", "linewidth": 2.2} if method == "none" else {}))
+            axis.plot(levels, values, marker=".", label=method, **({"color": "black", "linestyle": "--"} if method == "none" else {}))
         chance = next(row for row in r["ttt"]["summary"] if row["direction"] == name)[f"chance_{metric}"]
         axis.axhline(100 * chance, color="grey", linestyle=":", label="chance")
         axis.set(xlabel="severity of the query's corruption", ylabel=f"{metric} (%)", title=name, ylim=(0, None))

@@ -41,7 +41,7 @@ def cache(tmp_path_factory):
 
 SMALL = ["model.latent_dim=16", "model.memory_size=12", "model.num_heads=2", "model.num_layers=1", "model.image_size=14", "model.patch_size=7",
          "model.audio_channels=[4, 8]", "training.batch_size=10", "training.epochs=3", "evaluation.n_orders=2", "evaluation.n_severities=1",
-         "evaluation.n_bootstrap=100", "evaluation.stream_batch=8", "num_workers=1", "device=cpu"]
+         "evaluation.n_bootstrap=100", "evaluation.stream_batch=35", "num_workers=1", "device=cpu"]
 
 
 def arguments(tmp_path, tree, cache, *overrides):

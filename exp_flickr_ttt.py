@@ -1378,6 +1378,7 @@ def main(argv):
     if args.demo:
         if any(override.startswith(("data.dir=", "data.cache_dir=", "data.image_features_file=")) for override in args.overrides):
             raise UserError("--demo brings its own data; leave it or the folders out")
+        torch.set_num_threads(1)  # for so small a model a second thread only waits
         cfg.data.dir, cfg.data.cache_dir = demo_data.write_flickr8k("data/demo/flickr8k"), "data/demo/cache"
     if args.stage != "cache":
         common.check_run(cfg, args.fresh)  # before the data are decoded; nothing is written or moved until they are

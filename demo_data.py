@@ -7,6 +7,8 @@ Each `write_*` is deterministic, takes seconds, does nothing where its files alr
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -165,24 +167,24 @@ def write_mmimdb(folder="data/demo/mmimdb", n_films=600, views=3, backbone="clip
     return str(folder)
 
 
-COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180), "orange": (255, 127, 14), "purple": (148, 103, 189),
+SHAPE_COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180), "orange": (255, 127, 14), "purple": (148, 103, 189),
            "brown": (140, 86, 75), "pink": (247, 140, 205), "black": (20, 20, 20)}
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 190), "pale yellow": (255, 250, 190), "light blue": (200, 225, 255)}
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
-PLACES = [f"{row} {column}".replace("middle centre", "centre") for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
+GRID_PLACES = [f"{row} {column}".replace("middle centre", "centre") for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
 
 
-def draw_scene(draws, size):
+def draw_shapes(draws, size):
     """(RGB picture of 1 to 4 shapes on a 3 x 3 grid, its caption) at size = (width, height) pixels."""
     background = list(BACKGROUNDS)[draws.randint(len(BACKGROUNDS))]
     image = Image.new("RGB", size, BACKGROUNDS[background])
     pen, objects, unit = ImageDraw.Draw(image), [], min(size) / 3
     left, top = (size[0] - min(size)) / 2, (size[1] - min(size)) / 2  # the scene is in the centre square
     for place in sorted(draws.choice(9, draws.randint(1, 5), replace=False)):
-        colour, shape = list(COLOURS)[draws.randint(len(COLOURS))], SHAPES[draws.randint(len(SHAPES))]
+        colour, shape = list(SHAPE_COLOURS)[draws.randint(len(SHAPE_COLOURS))], SHAPES[draws.randint(len(SHAPES))]
         big = draws.rand() < 0.5
         r, x, y = unit * (0.42 if big else 0.25), left + unit * (place % 3 + 0.5), top + unit * (place // 3 + 0.5)
-        fill = COLOURS[colour]
+        fill = SHAPE_COLOURS[colour]
         if shape == "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
         elif shape == "square":
@@ -194,7 +196,7 @@ def draw_scene(draws, size):
         else:
             pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=fill)
             pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=fill)
-        objects.append((f"a {'large' if big else 'small'} {colour} {shape}", PLACES[place]))
+        objects.append((f"a {'large' if big else 'small'} {colour} {shape}", GRID_PLACES[place]))
     number = ("one shape", "two shapes", "three shapes", "four shapes")[len(objects) - 1]
     order = draws.permutation(len(objects))
     told = [(f"There is {objects[i][0]} in the {objects[i][1]}.", f"In the {objects[i][1]} I can see {objects[i][0]}.",
@@ -221,7 +223,7 @@ def write_pixmo(folder="data/demo/pixmo", sizes=(1600, 200, 200), group_rows=64)
         for i in range(n):
             short = int(draws.randint(72, 200))
             long = int(short * draws.uniform(1, 1.6))
-            image, caption = draw_scene(draws, (long, short) if draws.rand() < 0.6 else (short, long))
+            image, caption = draw_shapes(draws, (long, short) if draws.rand() < 0.6 else (short, long))
             kind = ("JPEG", "JPEG", "JPEG", "PNG", "palette", "WEBP", "CMYK")[draws.randint(7)]
             image = image.convert("CMYK") if kind == "CMYK" else image.quantize(32) if kind == "palette" else image
             image.save(buffer := io.BytesIO(), {"CMYK": "JPEG", "palette": "GIF"}.get(kind, kind), quality=90)
@@ -237,5 +239,79 @@ def write_pixmo(folder="data/demo/pixmo", sizes=(1600, 200, 200), group_rows=64)
     return str(folder)
 
 
+COLOURS = {"red": (215, 40, 40), "blue": (45, 80, 220), "yellow": (240, 215, 40), "green": (30, 150, 60), "white": (250, 250, 250),
+           "black": (15, 15, 15)}
+PLACES = {"grass": (110, 190, 80), "snow": (225, 232, 240), "sand": (222, 196, 140), "water": (70, 130, 190), "street": (128, 128, 128)}
+THINGS = ("ball", "box", "kite", "pole", "plank", "ring")
+TEMPLATES = ("A {c1} {t1} and a {c2} {t2} on the {p} .", "The {t1} is {c1} and the {t2} is {c2} .", "A {c1} {t1} beside a {c2} {t2} .",
+             "Two things lie on the {p} : a {c1} {t1} and a {t2} .", "There is a {c2} {t2} near a {c1} {t1} on {p} .")
+
+
+def draw_scene(place, left, right, draws, size=(120, 90)):
+    """A picture of two (colour, thing) on a place, each somewhere on its side, with speckles."""
+    width, height = size
+    image = Image.new("RGB", size, PLACES[place])
+    pen = ImageDraw.Draw(image)
+    for side, (colour, thing) in enumerate((left, right)):
+        x, y, r = draws.uniform(0.18, 0.32) * width + side * width / 2, draws.uniform(0.35, 0.65) * height, draws.uniform(13, 19)
+        boxes = {"ball": (x - r, y - r, x + r, y + r), "ring": (x - r, y - r, x + r, y + r), "box": (x - r, y - r, x + r, y + r),
+                 "pole": (x - r / 3, y - 1.7 * r, x + r / 3, y + 1.7 * r), "plank": (x - 1.4 * r, y - r / 3, x + 1.4 * r, y + r / 3)}
+        if thing == "kite":
+            pen.polygon([(x, y - 1.4 * r), (x + r, y), (x, y + 1.4 * r), (x - r, y)], fill=COLOURS[colour])
+        elif thing in ("ball", "ring"):
+            pen.ellipse(boxes[thing], fill=COLOURS[colour] if thing == "ball" else None, outline=COLOURS[colour], width=5)
+        else:
+            pen.rectangle(boxes[thing], fill=COLOURS[colour])
+    return np.clip(np.asarray(image) + draws.normal(0, 10, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def speak(caption, pitch, draws, rate=16000):
+    """int16 wave: a word is 80 ms of two gliding tones of its own, a voice raises or lowers them all, with hiss below."""
+    pieces = []
+    for word in caption.lower().split():
+        own, t = np.random.RandomState(zlib.crc32(word.encode())), np.arange(int(rate * draws.uniform(0.07, 0.09))) / rate
+        tones = sum(np.sin(2 * np.pi * pitch * (f * t + glide * t**2 / 2)) for f, glide in zip(own.uniform((250, 1200), (1000, 4000)),
+                                                                                             own.uniform(-4000, 4000, 2), strict=True))
+        pieces += [tones * np.hanning(len(t)), np.zeros(int(rate * 0.015))]
+    wave = np.concatenate(pieces)
+    return (6000 * (wave + 0.02 * draws.standard_normal(len(wave)))).astype("<i2")
+
+
+def write_flickr8k(folder="data/demo/flickr8k", n_photos=(320, 60, 60), n_spoken=2):
+    """Flickr8k with spoken captions in the tree of the real set: photos of two coloured things on a place, with five captions each.
+
+    `n_spoken` of them are read out, by one of eight voices (none of every twelfth photo's). As in the real set one listed photo has no file and one
+    recording has a header of wrong length.
+    """
+    folder = Path(folder)
+    if (folder / "SYNTHETIC_DEMO").exists():  # written last
+        return str(folder)
+    for name in ("Flickr8k_Dataset", "Flickr8k_text", "flickr_audio/wavs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    draws, token_lines, wav_lines, lists = np.random.default_rng(8000), [], [], {"train": [], "dev": [], "test": []}
+    splits = [split for split, n in zip(lists, n_photos, strict=True) for _ in range(n)]
+    for i, split in enumerate(splits):
+        name, place = f"{1000 + 7919 * i}_{zlib.crc32(str(i).encode()):08x}", list(PLACES)[draws.integers(len(PLACES))]
+        (c1, c2), (t1, t2) = (draws.choice(list(kinds), 2, replace=False) for kinds in (COLOURS, THINGS))
+        Image.fromarray(draw_scene(place, (c1, t1), (c2, t2), draws)).save(buffer := io.BytesIO(), "JPEG", quality=90)
+        (folder / "Flickr8k_Dataset" / f"{name}.jpg").write_bytes(buffer.getvalue())
+        lists[split].append(f"{name}.jpg")
+        captions = [template.format(c1=c1, c2=c2, t1=t1, t2=t2, p=place) for template in TEMPLATES]
+        token_lines += [f"{name}.jpg#{k}\t{caption}" for k, caption in enumerate(captions)]
+        for k in sorted(draws.choice(5, n_spoken if i % 12 else 0, replace=False)):
+            wave = speak(captions[k], 0.85 + 0.3 * draws.integers(8) / 7, draws).tobytes()
+            stated = 0 if len(wav_lines) == 5 else len(wave)
+            header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + stated, b"WAVE", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16, b"data", stated)
+            (folder / "flickr_audio/wavs" / f"{name}_{k}.wav").write_bytes(header + wave)
+            wav_lines.append(f"{name}_{k}.wav {name}.jpg #{k}")
+    lists["train"].insert(3, "2258277193_no_such_file.jpg")
+    token_lines.append("2258277193_no_such_file.jpg.1#0\tA caption without a photo .")
+    for path, lines in (("Flickr8k_text/Flickr8k.token.txt", token_lines), ("flickr_audio/wav2capt.txt", wav_lines),
+                        *((f"Flickr8k_text/Flickr_8k.{split}Images.txt", names) for split, names in lists.items()),
+                        ("SYNTHETIC_DEMO", ["drawn scenes and tones, not photographs and speech"])):
+        atomic_write(folder / path, lambda file, lines=lines: file.write("".join(f"{line}\n" for line in lines).encode()))
+    return str(folder)
+
+
 if __name__ == "__main__":
-    print(write_coco(), write_alignment(), write_mmimdb(), write_pixmo(), sep="\n")
+    print(write_coco(), write_alignment(), write_mmimdb(), write_pixmo(), write_flickr8k(), sep="\n")

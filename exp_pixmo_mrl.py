@@ -341,16 +341,18 @@ def prepare(pattern, key, cfg, size):
     recipe = json.dumps([source, size, d.max_pixels, d.cache, "centre square, bicubic, 1"])
     folder = Path(d.cache_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     index, image_file = folder / "rows.jsonl", folder / "pixels.uint8"
-    folder.mkdir(parents=True, exist_ok=True)
-    done = {}
-    if index.exists():
+    shape, done = (position, size, size, 3), {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"dataset.cache_dir={d.cache_dir} cannot be written ({error.strerror}); set another") from None
+    if index.exists() and (not d.cache or (image_file.exists() and image_file.stat().st_size == math.prod(shape))):  # else it starts again
         for line in index.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
                 done[entry["group"]] = entry
             except (ValueError, KeyError):  # the line that a kill cut short; its row group is read again
                 continue
-    shape = (position, size, size, 3)
     missing = [i for i in range(len(groups)) if i not in done]
     if missing and d.cache:
         with open(image_file, "ab") as file:

@@ -254,6 +254,25 @@ def test_a_cache_cut_short_goes_on_where_it_was(tmp_path, scenes, monkeypatch):
     assert seen == []
 
 
+@pytest.mark.parametrize("damage", ["lost", "short"])
+def test_a_damaged_cache_is_made_again(tmp_path, scenes, damage):
+    path = f"{scenes}/pixmo_val.parquet"
+    expected = np.array(prepared(tmp_path, path).pixels)
+    stored = next((tmp_path / "cache").glob("*/pixels.uint8"))
+    stored.unlink()
+    if damage == "short":
+        stored.write_bytes(bytes(100))
+    split = prepared(tmp_path, path)
+    assert np.array_equal(split.pixels, expected)
+    assert len(split) == 23
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_line(tmp_path, scenes):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"dataset.cache_dir=.*cannot be written"):
+        prepared(tmp_path, f"{scenes}/pixmo_val.parquet")
+
+
 def test_no_room_for_the_cache_is_said_before_decoding(tmp_path, scenes, monkeypatch):
     monkeypatch.setattr(exp.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))
     with pytest.raises(UserError, match=r"do not fit.*dataset.cache=false"):

@@ -346,7 +346,9 @@ def prepare(pattern, key, cfg, size):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"dataset.cache_dir={d.cache_dir} cannot be written ({error.strerror}); set another") from None
-    if index.exists() and (not d.cache or (image_file.exists() and image_file.stat().st_size == math.prod(shape))):  # else it starts again
+    if d.cache and not (image_file.exists() and image_file.stat().st_size == math.prod(shape)):
+        index.unlink(missing_ok=True)  # the images are lost or cut short: all over again
+    if index.exists():
         for line in index.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)

@@ -921,6 +921,26 @@ def finished_runs(items):
     return [(folder, read_json(folder / "results.json"), yaml.safe_load((folder / "config.yaml").read_text())) for folder in folders.values()]
 
 
+def runs_by_seed(items, experiment):
+    """[(name, [results of a run, one a seed])]: the finished runs named in `items`, those that differ only in their seed together.
+
+    Prints a note if they were not made from the same data. Raises: UserError if `items` is empty or names a run of another experiment.
+    """
+    if not items:
+        raise UserError("--stage compare needs compare='[folder, folder, ...]' of finished runs")
+    groups = {}
+    for folder, results, config in finished_runs(items):
+        if results.get("experiment") != experiment:
+            raise UserError(f"{folder}: a run of another experiment ({results.get('experiment')})")
+        key = json.dumps([{k: v for k, v in flatten(config).items() if k != "seed" and not is_neutral(k)}, results["data_fingerprint"]])
+        seeds = groups.setdefault(key, (re.sub(r",seed=\d+", "", folder.name), {}))[1]
+        seeds.setdefault(results["seed"], results)  # a copy of a run is not another seed
+    names = [name for name, _ in groups.values()]
+    if len({results["data_fingerprint"] for _, seeds in groups.values() for results in seeds.values()}) > 1:
+        print("NOTE: these runs were not made from the same data")
+    return [(name if names.count(name) == 1 else f"{name} ({i + 1})", list(seeds.values())) for i, (name, seeds) in enumerate(groups.values())]
+
+
 def progress(items, label):
     """tqdm over items when the terminal is interactive, else the items."""
     return tqdm(items, desc=label, leave=False, dynamic_ncols=True) if sys.stderr.isatty() else items

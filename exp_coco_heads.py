@@ -28,7 +28,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import signal
 import sys
 import time
@@ -1184,22 +1183,15 @@ def plot_evaluation(folder, cfg, results, z_image, z_text, own, per_query):
 
 def compare(cfg):
     """Finished runs side by side: runs that differ only in their seed become one row, mean +- sd. Writes compare.png and compare.txt."""
-    if not cfg.compare:
-        raise UserError("--stage compare needs compare='[results/siglip, results/clip, ...]'")
-    groups = {}
-    for folder, results, config in common.finished_runs(cfg.compare):
-        split = {k: v for k, v in config["data"].items() if k != "dir"}
-        key = json.dumps([config["model"], config["loss"], config["training"], split, results["data_fingerprint"]], sort_keys=True)
-        groups.setdefault(key, []).append((re.sub(r",seed=\d+", "", folder.name), results))
-    columns = COLUMNS[:7]
-    first = next(iter(groups.values()))[0][1]
+    runs, columns = common.runs_by_seed(cfg.compare, cfg.experiment), COLUMNS[:7]
+    first = runs[0][1][0]
     table = [[name, 1, *(scores.get(c) for c in columns)] for name, scores in first["baselines"].items()]
     bars = [(name, [scores[c] for c in columns], None) for name, scores in first["baselines"].items()]
-    for runs in groups.values():
-        values = np.array([[r["test"][c] for c in columns] for _, r in runs])
-        mean, sd = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else None
-        table.append([runs[0][0], len(runs), *(f"{m:.1f}" if sd is None else f"{m:.1f} +- {sd[i]:.1f}" for i, m in enumerate(mean))])
-        bars.append((f"{runs[0][0]} (n = {len(runs)})", mean, sd))
+    for name, found in runs:
+        values = np.array([[r["test"][c] for c in columns] for r in found])
+        mean, sd = values.mean(0), values.std(0, ddof=1) if len(found) > 1 else None
+        table.append([name, len(found), *(f"{m:.1f}" if sd is None else f"{m:.1f} +- {sd[i]:.1f}" for i, m in enumerate(mean))])
+        bars.append((f"{name} (n = {len(found)})", mean, sd))
     figure, (axis,) = common.new_figure(width=9)
     for i, (name, mean, sd) in enumerate(bars):
         place = np.arange(6) + (i - (len(bars) - 1) / 2) * 0.8 / len(bars)
@@ -1209,7 +1201,7 @@ def compare(cfg):
     axis.set(ylabel="recall [%]", title=mark(f"{first['n_images']:,} test images", first["synthetic"]))
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     text = common.format_table(["run", "seeds", *(c.replace("_", " ").replace("i2t", "I2T").replace("t2i", "T2I") for c in columns)], table)
-    if len({json.dumps(r.get("test_split")) for runs in groups.values() for _, r in runs}) > 1:
+    if len({json.dumps(r.get("test_split")) for _, found in runs for r in found}) > 1:
         text += "\nNOTE: these runs were not tested on the same data; the baselines are those of the first"
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ gallery never does. Slots move by a rule that descends an objective, and trainin
     python exp_flickr_ttt.py configs/flickr8k_tiny.yaml             # a small model, minutes on two CPU cores
     python exp_flickr_ttt.py configs/flickr8k_tiny.yaml --demo      # synthetic scenes and speech, under 90 s on two CPU cores
     python exp_flickr_ttt.py configs/flickr8k.yaml --stage ttt      # the test-time protocol alone
+    python exp_flickr_ttt.py configs/flickr8k.yaml --stage compare compare='[results/flickr8k*]'      # runs side by side, mean +- sd over seeds
 
 It prints recalls in six directions (and of fused queries) beside chance, then what each test-time method changes, with paired 95% intervals.
 
@@ -124,6 +125,7 @@ class Config:
     num_workers: int = ranged(0, ">= 0")  # threads that decode files (0: one a core)
     output_dir: str = ""  # run folder (empty: results/<config name>[,overrides])
     wandb: bool = False  # mirror metrics.csv to Weights & Biases
+    compare: list[str] = field(default_factory=list)  # run folders for --stage compare
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -1364,15 +1366,46 @@ def plot_changes(path, r):
     common.save_figure(figure, path)
 
 
+def compare(cfg):
+    """Finished runs side by side: runs that differ only in their seed become one row, mean +- sd. Writes compare.txt."""
+    runs = common.runs_by_seed(cfg.compare, cfg.experiment)
+
+    def cell(values, sign=""):
+        return f"{100 * np.mean(values):{sign}.1f}" + (f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "") if values else "-"
+    recalls, changes = [], []
+    for first in runs[0][1][0]["retrieval"]:
+        recalls += [[first["direction"], "", *("" for _ in range(3))], ["  chance", "", *(f"{100 * first[f'chance_R@{k}']:.1f}" for k in (1, 5, 10))]]
+        for name, found in runs:
+            rows = [row for r in found for row in r["retrieval"] if row["direction"] == first["direction"]]
+            recalls.append([f"  {name}", len(rows), *(cell([row[f"R@{k}"] for row in rows]) for k in (1, 5, 10))])
+    for name, found in runs:
+        for row in found[0].get("ttt", {}).get("summary", ()):
+            same = [s for r in found if "ttt" in r for s in r["ttt"]["summary"] if (s["direction"], s["method"]) == (row["direction"], row["method"])]
+            cells = (cell([s[f"{on}_R@10_change"] for s in same if f"{on}_R@10_change" in s], "+") for on in ("clean", "corrupted"))
+            if row["method"] != "none":
+                changes.append([name, row["direction"], row["method"], len(same), *cells])
+    text = "recalls in %\n" + common.format_table(["query -> gallery", "seeds", "R@1", "R@5", "R@10"], recalls)
+    if changes:
+        text += "\n\nchange of R@10 by test-time training, in points\n"
+        text += common.format_table(["run", "direction", "method", "seeds", "clean", "corrupted"], changes)
+    text += "\n[SYNTHETIC demo data]" if any(r["synthetic"] for _, found in runs for r in found) else ""
+    out = Path(cfg.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    common.atomic_write(out / "compare.txt", lambda file: file.write(f"{text}\n".encode()))
+    print(f"{text}\n{out / 'compare.txt'}")
+
+
 # ------------------------------------------------------------------------------------------------------------------ main
 
-STAGES = ("all", "cache", "train", "evaluate", "ttt")
+STAGES = ("all", "cache", "train", "evaluate", "ttt", "compare")
 
 
 @common.exit_codes
 def main(argv):
     args = common.parse_command_line(argv, (Config,), __doc__, STAGES)
     cfg = common.load_config(Config, args.config, args.overrides, demo=args.demo)
+    if args.stage == "compare":
+        return compare(cfg)
     if args.fresh and args.stage in ("cache", "evaluate", "ttt"):
         raise UserError(f"--fresh starts a run again; --stage {args.stage} does not")
     if args.demo:

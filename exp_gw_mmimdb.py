@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -758,27 +757,13 @@ def plot_evaluation(folder, results, attention):
 
 def compare(cfg):
     """Finished runs side by side: runs that differ only in their seed become one row, mean +- sd. Writes compare.png and compare.txt."""
-    if not cfg.compare:
-        raise UserError("--stage compare needs compare='[results/gw_clip_shared, results/gw_clip_random, ...]'")
-    groups, amounts = {}, None
-    for folder, results, config in common.finished_runs(cfg.compare):
-        if results.get("experiment") != cfg.experiment:
-            raise UserError(f"{folder}: a run of another experiment ({results.get('experiment')})")
-        key = json.dumps([{k: v for k, v in common.flatten(config).items() if k != "seed" and not common.is_neutral(k)}, results["data_fingerprint"]])
-        seeds = groups.setdefault(key, (re.sub(r",seed=\d+", "", folder.name), {}))[1]
-        seeds.setdefault(results["seed"], results)  # a copy of a run is not another seed
-        there = {c["amount"] for c in results["corruption"]}
-        amounts = there if amounts is None else amounts & there
-    names = [name for name, _ in groups.values()]
-    groups = [(name if names.count(name) == 1 else f"{name} ({next(iter(seeds.values()))['selector']}, {i + 1})", list(seeds.values()))
-              for i, (name, seeds) in enumerate(groups.values())]
+    groups = common.runs_by_seed(cfg.compare, cfg.experiment)
+    amounts = set.intersection(*({c["amount"] for c in results["corruption"]} for _, found in groups for results in found))
     for _, found in groups:
         for results in found:
             results["corruption"] = [c for c in results["corruption"] if c["amount"] in amounts]
     runs = [(name, results) for name, found in groups for results in found]
     synthetic = any(results["synthetic"] for _, results in runs)
-    if len({results["data_fingerprint"] for _, results in runs}) > 1:
-        print("NOTE: these runs were not made from the same data")
 
     def cell(values):
         return f"{np.mean(values):.3f}" + (f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")

@@ -1397,20 +1397,9 @@ def plot_evaluation(folder, cfg, r, whole, n=200):
 
 def compare(cfg):
     """Finished runs side by side: runs that differ only in their seed become one row, mean +- sd. Writes compare.txt and compare.png."""
-    if not cfg.compare:
-        raise UserError("--stage compare needs compare='[results/pixmo_scratch, results/pixmo_scratch_nomrl, ...]'")
-    groups = {}
-    for folder, results, config in common.finished_runs(cfg.compare):
-        if results.get("experiment") != cfg.experiment:
-            raise UserError(f"{folder}: a run of another experiment ({results.get('experiment')})")
-        key = json.dumps([{k: v for k, v in common.flatten(config).items() if k != "seed" and not common.is_neutral(k)}, results["data_fingerprint"]])
-        groups.setdefault(key, (re.sub(r",seed=\d+", "", folder.name), {}))[1].setdefault(results["seed"], results)
-    names = [name for name, _ in groups.values()]
-    runs = [(name if names.count(name) == 1 else f"{name} ({i + 1})", list(seeds.values())) for i, (name, seeds) in enumerate(groups.values())]
+    runs = common.runs_by_seed(cfg.compare, cfg.experiment)
     everything = [r for _, found in runs for r in found]
     synthetic = any(r["synthetic"] for r in everything)
-    if len({r["data_fingerprint"] for r in everything}) > 1:
-        print("NOTE: these runs were not made from the same data")
 
     def cell(values):
         return f"{100 * np.mean(values):.1f}" + (f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")

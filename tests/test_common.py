@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 import common
@@ -524,6 +525,26 @@ def test_finished_runs_counts_a_run_once(tmp_path, monkeypatch):
     assert names("results/a.old-1") == ["results/a.old-1"]
     with pytest.raises(UserError, match=r"results/c/results.json: no such file"):
         names("results/a", "results/c")
+
+
+def test_runs_by_seed_groups_what_differs_in_its_seed_alone(tmp_path, capsys):
+    def made(name, config, data="d", experiment="e"):
+        (tmp_path / name).mkdir(parents=True)
+        common.write_json(tmp_path / name / "results.json", {"experiment": experiment, "seed": config["seed"], "data_fingerprint": data})
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+        return str(tmp_path / name)
+    a1, a2 = made("a", {"seed": 1, "lr": 0.1, "device": "cpu"}), made("a,seed=2", {"seed": 2, "lr": 0.1, "device": "cuda"})
+    b, again = made("b", {"seed": 1, "lr": 0.2}), made("copy", {"seed": 1, "lr": 0.1, "device": "cpu"})
+    groups = common.runs_by_seed([a1, a2, b, again], "e")
+    assert [(name, [r["seed"] for r in found]) for name, found in groups] == [("a", [1, 2]), ("b", [1])]
+    assert capsys.readouterr().out == ""
+    groups = common.runs_by_seed([a1, made("x/a", {"seed": 1, "lr": 0.1}, data="other")], "e")  # equal names, other data
+    assert [name for name, _ in groups] == ["a (1)", "a (2)"]
+    assert "not made from the same data" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"a run of another experiment \(f\)"):
+        common.runs_by_seed([a1, made("f", {"seed": 1}, experiment="f")], "e")
+    with pytest.raises(UserError, match="needs compare="):
+        common.runs_by_seed([], "e")
 
 
 def test_write_json_has_no_nan(tmp_path):

@@ -633,6 +633,28 @@ def test_a_null_result_is_called_one(whole):
     assert "NULL RESULT" not in exp.report(results)
 
 
+def test_compare_averages_seeds(whole, tree, cache, tmp_path, capsys):
+    results = common.read_json(whole / "results.json")
+    assert cli(tmp_path, tree, cache, "--stage", "compare") == 2
+    assert "compare='[folder, folder, ...]'" in capsys.readouterr().err
+    other_seed = ("seed=1", "evaluation.plots=false", f"output_dir={tmp_path / '1/run'}")
+    assert cli(tmp_path, tree, cache, "--stage", "evaluate", *other_seed) == 2  # not trained yet
+    assert cli(tmp_path, tree, cache, "--stage", "train", *other_seed) == 0
+    assert cli(tmp_path, tree, cache, "--stage", "evaluate", *other_seed) == 0
+    other = common.read_json(tmp_path / "1/run/results.json")
+    assert cli(tmp_path, tree, cache, "--stage", "compare", f"compare=[{whole}, {tmp_path / '1/run'}]", f"output_dir={tmp_path / 'out'}") == 0
+    text = (tmp_path / "out/compare.txt").read_text()
+    assert text.strip() in capsys.readouterr().out
+    both = [100 * r["retrieval"][0]["R@10"] for r in (results, other)]
+    row = next(line for line in text.splitlines() if line.startswith("  run"))
+    assert row.split()[1] == "2"
+    assert row.endswith(f"{np.mean(both):.1f} +- {np.std(both, ddof=1):.1f}")
+    first = next(s for s in results["ttt"]["summary"] if s["method"] == exp.METHODS[0])
+    line = next(line for line in text.splitlines() if exp.METHODS[0] in line)  # only one of the two ran the protocol
+    assert line.split()[-3:] == ["1", f"{100 * first['clean_R@10_change']:+.1f}", f"{100 * first['corrupted_R@10_change']:+.1f}"]
+    assert text.endswith("[SYNTHETIC demo data]\n")
+
+
 @pytest.mark.parametrize("step", [2, 3, 7])
 def test_interrupted_and_rerun_equals_uninterrupted(tmp_path, tree, cache, whole, monkeypatch, step):
     class Killed(BaseException):

@@ -576,8 +576,10 @@ def coco(args):
 
 
 def film_ids(root, limit):
-    """Film ids in the order of labels/ids_all.txt; without it all with plot and poster, sorted (as exp_gw_mmimdb.py --stage labels writes them)."""
-    dataset, listed = folder_of(root / "dataset", "MM-IMDb's plots and posters; unpack mmimdb.tar.gz"), root / "labels/ids_all.txt"
+    """Film ids in the order of ids_all.txt, in the folder of labels that exp_gw_mmimdb.py reads; without it all with plot and poster, sorted (as its
+    --stage labels writes them)."""
+    dataset = folder_of(root / "dataset", "MM-IMDb's plots and posters; unpack mmimdb.tar.gz")
+    listed = Path(os.environ.get("IMDB1_LABELS_DIR_23") or root / "labels") / "ids_all.txt"
     ids = listed.read_text().split() if listed.is_file() else sorted(p.stem for p in dataset.glob("*.json") if p.with_suffix(".jpeg").exists())
     if not ids:
         raise UserError(f"{dataset}: no films (an {{id}}.json with its {{id}}.jpeg)")

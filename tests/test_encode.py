@@ -456,6 +456,23 @@ def test_mmimdb_latents_are_rows_of_views_that_the_workspace_trains_on(films, mo
     assert (tmp_path / "run/best_model.pt").exists()
 
 
+def test_labels_in_a_folder_of_their_own_fix_the_order_of_films(films, model, tmp_path, monkeypatch, capsys):
+    ids = (films / "labels/ids_all.txt").read_text().split()
+    labels = tmp_path / "labels"
+    (films / "labels").rename(labels)
+    options = ["--data", films, "--model", model("clip"), "--views", 1]
+    run("mmimdb", *options)  # sorted, as nothing says otherwise
+    (labels / "ids_all.txt").write_text("\n".join(ids[::-1]))
+    monkeypatch.setenv("IMDB1_LABELS_DIR_23", str(labels))
+    train = [str(ROOT / "configs/gw_clip_shared.yaml"), f"data.dir={films}", "data.views=1", "device=cpu", f"output_dir={tmp_path / 'run'}"]
+    assert exp_gw_mmimdb.main([*train, "--stage", "train"]) == 2
+    assert "not those of ids_all.txt in the same order" in capsys.readouterr().err
+    assert "was made otherwise" in fails(capsys, "mmimdb", *options)
+    run("mmimdb", *options, "--out", tmp_path / "latents")
+    assert common.read_json(tmp_path / "latents/mm_imdb1_globals_aug1_clip_image_manifest.json")["ids"] == ids[::-1]
+    assert exp_gw_mmimdb.load_latents(tmp_path / "latents/mm_imdb1_globals_aug1_clip_text.npy", ids[::-1])[1] == 1
+
+
 # --------------------------------------------------------------------------------------------------------------- alignment
 
 def test_rewritten_captions_replace_more_and_more_words():

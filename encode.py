@@ -141,22 +141,42 @@ def text_pooling(source, asked):
     return "projection" if source.kind in ("clip", "siglip", "siglip2") else "mean" if source.kind == "blip-2" else asked
 
 
+class Tokens(list):
+    """Token ids of a text, and whether it was cut."""
+    is_cut = False
+
+
+def start_token(tokenizer):
+    return next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+
+
 def tokenize(source, tokenizer, texts, args, how):
-    """[N] lists of token ids, cut to what the model takes. how="last": the last id is EOS, whatever this tokenizer's version appends by itself."""
+    """[N] Tokens, cut to what the model takes. how="last": the last id is EOS, whatever this tokenizer's version appends by itself."""
     limit, eos = max_tokens(source, tokenizer, args.max_length), tokenizer.eos_token_id
-    ids = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+    ids = [Tokens(item or [start_token(tokenizer) or 0]) for item in tokenizer(texts, truncation=True, max_length=limit)["input_ids"]]
+    if how == "last" and eos is None:
+        raise UserError(f"model {source.name}: its tokenizer has no EOS token to pool at; use --text-pool mean")
+    full = [i for i, item in enumerate(ids) if len(item) >= limit]  # the others are whole
+    for i, whole in zip(full, tokenizer([texts[i] for i in full])["input_ids"] if full else [], strict=True):
+        ids[i].is_cut = len(whole) + (how == "last" and whole[-1:] != [eos]) > limit
     if how == "last":
-        if eos is None:
-            raise UserError(f"model {source.name}: its tokenizer has no EOS token to pool at; use --text-pool mean")
-        ids = [item if item[-1:] == [eos] else [*item[:limit - 1], eos] for item in ids]
+        for item in ids:
+            if item[-1] != eos:
+                item[limit - 1:] = [eos]
         assert all(item[-1] == eos for item in ids), "a text does not end with EOS"
     return ids
 
 
-def pad(items, tokenizer, device="cpu", length=None, side=None):
-    """Lists of token ids -> (ids [B, T], mask [B, T] of 0/1), int64, padded on the tokenizer's side to the longest, or to `length`."""
+def is_decoder(source):
+    """Whether a text model is causal: such a model stands either padding, the others (RoBERTa and its like) count positions from the first token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return source.kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and source.kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def pad(items, tokenizer, side, device="cpu", length=None):
+    """Lists of token ids -> (ids [B, T], mask [B, T] of 0/1), int64, padded on that side to the longest, or to `length`."""
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    length, side = length or max(map(len, items)), side or tokenizer.padding_side
+    length = length or max(map(len, items))
     ids, mask = torch.full((len(items), length), pad_id), torch.zeros(len(items), length, dtype=torch.int64)
     for row, item in enumerate(items):
         place = slice(length - len(item), None) if side == "left" else slice(len(item))
@@ -164,9 +184,9 @@ def pad(items, tokenizer, device="cpu", length=None, side=None):
     return ids.to(device), mask.to(device)
 
 
-def positions(model, tokenizer, mask):
+def positions(model, side, mask):
     """What left padding needs where positions are absolute (GPT-2): position 0 at the first token. With right padding they are so anyway."""
-    takes = tokenizer.padding_side == "left" and "position_ids" in inspect.signature(model.forward).parameters
+    takes = side == "left" and "position_ids" in inspect.signature(model.forward).parameters
     return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if takes else {}
 
 
@@ -180,7 +200,7 @@ def pool_tokens(hidden, mask, how):
 
 def text_forward(source, tokenizer, args, how):
     """forward(lists of token ids) -> ([B, D],)."""
-    model, length = load_model(source, args), None
+    model, length, side = load_model(source, args), None, tokenizer.padding_side if is_decoder(source) else "right"
     if source.kind.startswith("siglip"):  # trained on captions padded to the full length, without a mask
         length = source.config.text_config.max_position_embeddings
     elif source.kind == "blip-2" and not source.config.text_config.is_encoder_decoder:
@@ -193,17 +213,16 @@ def text_forward(source, tokenizer, args, how):
     @torch.inference_mode()
     def forward(items):
         if how == "projection":
-            ids, mask = pad(items, tokenizer, args.device, length, side="right")
+            ids, mask = pad(items, tokenizer, side, args.device, length)
             return (model.get_text_features(input_ids=ids, **({} if length else {"attention_mask": mask})).pooler_output,)
-        ids, mask = pad(items, tokenizer, args.device)
-        return (pool_tokens(model(input_ids=ids, attention_mask=mask, **positions(model, tokenizer, mask)).last_hidden_state, mask, how),)
+        ids, mask = pad(items, tokenizer, side, args.device)
+        return (pool_tokens(model(input_ids=ids, attention_mask=mask, **positions(model, side, mask)).last_hidden_state, mask, how),)
     return forward
 
 
 def language_tokens(tokenizer, texts, rows):
     """Lists of the token ids of these texts, not cut: `language_forward` cuts, and knows then which texts were."""
-    start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    return [ids or [start] for ids in tokenizer([texts[i] for i in rows])["input_ids"]]
+    return [ids or [start_token(tokenizer) or 0] for ids in tokenizer([texts[i] for i in rows])["input_ids"]]
 
 
 def language_forward(source, tokenizer, args):
@@ -214,22 +233,23 @@ def language_forward(source, tokenizer, args):
     a text longer than the model takes.
     """
     model, limit = load_model(source, args, "AutoModelForCausalLM"), max_tokens(source, tokenizer, args.max_length)
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
+    if (start := start_token(tokenizer)) is None:
         raise UserError(f"model {source.name}: its tokenizer has neither BOS nor EOS to start a text with")
 
-    def run(items, hidden):
-        ids, mask = pad([item[:limit] for item in items], tokenizer, args.device)
-        out = model(input_ids=ids, attention_mask=mask, output_hidden_states=hidden, **positions(model, tokenizer, mask))
+    def run(network, items, hidden):
+        ids, mask = pad([item[:limit] for item in items], tokenizer, tokenizer.padding_side, args.device)
+        out = network(input_ids=ids, attention_mask=mask, output_hidden_states=hidden, **positions(network, tokenizer.padding_side, mask))
         return ids, mask, out
 
     @torch.inference_mode()
     def forward(items):
-        ids, mask, out = run(items, True)
+        twice = any(item[0] != start for item in items)  # once for the features, which leave out a start token that the tokenizer did not put
+        ids, mask, out = run(model.base_model if twice else model, items, True)
         features = torch.stack([pool_tokens(hidden, mask, "mean") for hidden in out.hidden_states], dim=1)
-        if any(item[0] != start for item in items):  # a second pass: the start token is no part of the features
+        if twice:
+            del out  # gigabytes
             items = [item if item[0] == start else [start, *item] for item in items]
-            ids, mask, out = run(items, False)
+            ids, mask, out = run(model, items, False)
         scored = (mask[:, 1:] * mask[:, :-1]).bool()
         nats = [float(F.cross_entropy(logits[:-1][keep].float(), row[1:][keep], reduction="sum")) if len(item) <= limit else math.nan
                 for logits, row, keep, item in zip(out.logits, ids, scored, items, strict=True)]
@@ -444,12 +464,14 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
     if path.exists() and not state_file.exists():
         raise UserError(f"{path} exists and has no {manifest_file.name}: it was not made by this command; move it away, or choose another --out")
     work.mkdir(parents=True, exist_ok=True)
-    state = common.read_json(state_file) if state_file.exists() else {"job": job, "done": 0, "batch_size": args.batch_size, "bad": {}, "shapes": []}
+    empty = {"job": job, "done": 0, "batch_size": args.batch_size, "bad": {}, "shapes": [], "n_cut": 0}
+    state = common.read_json(state_file) if state_file.exists() else empty
     check_same_job(state["job"], job, f"the unfinished {work}")
     shards = [range(i, min(i + shard, n)) for i in range(state["done"], n, shard)]
     batch_size, told = min(state["batch_size"], args.batch_size), 0
     if state["done"]:
-        print(f"{path.name}: going on at {state['done']} of {n} rows", flush=True)
+        differ = "" if batch_size == state["batch_size"] else f", not {state['batch_size']} as before: the bits may differ from those of one run"
+        print(f"{path.name}: going on at {state['done']} of {n} rows, in batches of {batch_size}{differ}", flush=True)
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
         forward = load_forward() if shards else None
         future, began = ahead.submit(prepare, shards[0]) if shards else None, time.time()
@@ -476,7 +498,8 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
                                   "them once this is mended") from None
             for name, reason in bad.items():
                 print(f"cannot be read: {name} ({reason})", flush=True)
-            state |= {"done": rows[-1] + 1, "batch_size": batch_size, "bad": {**state["bad"], **bad}}
+            state |= {"done": rows[-1] + 1, "batch_size": batch_size, "bad": {**state["bad"], **bad},
+                      "n_cut": state["n_cut"] + sum(item.is_cut for item in items if isinstance(item, Tokens))}
             common.write_json(state_file, state)
             left = (n - state["done"]) * (time.time() - began) / (state["done"] - shards[0][0])
             if left and (sys.stderr.isatty() or time.time() - told > 30):
@@ -486,7 +509,10 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
     outputs[0] = outputs[0].view(dtype)
     kept = torch.tensor([i for i, name in enumerate(names) if str(name) not in state["bad"]])
     facts, write = finish(outputs, kept)
-    manifest = {**facts, "n_bad_images": len(state["bad"]), "bad_images": state["bad"], "batch_size": state["batch_size"],
+    if state["n_cut"]:
+        print(f"{path}: {state['n_cut']} of {n} texts are longer than the model (or --max-length) takes: cut")
+    manifest = {**({"n_cut": state["n_cut"]} if "max_length" in job else {}), **facts, "n_bad_images": len(state["bad"]),
+                "bad_images": state["bad"], "batch_size": state["batch_size"],
                 "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "pillow")},
                 "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type, "job": job}
     common.write_json(manifest_file, manifest)
@@ -593,7 +619,7 @@ def mmimdb(args):
     root, views, source = Path(args.data), args.views, find_model(args.model or defaults.get(args.backbone, args.backbone))
     ids, out = film_ids(root, args.limit), Path(args.out or root / "latents")
     plots, posters = film_texts(root, ids), [root / "dataset" / f"{film}.jpeg" for film in ids]
-    processor, tokenizer, how = load_processor(source), load_tokenizer(source), text_pooling(source, args.text_pool)
+    processor, tokenizer, how = load_processor(source), load_tokenizer(source, args.padding_side), text_pooling(source, args.text_pool)
 
     def film_views(film):
         """Pixels of all views of a film."""
@@ -626,7 +652,7 @@ def mmimdb(args):
 
     parts = {"image": (prepare_images, lambda: image_forward(source, args), SHARD, model_job(source, processor, data=digest(file_sizes(posters)))),
              "text": (prepare_texts, lambda: text_forward(source, tokenizer, args, how), TEXT_SHARD,
-                      model_job(source, pool=how, max_length=args.max_length, data=digest(plots)))}
+                      model_job(source, pool=how, padding_side=tokenizer.padding_side, max_length=args.max_length, data=digest(plots)))}
     for modality, (prepare, load_forward, shard, job) in parts.items():
         path = out / f"mm_imdb1_globals_aug{views}_{args.backbone}_{modality}.npy"
         manifest = encode_rows(path, {**job, "views": views, "films": digest(ids)}, [film for film in ids for _ in range(views)],

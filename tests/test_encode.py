@@ -111,7 +111,8 @@ def opened(path, **options):
 
 # ------------------------------------------------------------------------------------------------------ pooling and forward
 
-@pytest.mark.parametrize(("kind", "how", "side"), [("bert", "first", "right"), ("bert", "mean", "right"), *(
+@pytest.mark.parametrize(("kind", "how", "side"), [("bert", "first", "right"), ("bert", "mean", "right"),
+                                                   ("roberta", "first", "left"), ("roberta", "mean", "right"), *(
     (kind, how, side) for kind in ("mistral", "gpt2") for how in ("last", "mean") for side in ("left", "right"))])
 def test_pooled_texts_equal_a_loop_over_single_texts(model, kind, how, side):
     """Each text alone has no padding at all: the last token is hidden[-1]."""
@@ -136,6 +137,37 @@ def test_eos_ends_every_text_once_also_when_cut(tmp_path, wrap):
         ids = encode.tokenize(source, tokenizer, [*CAPTIONS, "x" * 500], SimpleNamespace(max_length=length), "last")
         assert all(item[-1] == tokenizer.eos_token_id and item.count(tokenizer.eos_token_id) == 1 and len(item) <= length for item in ids)
         assert max(map(len, ids)) == length
+
+
+def test_texts_that_are_cut_are_counted(tmp_path):
+    source = SimpleNamespace(config=transformers.MistralConfig(), name="x")
+    for wrap, how, longest in (("$A", "mean", 9), ("$A", "last", 8), ("<s> $A </s>", "last", 7), ("<s> $A </s>", "projection", 7)):
+        tokenizer = tiny_models.save_tokenizer(tmp_path, wrap=wrap)
+        texts = ["0123456789"[:n] for n in range(10)]
+        items = encode.tokenize(source, tokenizer, texts, SimpleNamespace(max_length=9), how)
+        assert [item.is_cut for item in items] == [n > longest for n in range(10)]
+        assert items[0]  # an empty text is not without tokens
+
+
+def test_an_empty_text_has_a_mean(model):
+    source, tokenizer = opened(model("gpt2"))
+    items = encode.tokenize(source, tokenizer, ["", "a dog"], ARGS, "mean")
+    assert torch.isfinite(encode.text_forward(source, tokenizer, ARGS, "mean")(items)[0]).all()
+
+
+def test_language_logits_are_made_once_and_only_where_they_are_read(model, monkeypatch):
+    """gpt2's tokenizer puts no start token: its features come from the model without its head; llama's does: one pass."""
+    for kind, start, passes in (("gpt2", False, 2), ("llama", True, 1)):
+        source, tokenizer = opened(model(kind), padding_side="left")
+        network, calls = encode.load_model(source, ARGS, "AutoModelForCausalLM"), []
+        network.lm_head.register_forward_hook(lambda *args, calls=calls: calls.append("head"))
+        network.base_model.register_forward_hook(lambda *args, calls=calls: calls.append("body"))
+        monkeypatch.setattr(encode, "load_model", lambda *args, network=network: network)
+        items = encode.language_tokens(tokenizer, CAPTIONS, range(len(CAPTIONS)))
+        assert (items[0][0] == tokenizer.bos_token_id) == start
+        encode.language_forward(source, tokenizer, ARGS)(items)
+        assert (calls.count("body"), calls.count("head")) == (passes, 1)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -314,7 +346,8 @@ encode.main({argv!r})
 def test_kill_and_resume_equals_an_uninterrupted_run_to_the_bit(coco, model, tmp_path, monkeypatch, kill_at):
     monkeypatch.setattr(encode, "SHARD", 8)
     monkeypatch.setattr(encode, "TEXT_SHARD", 16)
-    argv = [str(v) for v in coco_args(coco, model, tmp_path / "killed", "--batch-size", "4")] + ["--device", "cpu", "--workers", "2"]
+    options = ["--batch-size", "4", "--max-length", "9"]
+    argv = [str(v) for v in coco_args(coco, model, tmp_path / "killed", *options)] + ["--device", "cpu", "--workers", "2"]
     code = DYING.format(root=str(ROOT), kill_at=kill_at, argv=argv)
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
@@ -326,9 +359,11 @@ def test_kill_and_resume_equals_an_uninterrupted_run_to_the_bit(coco, model, tmp
     run(*argv[:-4])
     n_shards = len(written)
     assert written[0] == 16  # finished shards are not encoded again
-    run(*coco_args(coco, model, tmp_path / "whole", "--batch-size", "4"))
+    run(*coco_args(coco, model, tmp_path / "whole", *options))
+    assert common.read_json(tmp_path / "whole/train2017_text_embeddings_manifest.json")["n_cut"] > 0
     assert n_shards < len(written) - n_shards
-    for name in ("image_embeddings.pt", "text_embeddings.pt", "metadata.json", "image_embeddings_manifest.json"):
+    for name in ("image_embeddings.pt", "text_embeddings.pt", "metadata.json", "image_embeddings_manifest.json",
+                 "text_embeddings_manifest.json"):
         assert (tmp_path / "killed" / f"train2017_{name}").read_bytes() == (tmp_path / "whole" / f"train2017_{name}").read_bytes(), name
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
 

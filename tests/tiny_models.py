@@ -47,6 +47,10 @@ def save_model(folder, kind, **options):
     elif kind == "bert":
         model = t.BertModel(t.BertConfig(**small, vocab_size=vocab, max_position_embeddings=64))
         save_tokenizer(folder, wrap="<s> $A </s>", mask="<mask>", **options)
+    elif kind == "roberta":
+        config = t.RobertaConfig(**small, vocab_size=vocab, max_position_embeddings=66, pad_token_id=0)
+        model = t.RobertaModel(config)
+        save_tokenizer(folder, wrap="<s> $A </s>", **options)
     elif kind == "siglip":
         text = {**small, "vocab_size": vocab, "max_position_embeddings": 24, "projection_size": 16}
         model, processor = t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=vision)), t.SiglipImageProcessorPil(size=size)

@@ -102,23 +102,35 @@ def load(source, kind, **kwargs):
     """transformers.<kind>.from_pretrained of a Source, in one line if it fails."""
     try:
         return getattr(import_transformers(), kind).from_pretrained(source.path, revision=source.revision, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # missing files, unknown classes, missing packages
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
         raise UserError(f"model {source.name}: {kind} cannot be loaded ({first_line(error)})") from None
+
+
+def out_of_memory(error):
+    return any(words in str(error).lower() for words in ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed"))
 
 
 def load_model(source, args, kind="AutoModel"):
     """The model on the device, in eval mode. Raises: UserError, also if weights are missing from its files: they would be random."""
-    model, info = load(source, kind, dtype=DTYPES[args.weights], output_loading_info=True)
+    try:
+        model, info = load(source, kind, dtype=DTYPES[args.weights], output_loading_info=True)
+        model = model.to(args.device)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"model {source.name}: out of memory while it was loaded; --weights bfloat16, or a smaller model") from None
     if missing := [key for key in info["missing_keys"] if "pooler" not in key]:  # a pooler that nothing here reads may be missing
         raise UserError(f"model {source.name}: {len(missing)} weights are not in its files (the first: {min(missing)}); it is no {kind} checkpoint")
     model.config.use_cache = False  # keys and values of a decoder that generates nothing
-    return model.to(args.device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def load_processor(source):
     """The image processor on Pillow: the same pixels whether or not torchvision is installed."""
+    if source.kind in ("siglip2", "siglip2_vision_model"):
+        raise UserError(f"model {source.name}: NaFlex models, with patches instead of pictures, are not known here; take a fixed-size SigLIP 2")
     return load(source, "AutoImageProcessor", backend="pil")
 
 
@@ -265,14 +277,21 @@ def read_image(path):
         warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF
         try:
             with Image.open(path) as image:
+                if max(image.size) > 1000 * min(image.size):
+                    return f"{image.width} x {image.height} pixels, too narrow"
                 return ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # Pillow raises many kinds on a broken file
             return first_line(error)
 
 
 def pixels_of(image, processor):
-    """[3, H, W] float32 of a picture; a str stays what it is."""
-    return image if isinstance(image, str) else processor(images=image, return_tensors="np")["pixel_values"][0].astype(np.float32)
+    """[3, H, W] float32 of a picture, or the reason why there are none, a str."""
+    if isinstance(image, str):
+        return image
+    try:
+        return processor(images=image, return_tensors="np")["pixel_values"][0].astype(np.float32)
+    except Exception as error:  # a size that this processor cannot handle
+        return first_line(error)
 
 
 def image_preparer(files, processor, readers):
@@ -280,9 +299,16 @@ def image_preparer(files, processor, readers):
     return lambda rows: list(readers.map(lambda i: pixels_of(read_image(files[i]), processor), rows))
 
 
+def has_cls(hidden, pixels, config):
+    """Whether hidden [B, T, D] has more tokens than pixels [B, 3, H, W] have patches."""
+    patch = getattr(config, "patch_size", None) or 1
+    height, width = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+    return hidden.ndim == 3 and hidden.shape[1] > pixels.shape[2] * pixels.shape[3] // (height * width)
+
+
 def image_forward(source, args):
     """forward([3, H, W] arrays) -> ([B, D],): CLIP's projection, SigLIP's pooled output, the mean of the outputs of BLIP-2's Q-Former, the CLS token
-    of a plain vision transformer."""
+    of a plain vision transformer. Raises: UserError if that has none."""
     model = load_model(source, args)
 
     @torch.inference_mode()
@@ -293,7 +319,13 @@ def image_forward(source, args):
             return (getattr(out, "last_hidden_state", out).float().mean(1),)
         if hasattr(model, "get_image_features"):
             return (model.get_image_features(pixel_values=pixels).pooler_output,)
-        return (model(pixel_values=pixels).last_hidden_state[:, 0],)
+        out = model(pixel_values=pixels)
+        if source.kind in ("siglip_vision_model", "clip_vision_model"):
+            return (out.pooler_output,)
+        if not has_cls(out.last_hidden_state, pixels, source.config):
+            raise UserError(f"model {source.name}: a {source.kind} gives no CLS token after all patches; use SigLIP, CLIP, BLIP-2 or a vision "
+                            "transformer such as facebook/dinov2-base")
+        return (out.last_hidden_state[:, 0],)
     return forward
 
 
@@ -316,7 +348,7 @@ def vision_forward(source, args):
         seen.clear()
         pixels = torch.from_numpy(np.stack(items)).to(args.device, DTYPES[args.weights])
         tower(pixel_values=pixels, **{key: value.expand(len(items), -1) for key, value in extra.items()})
-        if args.vision_pool == "cls" and seen[0].shape[1] <= pixels.shape[2] * pixels.shape[3] // config.patch_size**2:
+        if args.vision_pool == "cls" and not has_cls(seen[0], pixels, config):
             raise UserError(f"model {source.name}: a {source.kind} has no CLS token; use --vision-pool avg")
         return (torch.stack([x[:, 0].float() if args.vision_pool == "cls" else x.float().mean(1) for x in seen], dim=1),)
     return forward
@@ -435,8 +467,10 @@ def run_batches(forward, items, batch_size):
             parts = [[x.cpu() for x in forward([items[i] for i in good[j:j + batch_size]])] for j in range(0, len(good), batch_size)]
             return [torch.cat(column) for column in zip(*parts, strict=True)], good, batch_size
         except RuntimeError as error:
-            if batch_size == 1 or not any(words in str(error).lower() for words in ("out of memory", "not enough memory", "can't allocate memory")):
+            if not out_of_memory(error):
                 raise
+        if batch_size == 1:
+            raise UserError("out of memory with one row: shorter --max-length, --weights bfloat16, or a smaller model")
         batch_size //= 2
         print(f"out of memory: going on with batches of {batch_size}", flush=True)
         if torch.cuda.is_available():
@@ -489,8 +523,11 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
                 if outputs:
                     block[good] = outputs[k].to(block.dtype)
                 if k == 0 and len(wrong := (~torch.isfinite(block[good]).flatten(1).all(1)).nonzero()):
-                    raise UserError(f"model {job['model']}: features of {names[rows[good[int(wrong[0])]]]} are not finite in {args.dtype} (largest "
-                                    f"value {outputs[0].abs().max():.3g}); use --dtype {'float32' if path.suffix == '.npy' else 'bfloat16'}")
+                    what = f"model {job['model']}: features of {names[rows[good[int(wrong[0])]]]} are not finite"
+                    if torch.isfinite(outputs[0]).all():
+                        raise UserError(f"{what} in {args.dtype} (largest value {outputs[0].abs().max():.3g}); use --dtype "
+                                        f"{'float32' if path.suffix == '.npy' else 'bfloat16'}")
+                    raise UserError(f"{what} in any --dtype; {'its weights may be broken' if args.weights == 'float32' else 'try --weights float32'}")
                 try:
                     write_block(work / f"{k}.npy", rows[0], n, block)
                 except OSError as error:

@@ -193,7 +193,7 @@ def test_language_features_and_nats_equal_a_loop_over_single_texts(model, kind, 
     assert nats.isnan().sum() == 1
 
 
-@pytest.mark.parametrize("kind", ["siglip", "clip", "blip2", "vit"])
+@pytest.mark.parametrize("kind", ["siglip", "clip", "blip2", "vit", "siglip_vision", "clip_vision"])
 def test_image_features_equal_the_model_on_one_picture(model, coco, kind):
     source = encode.find_model(model(kind))
     processor, files = encode.load_processor(source), [coco / "images" / f"{i:012}.jpg" for i in (0, 5, 8)]
@@ -208,12 +208,32 @@ def test_image_features_equal_the_model_on_one_picture(model, coco, kind):
                 seen = plain.vision_model(pixel_values=pixels).last_hidden_state
                 tokens = plain.qformer(query_embeds=plain.query_tokens, encoder_hidden_states=seen).last_hidden_state[0]
                 expected = sum(tokens) / len(tokens)
+            elif kind.endswith("_vision"):
+                expected = plain(pixel_values=pixels).pooler_output[0]
             elif kind == "vit":
                 expected = plain(pixel_values=pixels).last_hidden_state[0, 0]
             else:
                 expected = plain.get_image_features(pixel_values=pixels).pooler_output[0]
         torch.testing.assert_close(row.float(), expected, rtol=1e-4, atol=1e-5)
     assert (found[0] - found[2]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["ijepa", "convnext", "vit_mae"])
+def test_a_model_whose_first_token_is_a_patch_is_refused(model, kind):
+    forward = encode.image_forward(encode.find_model(model(kind)), ARGS)
+    with pytest.raises(common.UserError, match=f"a {kind} gives no CLS token"):
+        forward([np.zeros((3, 32, 32), np.float32)])
+
+
+def test_pictures_that_no_model_can_see_are_unreadable(tmp_path):
+    Image.new("RGB", (2001, 2)).save(tmp_path / "line.png")
+    assert encode.read_image(tmp_path / "line.png") == "2001 x 2 pixels, too narrow"
+
+    def processor(**kwargs):
+        raise ValueError("mean must have 4 elements\nmore")
+    assert encode.pixels_of(Image.new("RGB", (4, 4)), processor) == "ValueError: mean must have 4 elements"
+    with pytest.raises(common.UserError, match="NaFlex"):
+        encode.load_processor(SimpleNamespace(kind="siglip2", name="x"))
 
 
 @pytest.mark.parametrize("kind", ["siglip", "clip", "blip2"])
@@ -382,7 +402,8 @@ def test_a_finished_command_loads_no_model_and_another_job_is_refused(coco, mode
     assert "was not made by this command" in fails(capsys, *coco_args(coco, model, tmp_path, "--limit", "3"))
 
 
-@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "[alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"])
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "[alloc_cpu.cpp] DefaultCPUAllocator: not enough memory",
+                                     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
 def test_batches_are_halved_when_memory_runs_out(message, capsys):
     sizes = []
 
@@ -398,7 +419,7 @@ def test_batches_are_halved_when_memory_runs_out(message, capsys):
     assert [len(items[i]) for i in good] == sorted((len(i) for i in items if i != "broken"), reverse=True)  # like lengths together, the longest first
     assert 4 not in good
     assert rows[:, 0].tolist() == [len(items[i]) for i in good]
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(common.UserError, match="with one row: shorter --max-length"):
         encode.run_batches(lambda items: (_ for _ in ()).throw(RuntimeError("out of memory")), items, 1)
     with pytest.raises(RuntimeError, match="a bug"):
         encode.run_batches(lambda items: (_ for _ in ()).throw(RuntimeError("a bug")), items, 4)
@@ -422,6 +443,14 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(coco, model, tmp_p
     assert "going on at 16 of 30 rows" in capsys.readouterr().out
 
 
+def test_a_model_too_large_for_memory_is_one_line(model, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(common.UserError, match="out of memory while it was loaded; --weights bfloat16"):
+        encode.load_model(encode.find_model(model("vit")), ARGS)
+
+
 def test_features_too_large_for_float16_name_the_remedy(coco, model, tmp_path, capsys, monkeypatch):
     original = encode.image_forward
     monkeypatch.setattr(encode, "image_forward", lambda *args: lambda items: tuple(1e6 * x for x in original(*args)(items)))
@@ -429,6 +458,9 @@ def test_features_too_large_for_float16_name_the_remedy(coco, model, tmp_path, c
     assert "not finite in float16" in line
     assert "--dtype bfloat16" in line
     run(*coco_args(coco, model, tmp_path / "other", "--dtype", "bfloat16"))
+    monkeypatch.setattr(encode, "image_forward", lambda *args: lambda items: tuple(math.nan * x for x in original(*args)(items)))
+    line = fails(capsys, *coco_args(coco, model, tmp_path / "third"), "--weights", "bfloat16")
+    assert "not finite in any --dtype; try --weights float32" in line
 
 
 # ------------------------------------------------------------------------------------------------------------------ mmimdb

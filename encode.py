@@ -438,7 +438,8 @@ def check_same_job(found, job, where):
     """Raises UserError, naming what differs, if `where` was made by another job."""
     changed = [f"{key}={json.dumps(found.get(key))} (now {json.dumps(job.get(key))})" for key in {**found, **job} if found.get(key) != job.get(key)]
     if changed:
-        raise UserError(f"{where} was made otherwise: {', '.join(c if len(c) < 150 else c.split('=')[0] for c in changed)}; "
+        mended = ", where data are the texts or pictures, of which some were changed or mended" if found.get("data") != job.get("data") else ""
+        raise UserError(f"{where} was made otherwise: {', '.join(c if len(c) < 150 else c.split('=')[0] for c in changed)}{mended}; "
                         "move it away, or choose another --out")
 
 
@@ -515,25 +516,26 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
                 future = ahead.submit(prepare, shards[number + 1])
             outputs, good, batch_size = run_batches(forward, items, batch_size)
             bad = {str(names[rows[i]]): item for i, item in enumerate(items) if isinstance(item, str)}
-            if not outputs and not state["shapes"]:
-                raise UserError(f"{path.name}: none of the first {len(rows)} images can be read, the first: {next(iter(bad.items()))}")
-            state["shapes"] = state["shapes"] or [list(x.shape[1:]) for x in outputs]
+            start, new = rows[0], bad
+            if outputs and not state["shapes"]:  # the widths are known now: any rows before these are bad, and nothing is in the file yet
+                start, new, state["shapes"] = 0, {**state["bad"], **bad}, [list(x.shape[1:]) for x in outputs]
             for k, shape in enumerate(state["shapes"]):
-                block = torch.full((len(rows), *shape), math.nan, dtype=torch.float32 if k else dtype)
+                block = torch.full((rows[-1] + 1 - start, *shape), math.nan, dtype=torch.float32 if k else dtype)
+                here = block[rows[0] - start:]
                 if outputs:
-                    block[good] = outputs[k].to(block.dtype)
-                if k == 0 and len(wrong := (~torch.isfinite(block[good]).flatten(1).all(1)).nonzero()):
+                    here[good] = outputs[k].to(block.dtype)
+                if k == 0 and len(wrong := (~torch.isfinite(here[good]).flatten(1).all(1)).nonzero()):
                     what = f"model {job['model']}: features of {names[rows[good[int(wrong[0])]]]} are not finite"
                     if torch.isfinite(outputs[0]).all():
                         raise UserError(f"{what} in {args.dtype} (largest value {outputs[0].abs().max():.3g}); use --dtype "
                                         f"{'float32' if path.suffix == '.npy' else 'bfloat16'}")
                     raise UserError(f"{what} in any --dtype; {'its weights may be broken' if args.weights == 'float32' else 'try --weights float32'}")
                 try:
-                    write_block(work / f"{k}.npy", rows[0], n, block)
+                    write_block(work / f"{k}.npy", start, n, block)
                 except OSError as error:
                     raise OSError(f"{work / f'{k}.npy'} could not be written ({error}); finished shards are kept, and the same command goes on from "
                                   "them once this is mended") from None
-            for name, reason in bad.items():
+            for name, reason in new.items() if state["shapes"] else ():  # not all of a folder that is not there
                 print(f"cannot be read: {name} ({reason})", flush=True)
             state |= {"done": rows[-1] + 1, "batch_size": batch_size, "bad": {**state["bad"], **bad},
                       "n_cut": state["n_cut"] + sum(item.is_cut for item in items if isinstance(item, Tokens))}
@@ -542,6 +544,9 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
             if left and (sys.stderr.isatty() or time.time() - told > 30):
                 told = time.time()
                 print(f"{path.name}: {state['done']} of {n} rows, {(n - state['done']) / left:.3g}/s, {left / 60:.1f} min left", flush=True)
+    if not state["shapes"]:
+        shutil.rmtree(work)
+        raise UserError(f"{path.name}: none of the {len(state['bad'])} images can be read, the first: {next(iter(state['bad'].items()))}")
     outputs = [torch.from_numpy(np.load(work / f"{k}.npy", mmap_mode="c")) for k in range(len(state["shapes"]))]  # mapped, not read
     outputs[0] = outputs[0].view(dtype)
     kept = torch.tensor([i for i, name in enumerate(names) if str(name) not in state["bad"]])
@@ -658,17 +663,21 @@ def mmimdb(args):
     plots, posters = film_texts(root, ids), [root / "dataset" / f"{film}.jpeg" for film in ids]
     processor, tokenizer, how = load_processor(source), load_tokenizer(source, args.padding_side), text_pooling(source, args.text_pool)
 
-    def film_views(film):
-        """Pixels of all views of a film."""
+    def read_poster(film):
         poster = read_image(posters[film])
-        clean = pixels_of(poster, processor)
-        if isinstance(clean, str):
-            return [clean] * views
-        size = clean.shape[:0:-1]  # (width, height) that the model sees
-        return [clean] + [pixels_of(augment_image(poster, size, view_draws(ids[film], view, "image")), processor) for view in range(1, views)]
+        return poster, pixels_of(poster, processor)
 
-    def prepare_images(rows):  # a shard holds whole films
-        return [pixels for film in args.readers.map(film_views, range(rows[0] // views, rows[-1] // views + 1)) for pixels in film]
+    def prepare_images(rows):  # a shard holds whole films, few if there are many views: each poster is read once, then each view is a task
+        films = range(rows[0] // views, rows[-1] // views + 1)
+        read = dict(zip(films, args.readers.map(read_poster, films), strict=True))
+
+        def view_pixels(row):
+            (film, view), (poster, clean) = divmod(row, views), read[row // views]
+            if view == 0 or isinstance(clean, str):
+                return clean
+            size = clean.shape[:0:-1]  # (width, height) that the model sees
+            return pixels_of(augment_image(poster, size, view_draws(ids[film], view, "image")), processor)
+        return list(args.readers.map(view_pixels, rows))
 
     def prepare_texts(rows):
         return tokenize(source, tokenizer, [plots[row // views] if row % views == 0 else mask_words(
@@ -695,8 +704,8 @@ def mmimdb(args):
         manifest = encode_rows(path, {**job, "views": views, "films": digest(ids)}, [film for film in ids for _ in range(views)],
                                views * max(1, shard // views), prepare, load_forward, functools.partial(finish, path), args)
         if manifest["bad_images"]:
-            print(f"the rows of these {manifest['n_bad_images']} films are nan: mend their posters and encode again, or take the films out of "
-                  f"{root / 'split.json'}")
+            print(f"the rows of these {manifest['n_bad_images']} films are nan: mend their posters, move {path} away and encode again, or take the "
+                  f"films out of {root / 'split.json'}")
 
 
 def read_items(args):
@@ -729,12 +738,19 @@ def alignment(args):
     out = Path(args.out)
     if args.rewrite_captions:
         args.captions, items = out / "captions.json", rewrite_captions(read_list(args.rewrite_captions), args.seed)
+        content = (json.dumps(items, indent=1, ensure_ascii=False) + "\n").encode()
+        if args.captions.exists() and args.captions.read_bytes() != content:
+            raise UserError(f"{args.captions} exists and holds other captions; move it away, or choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        common.atomic_write(args.captions, lambda file: file.write((json.dumps(items, indent=1, ensure_ascii=False) + "\n").encode()))
+        common.atomic_write(args.captions, lambda file: file.write(content))
         print(f"{args.captions}: {len(items)} captions at u = 0, 10 .. 100")
         if not args.language and not args.vision:
             return
     ids, levels, files = read_items(args)
+    language, vision = [find_model(name) for name in args.language], [find_model(name) for name in args.vision]
+    for stems in ([source.stem for source in language], [source.stem for source in vision]):
+        if len(set(stems)) < len(stems):
+            raise UserError(f"two models would both write {max(stems, key=stems.count)}.pt; encode them into different --out folders")
     reasons = list(args.readers.map(lambda f: r if isinstance(r := read_image(f), str) else "", files)) if files else [""] * len(ids)
     for i, reason in enumerate(reasons):  # an item without a picture is left out on both sides
         if reason:
@@ -744,10 +760,6 @@ def alignment(args):
         raise UserError(f"none of the {len(ids)} pictures can be read, the first: {files[0]} ({reasons[0]})")
     ids, facts = [ids[i] for i in good], {"n_left_out": len(reasons) - len(good)}
     levels, files = {folder: [texts[i] for i in good] for folder, texts in levels.items()}, [files[i] for i in good] if files else None
-    language, vision = [find_model(name) for name in args.language], [find_model(name) for name in args.vision]
-    for stems in ([source.stem for source in language], [source.stem for source in vision]):
-        if len(set(stems)) < len(stems):
-            raise UserError(f"two models would both write {max(stems, key=stems.count)}.pt; encode them into different --out folders")
     for source in language:
         tokenizer = load_tokenizer(source, args.padding_side or "left")
         load_forward = functools.cache(functools.partial(language_forward, source, tokenizer, args))  # loaded once for all levels
@@ -777,9 +789,10 @@ def alignment(args):
 def flickr8k(args):
     """image_features.pt {feats [N, D], ids [N] file names, model} for exp_flickr_ttt.py's model.image_encoder=cached."""
     root, source = folder_of(args.data, "Flickr8k"), find_model(args.model)
-    files = [f for name in ("Flickr8k_Dataset", "Flicker8k_Dataset", "Images") for f in sorted((root / name).glob("*.jpg"))][:args.limit]
+    photos = next((root / name for name in ("Flickr8k_Dataset", "Flicker8k_Dataset", "Images") if (root / name).is_dir()), root / "Flickr8k_Dataset")
+    files = sorted(photos.glob("*.jpg"))[:args.limit]
     if not files:
-        raise UserError(f"{root}: no Flickr8k_Dataset/*.jpg (nor Flicker8k_Dataset, Images) in it")
+        raise UserError(f"{photos}: no photos (*.jpg) in it; unpack Flickr8k_Dataset.zip")
     path, names, processor = Path(args.out or root) / "image_features.pt", [f.name for f in files], load_processor(source)
 
     def finish(outputs, kept):

@@ -630,7 +630,7 @@ def test_user_mistakes_are_one_line(coco, model, films, tmp_path, capsys):
     assert "bad.json: expected COCO captions" in coco_with("--captions", tmp_path / "bad.json")
     assert "give a folder of a saved model" in coco_with("--text-model", tmp_path / "none")
     assert "AutoImageProcessor cannot be loaded" in coco_with("--image-model", tmp_path / "config_only")
-    assert "none of the first 29 images" in coco_with("--images", tmp_path / "empty", "--limit", 29)
+    assert "none of the 29 images" in coco_with("--images", tmp_path / "empty", "--limit", 29)
     assert "not available" in coco_with("--device", "cuda:99")
     assert "no such folder" in fails(capsys, "mmimdb", "--data", tmp_path / "none", "--model", model("clip"))
     assert "no bfloat16" in fails(capsys, "mmimdb", "--data", films, "--model", model("clip"), "--dtype", "bfloat16")

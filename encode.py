@@ -102,23 +102,35 @@ def load(source, kind, **kwargs):
     """transformers.<kind>.from_pretrained of a Source, in one line if it fails."""
     try:
         return getattr(import_transformers(), kind).from_pretrained(source.path, revision=source.revision, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # missing files, unknown classes, missing packages
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
         raise UserError(f"model {source.name}: {kind} cannot be loaded ({first_line(error)})") from None
+
+
+def out_of_memory(error):
+    return any(words in str(error).lower() for words in ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed"))
 
 
 def load_model(source, args, kind="AutoModel"):
     """The model on the device, in eval mode. Raises: UserError, also if weights are missing from its files: they would be random."""
-    model, info = load(source, kind, dtype=DTYPES[args.weights], output_loading_info=True)
+    try:
+        model, info = load(source, kind, dtype=DTYPES[args.weights], output_loading_info=True)
+        model = model.to(args.device)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"model {source.name}: out of memory while it was loaded; --weights bfloat16, or a smaller model") from None
     if missing := [key for key in info["missing_keys"] if "pooler" not in key]:  # a pooler that nothing here reads may be missing
         raise UserError(f"model {source.name}: {len(missing)} weights are not in its files (the first: {min(missing)}); it is no {kind} checkpoint")
     model.config.use_cache = False  # keys and values of a decoder that generates nothing
-    return model.to(args.device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def load_processor(source):
     """The image processor on Pillow: the same pixels whether or not torchvision is installed."""
+    if source.kind in ("siglip2", "siglip2_vision_model"):
+        raise UserError(f"model {source.name}: NaFlex models, with patches instead of pictures, are not known here; take a fixed-size SigLIP 2")
     return load(source, "AutoImageProcessor", backend="pil")
 
 
@@ -141,22 +153,42 @@ def text_pooling(source, asked):
     return "projection" if source.kind in ("clip", "siglip", "siglip2") else "mean" if source.kind == "blip-2" else asked
 
 
+class Tokens(list):
+    """Token ids of a text, and whether it was cut."""
+    is_cut = False
+
+
+def start_token(tokenizer):
+    return next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+
+
 def tokenize(source, tokenizer, texts, args, how):
-    """[N] lists of token ids, cut to what the model takes. how="last": the last id is EOS, whatever this tokenizer's version appends by itself."""
+    """[N] Tokens, cut to what the model takes. how="last": the last id is EOS, whatever this tokenizer's version appends by itself."""
     limit, eos = max_tokens(source, tokenizer, args.max_length), tokenizer.eos_token_id
-    ids = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+    ids = [Tokens(item or [start_token(tokenizer) or 0]) for item in tokenizer(texts, truncation=True, max_length=limit)["input_ids"]]
+    if how == "last" and eos is None:
+        raise UserError(f"model {source.name}: its tokenizer has no EOS token to pool at; use --text-pool mean")
+    full = [i for i, item in enumerate(ids) if len(item) >= limit]  # the others are whole
+    for i, whole in zip(full, tokenizer([texts[i] for i in full])["input_ids"] if full else [], strict=True):
+        ids[i].is_cut = len(whole) + (how == "last" and whole[-1:] != [eos]) > limit
     if how == "last":
-        if eos is None:
-            raise UserError(f"model {source.name}: its tokenizer has no EOS token to pool at; use --text-pool mean")
-        ids = [item if item[-1:] == [eos] else [*item[:limit - 1], eos] for item in ids]
+        for item in ids:
+            if item[-1] != eos:
+                item[limit - 1:] = [eos]
         assert all(item[-1] == eos for item in ids), "a text does not end with EOS"
     return ids
 
 
-def pad(items, tokenizer, device="cpu", length=None, side=None):
-    """Lists of token ids -> (ids [B, T], mask [B, T] of 0/1), int64, padded on the tokenizer's side to the longest, or to `length`."""
+def is_decoder(source):
+    """Whether a text model is causal: such a model stands either padding, the others (RoBERTa and its like) count positions from the first token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return source.kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and source.kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def pad(items, tokenizer, side, device="cpu", length=None):
+    """Lists of token ids -> (ids [B, T], mask [B, T] of 0/1), int64, padded on that side to the longest, or to `length`."""
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    length, side = length or max(map(len, items)), side or tokenizer.padding_side
+    length = length or max(map(len, items))
     ids, mask = torch.full((len(items), length), pad_id), torch.zeros(len(items), length, dtype=torch.int64)
     for row, item in enumerate(items):
         place = slice(length - len(item), None) if side == "left" else slice(len(item))
@@ -164,9 +196,9 @@ def pad(items, tokenizer, device="cpu", length=None, side=None):
     return ids.to(device), mask.to(device)
 
 
-def positions(model, tokenizer, mask):
+def positions(model, side, mask):
     """What left padding needs where positions are absolute (GPT-2): position 0 at the first token. With right padding they are so anyway."""
-    takes = tokenizer.padding_side == "left" and "position_ids" in inspect.signature(model.forward).parameters
+    takes = side == "left" and "position_ids" in inspect.signature(model.forward).parameters
     return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if takes else {}
 
 
@@ -180,7 +212,7 @@ def pool_tokens(hidden, mask, how):
 
 def text_forward(source, tokenizer, args, how):
     """forward(lists of token ids) -> ([B, D],)."""
-    model, length = load_model(source, args), None
+    model, length, side = load_model(source, args), None, tokenizer.padding_side if is_decoder(source) else "right"
     if source.kind.startswith("siglip"):  # trained on captions padded to the full length, without a mask
         length = source.config.text_config.max_position_embeddings
     elif source.kind == "blip-2" and not source.config.text_config.is_encoder_decoder:
@@ -193,17 +225,16 @@ def text_forward(source, tokenizer, args, how):
     @torch.inference_mode()
     def forward(items):
         if how == "projection":
-            ids, mask = pad(items, tokenizer, args.device, length, side="right")
+            ids, mask = pad(items, tokenizer, side, args.device, length)
             return (model.get_text_features(input_ids=ids, **({} if length else {"attention_mask": mask})).pooler_output,)
-        ids, mask = pad(items, tokenizer, args.device)
-        return (pool_tokens(model(input_ids=ids, attention_mask=mask, **positions(model, tokenizer, mask)).last_hidden_state, mask, how),)
+        ids, mask = pad(items, tokenizer, side, args.device)
+        return (pool_tokens(model(input_ids=ids, attention_mask=mask, **positions(model, side, mask)).last_hidden_state, mask, how),)
     return forward
 
 
 def language_tokens(tokenizer, texts, rows):
     """Lists of the token ids of these texts, not cut: `language_forward` cuts, and knows then which texts were."""
-    start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    return [ids or [start] for ids in tokenizer([texts[i] for i in rows])["input_ids"]]
+    return [ids or [start_token(tokenizer) or 0] for ids in tokenizer([texts[i] for i in rows])["input_ids"]]
 
 
 def language_forward(source, tokenizer, args):
@@ -214,22 +245,23 @@ def language_forward(source, tokenizer, args):
     a text longer than the model takes.
     """
     model, limit = load_model(source, args, "AutoModelForCausalLM"), max_tokens(source, tokenizer, args.max_length)
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
+    if (start := start_token(tokenizer)) is None:
         raise UserError(f"model {source.name}: its tokenizer has neither BOS nor EOS to start a text with")
 
-    def run(items, hidden):
-        ids, mask = pad([item[:limit] for item in items], tokenizer, args.device)
-        out = model(input_ids=ids, attention_mask=mask, output_hidden_states=hidden, **positions(model, tokenizer, mask))
+    def run(network, items, hidden):
+        ids, mask = pad([item[:limit] for item in items], tokenizer, tokenizer.padding_side, args.device)
+        out = network(input_ids=ids, attention_mask=mask, output_hidden_states=hidden, **positions(network, tokenizer.padding_side, mask))
         return ids, mask, out
 
     @torch.inference_mode()
     def forward(items):
-        ids, mask, out = run(items, True)
+        twice = any(item[0] != start for item in items)  # once for the features, which leave out a start token that the tokenizer did not put
+        ids, mask, out = run(model.base_model if twice else model, items, True)
         features = torch.stack([pool_tokens(hidden, mask, "mean") for hidden in out.hidden_states], dim=1)
-        if any(item[0] != start for item in items):  # a second pass: the start token is no part of the features
+        if twice:
+            del out  # gigabytes
             items = [item if item[0] == start else [start, *item] for item in items]
-            ids, mask, out = run(items, False)
+            ids, mask, out = run(model, items, False)
         scored = (mask[:, 1:] * mask[:, :-1]).bool()
         nats = [float(F.cross_entropy(logits[:-1][keep].float(), row[1:][keep], reduction="sum")) if len(item) <= limit else math.nan
                 for logits, row, keep, item in zip(out.logits, ids, scored, items, strict=True)]
@@ -245,14 +277,21 @@ def read_image(path):
         warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF
         try:
             with Image.open(path) as image:
+                if max(image.size) > 1000 * min(image.size):
+                    return f"{image.width} x {image.height} pixels, too narrow"
                 return ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # Pillow raises many kinds on a broken file
             return first_line(error)
 
 
 def pixels_of(image, processor):
-    """[3, H, W] float32 of a picture; a str stays what it is."""
-    return image if isinstance(image, str) else processor(images=image, return_tensors="np")["pixel_values"][0].astype(np.float32)
+    """[3, H, W] float32 of a picture, or the reason why there are none, a str."""
+    if isinstance(image, str):
+        return image
+    try:
+        return processor(images=image, return_tensors="np")["pixel_values"][0].astype(np.float32)
+    except Exception as error:  # a size that this processor cannot handle
+        return first_line(error)
 
 
 def image_preparer(files, processor, readers):
@@ -260,9 +299,16 @@ def image_preparer(files, processor, readers):
     return lambda rows: list(readers.map(lambda i: pixels_of(read_image(files[i]), processor), rows))
 
 
+def has_cls(hidden, pixels, config):
+    """Whether hidden [B, T, D] has more tokens than pixels [B, 3, H, W] have patches."""
+    patch = getattr(config, "patch_size", None) or 1
+    height, width = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+    return hidden.ndim == 3 and hidden.shape[1] > pixels.shape[2] * pixels.shape[3] // (height * width)
+
+
 def image_forward(source, args):
     """forward([3, H, W] arrays) -> ([B, D],): CLIP's projection, SigLIP's pooled output, the mean of the outputs of BLIP-2's Q-Former, the CLS token
-    of a plain vision transformer."""
+    of a plain vision transformer. Raises: UserError if that has none."""
     model = load_model(source, args)
 
     @torch.inference_mode()
@@ -273,7 +319,13 @@ def image_forward(source, args):
             return (getattr(out, "last_hidden_state", out).float().mean(1),)
         if hasattr(model, "get_image_features"):
             return (model.get_image_features(pixel_values=pixels).pooler_output,)
-        return (model(pixel_values=pixels).last_hidden_state[:, 0],)
+        out = model(pixel_values=pixels)
+        if source.kind in ("siglip_vision_model", "clip_vision_model"):
+            return (out.pooler_output,)
+        if not has_cls(out.last_hidden_state, pixels, source.config):
+            raise UserError(f"model {source.name}: a {source.kind} gives no CLS token after all patches; use SigLIP, CLIP, BLIP-2 or a vision "
+                            "transformer such as facebook/dinov2-base")
+        return (out.last_hidden_state[:, 0],)
     return forward
 
 
@@ -296,7 +348,7 @@ def vision_forward(source, args):
         seen.clear()
         pixels = torch.from_numpy(np.stack(items)).to(args.device, DTYPES[args.weights])
         tower(pixel_values=pixels, **{key: value.expand(len(items), -1) for key, value in extra.items()})
-        if args.vision_pool == "cls" and seen[0].shape[1] <= pixels.shape[2] * pixels.shape[3] // config.patch_size**2:
+        if args.vision_pool == "cls" and not has_cls(seen[0], pixels, config):
             raise UserError(f"model {source.name}: a {source.kind} has no CLS token; use --vision-pool avg")
         return (torch.stack([x[:, 0].float() if args.vision_pool == "cls" else x.float().mean(1) for x in seen], dim=1),)
     return forward
@@ -386,7 +438,8 @@ def check_same_job(found, job, where):
     """Raises UserError, naming what differs, if `where` was made by another job."""
     changed = [f"{key}={json.dumps(found.get(key))} (now {json.dumps(job.get(key))})" for key in {**found, **job} if found.get(key) != job.get(key)]
     if changed:
-        raise UserError(f"{where} was made otherwise: {', '.join(c if len(c) < 150 else c.split('=')[0] for c in changed)}; "
+        mended = ", where data are the texts or pictures, of which some were changed or mended" if found.get("data") != job.get("data") else ""
+        raise UserError(f"{where} was made otherwise: {', '.join(c if len(c) < 150 else c.split('=')[0] for c in changed)}{mended}; "
                         "move it away, or choose another --out")
 
 
@@ -415,8 +468,10 @@ def run_batches(forward, items, batch_size):
             parts = [[x.cpu() for x in forward([items[i] for i in good[j:j + batch_size]])] for j in range(0, len(good), batch_size)]
             return [torch.cat(column) for column in zip(*parts, strict=True)], good, batch_size
         except RuntimeError as error:
-            if batch_size == 1 or not any(words in str(error).lower() for words in ("out of memory", "not enough memory", "can't allocate memory")):
+            if not out_of_memory(error):
                 raise
+        if batch_size == 1:
+            raise UserError("out of memory with one row: shorter --max-length, --weights bfloat16, or a smaller model")
         batch_size //= 2
         print(f"out of memory: going on with batches of {batch_size}", flush=True)
         if torch.cuda.is_available():
@@ -444,12 +499,14 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
     if path.exists() and not state_file.exists():
         raise UserError(f"{path} exists and has no {manifest_file.name}: it was not made by this command; move it away, or choose another --out")
     work.mkdir(parents=True, exist_ok=True)
-    state = common.read_json(state_file) if state_file.exists() else {"job": job, "done": 0, "batch_size": args.batch_size, "bad": {}, "shapes": []}
+    empty = {"job": job, "done": 0, "batch_size": args.batch_size, "bad": {}, "shapes": [], "n_cut": 0}
+    state = common.read_json(state_file) if state_file.exists() else empty
     check_same_job(state["job"], job, f"the unfinished {work}")
     shards = [range(i, min(i + shard, n)) for i in range(state["done"], n, shard)]
     batch_size, told = min(state["batch_size"], args.batch_size), 0
     if state["done"]:
-        print(f"{path.name}: going on at {state['done']} of {n} rows", flush=True)
+        differ = "" if batch_size == state["batch_size"] else f", not {state['batch_size']} as before: the bits may differ from those of one run"
+        print(f"{path.name}: going on at {state['done']} of {n} rows, in batches of {batch_size}{differ}", flush=True)
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
         forward = load_forward() if shards else None
         future, began = ahead.submit(prepare, shards[0]) if shards else None, time.time()
@@ -459,34 +516,45 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
                 future = ahead.submit(prepare, shards[number + 1])
             outputs, good, batch_size = run_batches(forward, items, batch_size)
             bad = {str(names[rows[i]]): item for i, item in enumerate(items) if isinstance(item, str)}
-            if not outputs and not state["shapes"]:
-                raise UserError(f"{path.name}: none of the first {len(rows)} images can be read, the first: {next(iter(bad.items()))}")
-            state["shapes"] = state["shapes"] or [list(x.shape[1:]) for x in outputs]
+            start, new = rows[0], bad
+            if outputs and not state["shapes"]:  # the widths are known now: any rows before these are bad, and nothing is in the file yet
+                start, new, state["shapes"] = 0, {**state["bad"], **bad}, [list(x.shape[1:]) for x in outputs]
             for k, shape in enumerate(state["shapes"]):
-                block = torch.full((len(rows), *shape), math.nan, dtype=torch.float32 if k else dtype)
+                block = torch.full((rows[-1] + 1 - start, *shape), math.nan, dtype=torch.float32 if k else dtype)
+                here = block[rows[0] - start:]
                 if outputs:
-                    block[good] = outputs[k].to(block.dtype)
-                if k == 0 and len(wrong := (~torch.isfinite(block[good]).flatten(1).all(1)).nonzero()):
-                    raise UserError(f"model {job['model']}: features of {names[rows[good[int(wrong[0])]]]} are not finite in {args.dtype} (largest "
-                                    f"value {outputs[0].abs().max():.3g}); use --dtype {'float32' if path.suffix == '.npy' else 'bfloat16'}")
+                    here[good] = outputs[k].to(block.dtype)
+                if k == 0 and len(wrong := (~torch.isfinite(here[good]).flatten(1).all(1)).nonzero()):
+                    what = f"model {job['model']}: features of {names[rows[good[int(wrong[0])]]]} are not finite"
+                    if torch.isfinite(outputs[0]).all():
+                        raise UserError(f"{what} in {args.dtype} (largest value {outputs[0].abs().max():.3g}); use --dtype "
+                                        f"{'float32' if path.suffix == '.npy' else 'bfloat16'}")
+                    raise UserError(f"{what} in any --dtype; {'its weights may be broken' if args.weights == 'float32' else 'try --weights float32'}")
                 try:
-                    write_block(work / f"{k}.npy", rows[0], n, block)
+                    write_block(work / f"{k}.npy", start, n, block)
                 except OSError as error:
                     raise OSError(f"{work / f'{k}.npy'} could not be written ({error}); finished shards are kept, and the same command goes on from "
                                   "them once this is mended") from None
-            for name, reason in bad.items():
+            for name, reason in new.items() if state["shapes"] else ():  # not all of a folder that is not there
                 print(f"cannot be read: {name} ({reason})", flush=True)
-            state |= {"done": rows[-1] + 1, "batch_size": batch_size, "bad": {**state["bad"], **bad}}
+            state |= {"done": rows[-1] + 1, "batch_size": batch_size, "bad": {**state["bad"], **bad},
+                      "n_cut": state["n_cut"] + sum(item.is_cut for item in items if isinstance(item, Tokens))}
             common.write_json(state_file, state)
             left = (n - state["done"]) * (time.time() - began) / (state["done"] - shards[0][0])
             if left and (sys.stderr.isatty() or time.time() - told > 30):
                 told = time.time()
                 print(f"{path.name}: {state['done']} of {n} rows, {(n - state['done']) / left:.3g}/s, {left / 60:.1f} min left", flush=True)
+    if not state["shapes"]:
+        shutil.rmtree(work)
+        raise UserError(f"{path.name}: none of the {len(state['bad'])} images can be read, the first: {next(iter(state['bad'].items()))}")
     outputs = [torch.from_numpy(np.load(work / f"{k}.npy", mmap_mode="c")) for k in range(len(state["shapes"]))]  # mapped, not read
     outputs[0] = outputs[0].view(dtype)
     kept = torch.tensor([i for i, name in enumerate(names) if str(name) not in state["bad"]])
     facts, write = finish(outputs, kept)
-    manifest = {**facts, "n_bad_images": len(state["bad"]), "bad_images": state["bad"], "batch_size": state["batch_size"],
+    if state["n_cut"]:
+        print(f"{path}: {state['n_cut']} of {n} texts are longer than the model (or --max-length) takes: cut")
+    manifest = {**({"n_cut": state["n_cut"]} if "max_length" in job else {}), **facts, "n_bad_images": len(state["bad"]),
+                "bad_images": state["bad"], "batch_size": state["batch_size"],
                 "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "pillow")},
                 "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type, "job": job}
     common.write_json(manifest_file, manifest)
@@ -576,8 +644,10 @@ def coco(args):
 
 
 def film_ids(root, limit):
-    """Film ids in the order of labels/ids_all.txt; without it all with plot and poster, sorted (as exp_gw_mmimdb.py --stage labels writes them)."""
-    dataset, listed = folder_of(root / "dataset", "MM-IMDb's plots and posters; unpack mmimdb.tar.gz"), root / "labels/ids_all.txt"
+    """Film ids in the order of ids_all.txt, in the folder of labels that exp_gw_mmimdb.py reads; without it all with plot and poster, sorted (as its
+    --stage labels writes them)."""
+    dataset = folder_of(root / "dataset", "MM-IMDb's plots and posters; unpack mmimdb.tar.gz")
+    listed = Path(os.environ.get("IMDB1_LABELS_DIR_23") or root / "labels") / "ids_all.txt"
     ids = listed.read_text().split() if listed.is_file() else sorted(p.stem for p in dataset.glob("*.json") if p.with_suffix(".jpeg").exists())
     if not ids:
         raise UserError(f"{dataset}: no films (an {{id}}.json with its {{id}}.jpeg)")
@@ -591,19 +661,23 @@ def mmimdb(args):
     root, views, source = Path(args.data), args.views, find_model(args.model or defaults.get(args.backbone, args.backbone))
     ids, out = film_ids(root, args.limit), Path(args.out or root / "latents")
     plots, posters = film_texts(root, ids), [root / "dataset" / f"{film}.jpeg" for film in ids]
-    processor, tokenizer, how = load_processor(source), load_tokenizer(source), text_pooling(source, args.text_pool)
+    processor, tokenizer, how = load_processor(source), load_tokenizer(source, args.padding_side), text_pooling(source, args.text_pool)
 
-    def film_views(film):
-        """Pixels of all views of a film."""
+    def read_poster(film):
         poster = read_image(posters[film])
-        clean = pixels_of(poster, processor)
-        if isinstance(clean, str):
-            return [clean] * views
-        size = clean.shape[:0:-1]  # (width, height) that the model sees
-        return [clean] + [pixels_of(augment_image(poster, size, view_draws(ids[film], view, "image")), processor) for view in range(1, views)]
+        return poster, pixels_of(poster, processor)
 
-    def prepare_images(rows):  # a shard holds whole films
-        return [pixels for film in args.readers.map(film_views, range(rows[0] // views, rows[-1] // views + 1)) for pixels in film]
+    def prepare_images(rows):  # a shard holds whole films, few if there are many views: each poster is read once, then each view is a task
+        films = range(rows[0] // views, rows[-1] // views + 1)
+        read = dict(zip(films, args.readers.map(read_poster, films), strict=True))
+
+        def view_pixels(row):
+            (film, view), (poster, clean) = divmod(row, views), read[row // views]
+            if view == 0 or isinstance(clean, str):
+                return clean
+            size = clean.shape[:0:-1]  # (width, height) that the model sees
+            return pixels_of(augment_image(poster, size, view_draws(ids[film], view, "image")), processor)
+        return list(args.readers.map(view_pixels, rows))
 
     def prepare_texts(rows):
         return tokenize(source, tokenizer, [plots[row // views] if row % views == 0 else mask_words(
@@ -624,14 +698,14 @@ def mmimdb(args):
 
     parts = {"image": (prepare_images, lambda: image_forward(source, args), SHARD, model_job(source, processor, data=digest(file_sizes(posters)))),
              "text": (prepare_texts, lambda: text_forward(source, tokenizer, args, how), TEXT_SHARD,
-                      model_job(source, pool=how, max_length=args.max_length, data=digest(plots)))}
+                      model_job(source, pool=how, padding_side=tokenizer.padding_side, max_length=args.max_length, data=digest(plots)))}
     for modality, (prepare, load_forward, shard, job) in parts.items():
         path = out / f"mm_imdb1_globals_aug{views}_{args.backbone}_{modality}.npy"
         manifest = encode_rows(path, {**job, "views": views, "films": digest(ids)}, [film for film in ids for _ in range(views)],
                                views * max(1, shard // views), prepare, load_forward, functools.partial(finish, path), args)
         if manifest["bad_images"]:
-            print(f"the rows of these {manifest['n_bad_images']} films are nan: mend their posters and encode again, or take the films out of "
-                  f"{root / 'split.json'}")
+            print(f"the rows of these {manifest['n_bad_images']} films are nan: mend their posters, move {path} away and encode again, or take the "
+                  f"films out of {root / 'split.json'}")
 
 
 def read_items(args):
@@ -664,12 +738,19 @@ def alignment(args):
     out = Path(args.out)
     if args.rewrite_captions:
         args.captions, items = out / "captions.json", rewrite_captions(read_list(args.rewrite_captions), args.seed)
+        content = (json.dumps(items, indent=1, ensure_ascii=False) + "\n").encode()
+        if args.captions.exists() and args.captions.read_bytes() != content:
+            raise UserError(f"{args.captions} exists and holds other captions; move it away, or choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        common.atomic_write(args.captions, lambda file: file.write((json.dumps(items, indent=1, ensure_ascii=False) + "\n").encode()))
+        common.atomic_write(args.captions, lambda file: file.write(content))
         print(f"{args.captions}: {len(items)} captions at u = 0, 10 .. 100")
         if not args.language and not args.vision:
             return
     ids, levels, files = read_items(args)
+    language, vision = [find_model(name) for name in args.language], [find_model(name) for name in args.vision]
+    for stems in ([source.stem for source in language], [source.stem for source in vision]):
+        if len(set(stems)) < len(stems):
+            raise UserError(f"two models would both write {max(stems, key=stems.count)}.pt; encode them into different --out folders")
     reasons = list(args.readers.map(lambda f: r if isinstance(r := read_image(f), str) else "", files)) if files else [""] * len(ids)
     for i, reason in enumerate(reasons):  # an item without a picture is left out on both sides
         if reason:
@@ -679,10 +760,6 @@ def alignment(args):
         raise UserError(f"none of the {len(ids)} pictures can be read, the first: {files[0]} ({reasons[0]})")
     ids, facts = [ids[i] for i in good], {"n_left_out": len(reasons) - len(good)}
     levels, files = {folder: [texts[i] for i in good] for folder, texts in levels.items()}, [files[i] for i in good] if files else None
-    language, vision = [find_model(name) for name in args.language], [find_model(name) for name in args.vision]
-    for stems in ([source.stem for source in language], [source.stem for source in vision]):
-        if len(set(stems)) < len(stems):
-            raise UserError(f"two models would both write {max(stems, key=stems.count)}.pt; encode them into different --out folders")
     for source in language:
         tokenizer = load_tokenizer(source, args.padding_side or "left")
         load_forward = functools.cache(functools.partial(language_forward, source, tokenizer, args))  # loaded once for all levels
@@ -712,9 +789,10 @@ def alignment(args):
 def flickr8k(args):
     """image_features.pt {feats [N, D], ids [N] file names, model} for exp_flickr_ttt.py's model.image_encoder=cached."""
     root, source = folder_of(args.data, "Flickr8k"), find_model(args.model)
-    files = [f for name in ("Flickr8k_Dataset", "Flicker8k_Dataset", "Images") for f in sorted((root / name).glob("*.jpg"))][:args.limit]
+    photos = next((root / name for name in ("Flickr8k_Dataset", "Flicker8k_Dataset", "Images") if (root / name).is_dir()), root / "Flickr8k_Dataset")
+    files = sorted(photos.glob("*.jpg"))[:args.limit]
     if not files:
-        raise UserError(f"{root}: no Flickr8k_Dataset/*.jpg (nor Flicker8k_Dataset, Images) in it")
+        raise UserError(f"{photos}: no photos (*.jpg) in it; unpack Flickr8k_Dataset.zip")
     path, names, processor = Path(args.out or root) / "image_features.pt", [f.name for f in files], load_processor(source)
 
     def finish(outputs, kept):

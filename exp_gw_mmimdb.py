@@ -164,13 +164,13 @@ def paths(data):
     return root, latents / files[0], latents / files[1], labels
 
 
-def load_latents(path, n_films):
+def load_latents(path, ids):
     """(memory-mapped [rows, D] tensor, views a film) of one .npy with its manifest. Raises: UserError naming file, expected and found."""
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.npy"))
         raise UserError(f"{path}: no such file{f' (there are {there[0]} ...: set data.backbone= and data.views=)' if there else ''}; "
                         "encode the data (README, 'Data'), set data.latents_dir=, or try --demo")
-    manifest_file = path.with_name(f"{path.stem}_manifest.json")
+    manifest_file, n_films = path.with_name(f"{path.stem}_manifest.json"), len(ids)
     manifest = common.read_json(manifest_file)
     rows = guarded(lambda p: np.load(p, mmap_mode="r"), path)
     if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
@@ -182,6 +182,8 @@ def load_latents(path, n_films):
             raise UserError(f"{manifest_file}: {key} is {manifest[key]}, but {'ids_all.txt' if key == 'original_rows' else path.name} has {value}")
     if not isinstance(views, int) or len(rows) != n_films * views:
         raise UserError(f"{path}: expected {n_films} films x {views} views (views_per_sample of {manifest_file.name}) rows, found {len(rows)}")
+    if manifest.get("ids", ids) != ids:  # encode.py lists them
+        raise UserError(f"{path}: its films are not those of ids_all.txt in the same order; encode again")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing writes to it
         return torch.from_numpy(rows), views
@@ -241,7 +243,7 @@ def load_data(cfg):
         raise UserError(f"{root / 'split.json'}: a film is in two parts of the split, or twice in one")
     latents, views, statistics = {}, set(), {}
     for modality, path in zip(("image", "text"), latent_files, strict=True):
-        x, n_views = load_latents(path, len(ids))
+        x, n_views = load_latents(path, ids)
         views.add(n_views)
         room = max(RESIDENT_BYTES, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else RESIDENT_BYTES
         latents[modality] = x.to(device) if x.numel() * x.element_size() <= room else x

@@ -111,7 +111,8 @@ def opened(path, **options):
 
 # ------------------------------------------------------------------------------------------------------ pooling and forward
 
-@pytest.mark.parametrize(("kind", "how", "side"), [("bert", "first", "right"), ("bert", "mean", "right"), *(
+@pytest.mark.parametrize(("kind", "how", "side"), [("bert", "first", "right"), ("bert", "mean", "right"),
+                                                   ("roberta", "first", "left"), ("roberta", "mean", "right"), *(
     (kind, how, side) for kind in ("mistral", "gpt2") for how in ("last", "mean") for side in ("left", "right"))])
 def test_pooled_texts_equal_a_loop_over_single_texts(model, kind, how, side):
     """Each text alone has no padding at all: the last token is hidden[-1]."""
@@ -138,6 +139,37 @@ def test_eos_ends_every_text_once_also_when_cut(tmp_path, wrap):
         assert max(map(len, ids)) == length
 
 
+def test_texts_that_are_cut_are_counted(tmp_path):
+    source = SimpleNamespace(config=transformers.MistralConfig(), name="x")
+    for wrap, how, longest in (("$A", "mean", 9), ("$A", "last", 8), ("<s> $A </s>", "last", 7), ("<s> $A </s>", "projection", 7)):
+        tokenizer = tiny_models.save_tokenizer(tmp_path, wrap=wrap)
+        texts = ["0123456789"[:n] for n in range(10)]
+        items = encode.tokenize(source, tokenizer, texts, SimpleNamespace(max_length=9), how)
+        assert [item.is_cut for item in items] == [n > longest for n in range(10)]
+        assert items[0]  # an empty text is not without tokens
+
+
+def test_an_empty_text_has_a_mean(model):
+    source, tokenizer = opened(model("gpt2"))
+    items = encode.tokenize(source, tokenizer, ["", "a dog"], ARGS, "mean")
+    assert torch.isfinite(encode.text_forward(source, tokenizer, ARGS, "mean")(items)[0]).all()
+
+
+def test_language_logits_are_made_once_and_only_where_they_are_read(model, monkeypatch):
+    """gpt2's tokenizer puts no start token: its features come from the model without its head; llama's does: one pass."""
+    for kind, start, passes in (("gpt2", False, 2), ("llama", True, 1)):
+        source, tokenizer = opened(model(kind), padding_side="left")
+        network, calls = encode.load_model(source, ARGS, "AutoModelForCausalLM"), []
+        network.lm_head.register_forward_hook(lambda *args, calls=calls: calls.append("head"))
+        network.base_model.register_forward_hook(lambda *args, calls=calls: calls.append("body"))
+        monkeypatch.setattr(encode, "load_model", lambda *args, network=network: network)
+        items = encode.language_tokens(tokenizer, CAPTIONS, range(len(CAPTIONS)))
+        assert (items[0][0] == tokenizer.bos_token_id) == start
+        encode.language_forward(source, tokenizer, ARGS)(items)
+        assert (calls.count("body"), calls.count("head")) == (passes, 1)
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
 def test_language_features_and_nats_equal_a_loop_over_single_texts(model, kind, side):
@@ -161,7 +193,7 @@ def test_language_features_and_nats_equal_a_loop_over_single_texts(model, kind, 
     assert nats.isnan().sum() == 1
 
 
-@pytest.mark.parametrize("kind", ["siglip", "clip", "blip2", "vit"])
+@pytest.mark.parametrize("kind", ["siglip", "clip", "blip2", "vit", "siglip_vision", "clip_vision"])
 def test_image_features_equal_the_model_on_one_picture(model, coco, kind):
     source = encode.find_model(model(kind))
     processor, files = encode.load_processor(source), [coco / "images" / f"{i:012}.jpg" for i in (0, 5, 8)]
@@ -176,12 +208,32 @@ def test_image_features_equal_the_model_on_one_picture(model, coco, kind):
                 seen = plain.vision_model(pixel_values=pixels).last_hidden_state
                 tokens = plain.qformer(query_embeds=plain.query_tokens, encoder_hidden_states=seen).last_hidden_state[0]
                 expected = sum(tokens) / len(tokens)
+            elif kind.endswith("_vision"):
+                expected = plain(pixel_values=pixels).pooler_output[0]
             elif kind == "vit":
                 expected = plain(pixel_values=pixels).last_hidden_state[0, 0]
             else:
                 expected = plain.get_image_features(pixel_values=pixels).pooler_output[0]
         torch.testing.assert_close(row.float(), expected, rtol=1e-4, atol=1e-5)
     assert (found[0] - found[2]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["ijepa", "convnext", "vit_mae"])
+def test_a_model_whose_first_token_is_a_patch_is_refused(model, kind):
+    forward = encode.image_forward(encode.find_model(model(kind)), ARGS)
+    with pytest.raises(common.UserError, match=f"a {kind} gives no CLS token"):
+        forward([np.zeros((3, 32, 32), np.float32)])
+
+
+def test_pictures_that_no_model_can_see_are_unreadable(tmp_path):
+    Image.new("RGB", (2001, 2)).save(tmp_path / "line.png")
+    assert encode.read_image(tmp_path / "line.png") == "2001 x 2 pixels, too narrow"
+
+    def processor(**kwargs):
+        raise ValueError("mean must have 4 elements\nmore")
+    assert encode.pixels_of(Image.new("RGB", (4, 4)), processor) == "ValueError: mean must have 4 elements"
+    with pytest.raises(common.UserError, match="NaFlex"):
+        encode.load_processor(SimpleNamespace(kind="siglip2", name="x"))
 
 
 @pytest.mark.parametrize("kind", ["siglip", "clip", "blip2"])
@@ -314,7 +366,8 @@ encode.main({argv!r})
 def test_kill_and_resume_equals_an_uninterrupted_run_to_the_bit(coco, model, tmp_path, monkeypatch, kill_at):
     monkeypatch.setattr(encode, "SHARD", 8)
     monkeypatch.setattr(encode, "TEXT_SHARD", 16)
-    argv = [str(v) for v in coco_args(coco, model, tmp_path / "killed", "--batch-size", "4")] + ["--device", "cpu", "--workers", "2"]
+    options = ["--batch-size", "4", "--max-length", "9"]
+    argv = [str(v) for v in coco_args(coco, model, tmp_path / "killed", *options)] + ["--device", "cpu", "--workers", "2"]
     code = DYING.format(root=str(ROOT), kill_at=kill_at, argv=argv)
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
@@ -326,9 +379,11 @@ def test_kill_and_resume_equals_an_uninterrupted_run_to_the_bit(coco, model, tmp
     run(*argv[:-4])
     n_shards = len(written)
     assert written[0] == 16  # finished shards are not encoded again
-    run(*coco_args(coco, model, tmp_path / "whole", "--batch-size", "4"))
+    run(*coco_args(coco, model, tmp_path / "whole", *options))
+    assert common.read_json(tmp_path / "whole/train2017_text_embeddings_manifest.json")["n_cut"] > 0
     assert n_shards < len(written) - n_shards
-    for name in ("image_embeddings.pt", "text_embeddings.pt", "metadata.json", "image_embeddings_manifest.json"):
+    for name in ("image_embeddings.pt", "text_embeddings.pt", "metadata.json", "image_embeddings_manifest.json",
+                 "text_embeddings_manifest.json"):
         assert (tmp_path / "killed" / f"train2017_{name}").read_bytes() == (tmp_path / "whole" / f"train2017_{name}").read_bytes(), name
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
 
@@ -347,7 +402,8 @@ def test_a_finished_command_loads_no_model_and_another_job_is_refused(coco, mode
     assert "was not made by this command" in fails(capsys, *coco_args(coco, model, tmp_path, "--limit", "3"))
 
 
-@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "[alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"])
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "[alloc_cpu.cpp] DefaultCPUAllocator: not enough memory",
+                                     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
 def test_batches_are_halved_when_memory_runs_out(message, capsys):
     sizes = []
 
@@ -363,7 +419,7 @@ def test_batches_are_halved_when_memory_runs_out(message, capsys):
     assert [len(items[i]) for i in good] == sorted((len(i) for i in items if i != "broken"), reverse=True)  # like lengths together, the longest first
     assert 4 not in good
     assert rows[:, 0].tolist() == [len(items[i]) for i in good]
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(common.UserError, match="with one row: shorter --max-length"):
         encode.run_batches(lambda items: (_ for _ in ()).throw(RuntimeError("out of memory")), items, 1)
     with pytest.raises(RuntimeError, match="a bug"):
         encode.run_batches(lambda items: (_ for _ in ()).throw(RuntimeError("a bug")), items, 4)
@@ -387,6 +443,14 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(coco, model, tmp_p
     assert "going on at 16 of 30 rows" in capsys.readouterr().out
 
 
+def test_a_model_too_large_for_memory_is_one_line(model, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(common.UserError, match="out of memory while it was loaded; --weights bfloat16"):
+        encode.load_model(encode.find_model(model("vit")), ARGS)
+
+
 def test_features_too_large_for_float16_name_the_remedy(coco, model, tmp_path, capsys, monkeypatch):
     original = encode.image_forward
     monkeypatch.setattr(encode, "image_forward", lambda *args: lambda items: tuple(1e6 * x for x in original(*args)(items)))
@@ -394,6 +458,9 @@ def test_features_too_large_for_float16_name_the_remedy(coco, model, tmp_path, c
     assert "not finite in float16" in line
     assert "--dtype bfloat16" in line
     run(*coco_args(coco, model, tmp_path / "other", "--dtype", "bfloat16"))
+    monkeypatch.setattr(encode, "image_forward", lambda *args: lambda items: tuple(math.nan * x for x in original(*args)(items)))
+    line = fails(capsys, *coco_args(coco, model, tmp_path / "third"), "--weights", "bfloat16")
+    assert "not finite in any --dtype; try --weights float32" in line
 
 
 # ------------------------------------------------------------------------------------------------------------------ mmimdb
@@ -454,6 +521,23 @@ def test_mmimdb_latents_are_rows_of_views_that_the_workspace_trains_on(films, mo
                                f"output_dir={tmp_path / 'run'}", "training.steps=6", "training.eval_every=3",
                                "training.batch_size=16", "--stage", "train"]) == 0
     assert (tmp_path / "run/best_model.pt").exists()
+
+
+def test_labels_in_a_folder_of_their_own_fix_the_order_of_films(films, model, tmp_path, monkeypatch, capsys):
+    ids = (films / "labels/ids_all.txt").read_text().split()
+    labels = tmp_path / "labels"
+    (films / "labels").rename(labels)
+    options = ["--data", films, "--model", model("clip"), "--views", 1]
+    run("mmimdb", *options)  # sorted, as nothing says otherwise
+    (labels / "ids_all.txt").write_text("\n".join(ids[::-1]))
+    monkeypatch.setenv("IMDB1_LABELS_DIR_23", str(labels))
+    train = [str(ROOT / "configs/gw_clip_shared.yaml"), f"data.dir={films}", "data.views=1", "device=cpu", f"output_dir={tmp_path / 'run'}"]
+    assert exp_gw_mmimdb.main([*train, "--stage", "train"]) == 2
+    assert "not those of ids_all.txt in the same order" in capsys.readouterr().err
+    assert "was made otherwise" in fails(capsys, "mmimdb", *options)
+    run("mmimdb", *options, "--out", tmp_path / "latents")
+    assert common.read_json(tmp_path / "latents/mm_imdb1_globals_aug1_clip_image_manifest.json")["ids"] == ids[::-1]
+    assert exp_gw_mmimdb.load_latents(tmp_path / "latents/mm_imdb1_globals_aug1_clip_text.npy", ids[::-1])[1] == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- alignment
@@ -546,7 +630,7 @@ def test_user_mistakes_are_one_line(coco, model, films, tmp_path, capsys):
     assert "bad.json: expected COCO captions" in coco_with("--captions", tmp_path / "bad.json")
     assert "give a folder of a saved model" in coco_with("--text-model", tmp_path / "none")
     assert "AutoImageProcessor cannot be loaded" in coco_with("--image-model", tmp_path / "config_only")
-    assert "none of the first 29 images" in coco_with("--images", tmp_path / "empty", "--limit", 29)
+    assert "none of the 29 images" in coco_with("--images", tmp_path / "empty", "--limit", 29)
     assert "not available" in coco_with("--device", "cuda:99")
     assert "no such folder" in fails(capsys, "mmimdb", "--data", tmp_path / "none", "--model", model("clip"))
     assert "no bfloat16" in fails(capsys, "mmimdb", "--data", films, "--model", model("clip"), "--dtype", "bfloat16")

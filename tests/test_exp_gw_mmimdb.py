@@ -478,6 +478,8 @@ BAD = {
     "manifest films": (lambda r: spoil(r, "*clip_image_manifest.json", lambda m: {**m, "original_rows": 9}),
                        "original_rows is 9, but ids_all.txt has 150"),
     "views": (lambda r: spoil(r, "*clip_image_manifest.json", lambda m: {**m, "views_per_sample": 2}), "expected 150 films x 2 views"),
+    "films in another order": (lambda r: spoil(r, "*clip_text_manifest.json", lambda m: {
+        **m, "ids": Path(r, "labels/ids_all.txt").read_text().split()[::-1]}), "not those of ids_all.txt in the same order; encode again"),
     "no manifest": (lambda r: next(Path(r).rglob("*clip_image_manifest.json")).unlink(), "clip_image_manifest.json: cannot be read"),
     "nan": (lambda r: spoil(r, "*aug3_clip_image.npy", set_nan), "NaN or infinite values, first in row 5"),
     "labels": (lambda r: spoil(r, "labels_all_23.npy", lambda x: x[:-1]), "expected 0/1 of 150 different ids"),

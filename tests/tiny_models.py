@@ -47,6 +47,10 @@ def save_model(folder, kind, **options):
     elif kind == "bert":
         model = t.BertModel(t.BertConfig(**small, vocab_size=vocab, max_position_embeddings=64))
         save_tokenizer(folder, wrap="<s> $A </s>", mask="<mask>", **options)
+    elif kind == "roberta":
+        config = t.RobertaConfig(**small, vocab_size=vocab, max_position_embeddings=66, pad_token_id=0)
+        model = t.RobertaModel(config)
+        save_tokenizer(folder, wrap="<s> $A </s>", **options)
     elif kind == "siglip":
         text = {**small, "vocab_size": vocab, "max_position_embeddings": 24, "projection_size": 16}
         model, processor = t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=vision)), t.SiglipImageProcessorPil(size=size)
@@ -66,6 +70,14 @@ def save_model(folder, kind, **options):
         save_tokenizer(folder, wrap="$A </s>")
     elif kind == "vit":
         model, processor = t.ViTModel(t.ViTConfig(**vision)), t.ViTImageProcessorPil(size=size)
+    elif kind in ("siglip_vision", "clip_vision"):
+        name = {"siglip_vision": "Siglip", "clip_vision": "CLIP"}[kind]
+        model, processor = getattr(t, f"{name}VisionModel")(getattr(t, f"{name}VisionConfig")(**vision)), t.SiglipImageProcessorPil(size=size)
+    elif kind == "ijepa":
+        model, processor = t.IJepaModel(t.IJepaConfig(**vision)), t.ViTImageProcessorPil(size=size)
+    elif kind == "convnext":
+        config = t.ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], image_size=32)
+        model, processor = t.ConvNextModel(config), t.ViTImageProcessorPil(size=size)
     elif kind == "vit_mae":
         decoder = {"decoder_hidden_size": 16, "decoder_intermediate_size": 24, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
         model, processor = t.ViTMAEForPreTraining(t.ViTMAEConfig(**vision, **decoder)), t.ViTImageProcessorPil(size=size)

@@ -8,7 +8,7 @@ gallery never does. Slots move by a rule that descends an objective, and trainin
     python exp_flickr_ttt.py configs/flickr8k_tiny.yaml             # a small model, minutes on two CPU cores
     python exp_flickr_ttt.py configs/flickr8k_tiny.yaml --demo      # synthetic scenes and speech, under 90 s on two CPU cores
     python exp_flickr_ttt.py configs/flickr8k.yaml --stage ttt      # the test-time protocol alone
-    python exp_flickr_ttt.py configs/flickr8k.yaml --stage compare compare='[results/flickr8k*]'      # runs side by side, mean +- sd over seeds
+    python exp_flickr_ttt.py configs/flickr8k.yaml --stage compare compare='[results/flickr8k*]'    # runs side by side, mean +- sd over seeds
 
 It prints recalls in six directions (and of fused queries) beside chance, then what each test-time method changes, with paired 95% intervals.
 

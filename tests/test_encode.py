@@ -643,7 +643,7 @@ def test_user_mistakes_are_one_line(coco, model, films, tmp_path, capsys):
     line = fails(capsys, "alignment", "--captions", tmp_path / "prh/captions.json", "--images", coco / "images", "--image-names",
                  tmp_path / "names.txt", "--vision", model("siglip"), "--out", tmp_path / "prh")
     assert "--vision-pool avg" in line
-    assert "no Flickr8k_Dataset" in fails(capsys, "flickr8k", "--data", tmp_path, "--model", model("clip"))
+    assert "no photos (*.jpg) in it; unpack" in fails(capsys, "flickr8k", "--data", tmp_path, "--model", model("clip"))
 
 
 def test_weights_that_the_files_lack_are_an_error(model, tmp_path, capsys):

@@ -659,9 +659,11 @@ def mmimdb(args):
     from exp_alignment_corr import film_texts
     defaults = {"clip": "openai/clip-vit-base-patch16", "blip2": "Salesforce/blip2-flan-t5-xl"}
     root, views, source = Path(args.data), args.views, find_model(args.model or defaults.get(args.backbone, args.backbone))
+    if source.kind not in ("clip", "siglip", "siglip2", "blip-2"):
+        raise UserError(f"model {source.name}: a {source.kind} does not encode both posters and plots; use CLIP, SigLIP or BLIP-2")
     ids, out = film_ids(root, args.limit), Path(args.out or root / "latents")
     plots, posters = film_texts(root, ids), [root / "dataset" / f"{film}.jpeg" for film in ids]
-    processor, tokenizer, how = load_processor(source), load_tokenizer(source, args.padding_side), text_pooling(source, args.text_pool)
+    processor, tokenizer, how = load_processor(source), load_tokenizer(source), text_pooling(source, None)
 
     def read_poster(film):
         poster = read_image(posters[film])
@@ -698,7 +700,7 @@ def mmimdb(args):
 
     parts = {"image": (prepare_images, lambda: image_forward(source, args), SHARD, model_job(source, processor, data=digest(file_sizes(posters)))),
              "text": (prepare_texts, lambda: text_forward(source, tokenizer, args, how), TEXT_SHARD,
-                      model_job(source, pool=how, padding_side=tokenizer.padding_side, max_length=args.max_length, data=digest(plots)))}
+                      model_job(source, pool=how, max_length=args.max_length, data=digest(plots)))}
     for modality, (prepare, load_forward, shard, job) in parts.items():
         path = out / f"mm_imdb1_globals_aug{views}_{args.backbone}_{modality}.npy"
         manifest = encode_rows(path, {**job, "views": views, "films": digest(ids)}, [film for film in ids for _ in range(views)],
@@ -761,7 +763,7 @@ def alignment(args):
     ids, facts = [ids[i] for i in good], {"n_left_out": len(reasons) - len(good)}
     levels, files = {folder: [texts[i] for i in good] for folder, texts in levels.items()}, [files[i] for i in good] if files else None
     for source in language:
-        tokenizer = load_tokenizer(source, args.padding_side or "left")
+        tokenizer = load_tokenizer(source, args.padding_side)
         load_forward = functools.cache(functools.partial(language_forward, source, tokenizer, args))  # loaded once for all levels
         for folder, texts in levels.items():
             path = out / folder / f"{source.stem}.pt"
@@ -814,7 +816,7 @@ def parse_command_line(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(function, texts=True, text_pool=True):
+    def command(function, texts=True):
         """A subcommand with the options that all have; returns its add_argument."""
         sub = commands.add_parser(function.__name__, description=function.__doc__, help=function.__doc__)
         sub.set_defaults(run=function)
@@ -827,10 +829,6 @@ def parse_command_line(argv):
         add("--workers", type=positive, default=os.cpu_count() or 1, help="threads that decode images (default: one a core)")
         if texts:
             add("--max-length", type=positive, default=512, help="tokens that a text is cut to, if the model does not cut earlier (default: 512)")
-            add("--padding-side", choices=("left", "right"), help="of the texts in a batch (default: the tokenizer's; alignment: left)")
-        if text_pool:
-            add("--text-pool", choices=("last", "mean", "first"), default="last",
-                help="tokens that stand for a text if the model has no pooling of its own: last (EOS is appended; default), mean, first (CLS)")
         return add
 
     add = command(coco)
@@ -840,6 +838,9 @@ def parse_command_line(argv):
     add("--out", default="pretrain_encoded", help="folder to write to (default: %(default)s)")
     add("--image-model", default="google/siglip-so400m-patch14-384", help="SigLIP, CLIP, BLIP-2 or a plain vision transformer (default: %(default)s)")
     add("--text-model", default="intfloat/e5-mistral-7b-instruct", help="any text encoder (default: %(default)s)")
+    add("--text-pool", choices=("last", "mean", "first"), default="last",
+        help="tokens that stand for a text if the model has no pooling of its own: last (EOS is appended; default), mean, first (CLS)")
+    add("--padding-side", choices=("left", "right"), help="of a causal model's texts in a batch (default: the tokenizer's); others pad on the right")
     add("--instruction", default="", help="E5's task description: texts become 'Instruct: ...', newline, 'Query: caption' (default: captions alone)")
     add("--repeat-images", action="store_true", help="a row per caption in the image file, as the original files had, instead of image_index")
     add = command(mmimdb)
@@ -848,7 +849,7 @@ def parse_command_line(argv):
     add("--model", help="CLIP, SigLIP or BLIP-2 (default: openai/clip-vit-base-patch16 for clip, Salesforce/blip2-flan-t5-xl for blip2)")
     add("--views", type=positive, default=70, help="rows a film, view 0 clean, the others augmented (default: 70)")
     add("--out", help="folder to write to (default: latents/ in the data)")
-    add = command(alignment, text_pool=False)
+    add = command(alignment)
     add("--captions", help="JSON of captions and their rewrites at levels u")
     add("--rewrite-captions", metavar="FILE", help="make {out}/captions.json of plain captions (a line each, or a JSON list) by word replacement")
     add("--seed", type=int, default=0, help="of --rewrite-captions")
@@ -857,9 +858,10 @@ def parse_command_line(argv):
     add("--mmimdb", metavar="DIR", help="posters and plots of this folder instead of photos and captions")
     add("--language", nargs="+", default=[], metavar="MODEL", help="causal language models")
     add("--vision", nargs="+", default=[], metavar="MODEL", help="vision transformers, also CLIP's")
+    add("--padding-side", choices=("left", "right"), default="left", help="of the texts in a batch (default: left)")
     add("--vision-pool", choices=("cls", "avg"), default="cls", help="CLS token (default), or mean of the tokens, after each block")
     add("--out", default="prh", help="folder to write to (default: %(default)s)")
-    add = command(flickr8k, texts=False, text_pool=False)
+    add = command(flickr8k, texts=False)
     add("--data", default="flickr8k", help="folder with Flickr8k_Dataset/ (default: %(default)s)")
     add("--model", default="google/siglip-so400m-patch14-384", help="default: %(default)s")
     add("--out", help="folder to write image_features.pt to (default: the data's)")

@@ -425,6 +425,33 @@ def test_batches_are_halved_when_memory_runs_out(message, capsys):
         encode.run_batches(lambda items: (_ for _ in ()).throw(RuntimeError("a bug")), items, 4)
 
 
+def test_shards_before_the_first_good_row_are_filled_with_nan(tmp_path):
+    args = SimpleNamespace(dtype="float16", weights="float32", batch_size=4, device=torch.device("cpu"))
+    names, done = [f"{i}.jpg" for i in range(9)], []
+
+    def encode_them(good):
+        def prepare(rows):
+            if 4 in rows and not done:
+                done.append(1)
+                raise KeyboardInterrupt  # stopped with two bad shards behind it
+            return [torch.full((3, 2, 2), float(i)) if i in good else "broken" for i in rows]
+        return encode.encode_rows(tmp_path / "x.pt", {"model": "m"}, names, 2, prepare, lambda: lambda items: (torch.stack(items)[:, 0, 0],),
+                                  lambda outputs, rows: ({"kept": rows.tolist()}, encode.saver(tmp_path / "x.pt", outputs[0].clone())), args)
+    with pytest.raises(KeyboardInterrupt):
+        encode_them({5, 6, 8})
+    manifest = encode_them({5, 6, 8})
+    assert manifest["kept"] == [5, 6, 8]
+    assert list(manifest["bad_images"]) == [name for i, name in enumerate(names) if i not in (5, 6, 8)]
+    rows = torch.load(tmp_path / "x.pt")
+    assert rows.shape == (9, 2)
+    assert rows[:, 0].nan_to_num(-1).tolist() == [-1, -1, -1, -1, -1, 5, 6, -1, 8]
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(common.UserError, match=r"none of the 9 images can be read, the first: .*0\.jpg"):
+        encode_them(())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(coco, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(encode, "SHARD", 8)
     write = encode.write_block
@@ -643,6 +670,13 @@ def test_user_mistakes_are_one_line(coco, model, films, tmp_path, capsys):
     line = fails(capsys, "alignment", "--captions", tmp_path / "prh/captions.json", "--images", coco / "images", "--image-names",
                  tmp_path / "names.txt", "--vision", model("siglip"), "--out", tmp_path / "prh")
     assert "--vision-pool avg" in line
+    (tmp_path / "lines.txt").write_text("a b c\nd e f\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/captions.json").write_text("[]")
+    line = fails(capsys, "alignment", "--rewrite-captions", tmp_path / "lines.txt", "--out", tmp_path / "own")
+    assert "own/captions.json exists and holds other captions" in line
+    assert (tmp_path / "own/captions.json").read_text() == "[]"
+    assert "does not encode both posters and plots" in fails(capsys, "mmimdb", "--data", films, "--model", model("mistral"))
     assert "no photos (*.jpg) in it; unpack" in fails(capsys, "flickr8k", "--data", tmp_path, "--model", model("clip"))
 
 

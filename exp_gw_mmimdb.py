@@ -276,8 +276,8 @@ def random_data(cfg):
         raise UserError(f"data.backbone={cfg.data.backbone}: its widths are not known without its latents; known are {', '.join(BACKBONE_DIMS)}")
     dims = BACKBONE_DIMS[cfg.data.backbone]
     latents = {modality: torch.randn(n, dim, device=device) for modality, dim in zip(("image", "text"), dims, strict=True)}
-    statistics = {modality: (torch.zeros(dim, device=device), torch.ones(dim, device=device)) for modality,
-                  dim in zip(("image", "text"), dims, strict=True)}
+    statistics = {modality: (torch.zeros(dim, device=device), torch.ones(dim, device=device))
+                  for modality, dim in zip(("image", "text"), dims, strict=True)}
     films = torch.arange(n)
     labels = (torch.rand(n, len(GENRES), device=device) < 0.1).float()
     return Data(latents, labels, list(GENRES), 1, dict.fromkeys(("train", "dev", "test"), films), statistics, device, "random", True)
@@ -570,8 +570,7 @@ def evaluate(cfg, data=None):
         translation[f"{source} to {target}"] = {"mse": F.mse_loss(decoded, truth).item(), "mse_of_the_mean": truth.square().mean().item(),
                                                 **{k: ranks[k] for k in ("R@1", "R@5", "R@10", "median_rank")}, "chance_R@10": min(1, 10 / len(ids))}
     results = {"experiment": cfg.experiment, "selector": cfg.model.selector, "seed": cfg.seed, "synthetic": data.synthetic,
-               "data_fingerprint": data.fingerprint,
-               "step": step, "evaluation": settings, "n_test": len(labels["test"]), "inputs": inputs, "chance": chance, "corruption": corruption,
+               "data_fingerprint": data.fingerprint, "step": step, "evaluation": settings, "n_test": len(labels["test"]), "inputs": inputs, "chance": chance, "corruption": corruption,
                "translation": translation,
                "attention_on_image": {split: {"mean": w.mean().item(), "sd": w.std().item()} for split, w in attention.items()}}
     common.write_json(folder / "results.json", results)
@@ -597,8 +596,8 @@ def report(r):
     text += "\nweight of the image: " + ", ".join(f"{split} {w['mean']:.3f} (sd {w['sd']:.3f})" for split, w in r["attention_on_image"].items())
     for kind in ("image", "text"):
         curve = [(c["amount"], c["weight"]) for c in r["corruption"] if c["kind"] == kind]
-        text += f"\nweight of a corrupted {kind}: " + ", ".join(f"{weight:.2f} at {amount:g}" for amount,
-                                                                weight in (curve[0], curve[len(curve) // 2], curve[-1]))
+        shown = (curve[0], curve[len(curve) // 2], curve[-1])
+        text += f"\nweight of a corrupted {kind}: " + ", ".join(f"{weight:.2f} at {amount:g}" for amount, weight in shown)
     for name, t in r["translation"].items():
         text += (f"\n{name}: mean squared error {t['mse']:.3f} (predicting the mean {t['mse_of_the_mean']:.3f}), R@10 {100 * t['R@10']:.1f}% "
                  f"(chance {100 * t['chance_R@10']:.1f}%), median rank {t['median_rank']:.0f}")
@@ -650,8 +649,7 @@ def train(cfg, data=None):
             "epoch": step * t.batch_size // (len(data.splits["train"]) * data.views), "global_step": step,
             "best_val_loss": min((row["dev_bce"] for row in history), default=None), "model_state_dict": model.state_dict(),
             "optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": scheduler.state_dict(), "scaler_state_dict": {},
-                                        "history": history,
-            "config": dataclasses.asdict(cfg), "rng": common.rng_state(), "position": {"best": best, "pending": pending}})
+            "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(), "position": {"best": best, "pending": pending}})
 
     if step < last_step:
         (folder / "results.json").unlink(missing_ok=True)
@@ -685,8 +683,7 @@ def train(cfg, data=None):
                     common.set_rng_state(rng)
                     dev = scores(logits, data.labels[data.splits["dev"]])
                     row = {"step": step, **dict(zip(("loss", *LOSS_WEIGHTS), means.mean(0)[:-1].tolist(), strict=True)), "dev_bce": dev["bce"],
-                           "dev_mAP": dev["mAP"],
-                           "dev_f1_macro": dev["f1_macro"], "dev_weight_image": weights[:, 0].mean().item(), "learning_rate": rate}
+                           "dev_mAP": dev["mAP"], "dev_f1_macro": dev["f1_macro"], "dev_weight_image": weights[:, 0].mean().item(), "learning_rate": rate}
                     history.append(row)
                     pending = []
                     better = best is None or row["dev_mAP"] > best
@@ -771,18 +768,15 @@ def compare(cfg):
         return f"{np.mean(values):.3f}" + (f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
     table = []
     for label, found in groups:
-        corrupted = {(c["kind"], c["amount"]): [next(d for d in r["corruption"] if (d["kind"], d["amount"]) == (c["kind"], c["amount"]))
-                                                for r in found]
-                     for c in found[0]["corruption"]}
-        table.append([label, len(found), *(cell([r["inputs"]["both"][c] for r in found])
-                                           for c in ("f1_micro", "f1_macro", "f1_weighted", "f1_samples", "mAP")),
-                      *(cell([r["inputs"][name]["f1_macro"] for r in found]) for name in ("image only", "text only")),
-                      *(cell([c["f1_macro"] for c in corrupted[kind, amount]]) if (kind, amount) in corrupted else "-" for kind,
-                        amount in (("one", 0.5), ("one", 1.0), ("both", 0.5))),
+        both, corrupted = [r["inputs"]["both"] for r in found], []
+        for which in (("one", 0.5), ("one", 1.0), ("both", 0.5)):
+            values = [c["f1_macro"] for r in found for c in r["corruption"] if (c["kind"], c["amount"]) == which]
+            corrupted.append(cell(values) if values else "-")
+        table.append([label, len(found), *(cell([r[c] for r in both]) for c in ("f1_micro", "f1_macro", "f1_weighted", "f1_samples", "mAP")),
+                      *(cell([r["inputs"][name]["f1_macro"] for r in found]) for name in ("image only", "text only")), *corrupted,
                       cell([r["attention_on_image"]["test"]["mean"] for r in found])])
     text = common.format_table(["run", "seeds", "F1 micro", "macro", "weighted", "samples", "mAP", "macro, image only", "text only",
-                                "one corrupted .5", "1.0", "both .5", "weight of image"],
-                               table)
+                                "one corrupted .5", "1.0", "both .5", "weight of image"], table)
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     text += "\n[SYNTHETIC demo data]" if synthetic else ""

@@ -570,8 +570,8 @@ def evaluate(cfg, data=None):
         translation[f"{source} to {target}"] = {"mse": F.mse_loss(decoded, truth).item(), "mse_of_the_mean": truth.square().mean().item(),
                                                 **{k: ranks[k] for k in ("R@1", "R@5", "R@10", "median_rank")}, "chance_R@10": min(1, 10 / len(ids))}
     results = {"experiment": cfg.experiment, "selector": cfg.model.selector, "seed": cfg.seed, "synthetic": data.synthetic,
-               "data_fingerprint": data.fingerprint, "step": step, "evaluation": settings, "n_test": len(labels["test"]), "inputs": inputs, "chance": chance, "corruption": corruption,
-               "translation": translation,
+               "data_fingerprint": data.fingerprint, "step": step, "evaluation": settings, "n_test": len(labels["test"]), "inputs": inputs,
+               "chance": chance, "corruption": corruption, "translation": translation,
                "attention_on_image": {split: {"mean": w.mean().item(), "sd": w.std().item()} for split, w in attention.items()}}
     common.write_json(folder / "results.json", results)
     common.atomic_write(folder / "results.txt", lambda file: file.write(f"{report(results)}\n".encode()))
@@ -683,7 +683,8 @@ def train(cfg, data=None):
                     common.set_rng_state(rng)
                     dev = scores(logits, data.labels[data.splits["dev"]])
                     row = {"step": step, **dict(zip(("loss", *LOSS_WEIGHTS), means.mean(0)[:-1].tolist(), strict=True)), "dev_bce": dev["bce"],
-                           "dev_mAP": dev["mAP"], "dev_f1_macro": dev["f1_macro"], "dev_weight_image": weights[:, 0].mean().item(), "learning_rate": rate}
+                           "dev_mAP": dev["mAP"], "dev_f1_macro": dev["f1_macro"], "dev_weight_image": weights[:, 0].mean().item(),
+                           "learning_rate": rate}
                     history.append(row)
                     pending = []
                     better = best is None or row["dev_mAP"] > best

@@ -186,8 +186,11 @@ ID_COLUMNS = ("image_id", "id", "key", "image_url", "url")
 
 def parquet_files(pattern, key):
     """The sorted parquet files of a file, folder or glob. Raises: UserError naming the config key."""
+    if not pattern:
+        raise UserError(f"{key} is empty; name a parquet file, a folder or a glob, or try --demo")
     path = Path(pattern).expanduser()
-    found = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path)))]
+    found = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path] if path.is_file() else [
+        Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     if not found:
         raise UserError(f"{key}={pattern}: no parquet files there; download allenai/pixmo-cap with its images (README, 'Data'), point {key}= at it, "
                         "or try --demo")
@@ -199,7 +202,7 @@ def open_parquet(path):
     import pyarrow
     import pyarrow.parquet as pq
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)  # by default a row group is read whole, however few rows are asked for
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
     kinds, is_binary = {f.name: f.type for f in file.schema_arrow}, (lambda k: pyarrow.types.is_binary(k) or pyarrow.types.is_large_binary(k))
@@ -218,19 +221,26 @@ def open_parquet(path):
 
 
 def read_group(path, group):
-    """Yields (image bytes or None, list of captions, id or None) for each row of a row group, 64 rows in memory at a time.
+    """Yields (image bytes or None, list of captions, id or None) for each row of a row group, 64 rows (and a page) in memory at a time.
 
     Raises: UserError naming file and row group.
     """
     import pyarrow
+
+    def plain(scalar):
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError:  # some writers do not check that a string is UTF-8
+            return None
     file, image, caption, key = open_parquet(path)
     with file:
         try:
             for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[c for c in (image, caption, key) if c], use_threads=False):
                 images = batch.column(image)
                 images = images.field("bytes") if pyarrow.types.is_struct(images.type) else images
-                keys = batch.column(key).to_pylist() if key else [None] * len(batch)
-                for data, text, name in zip(images, batch.column(caption).to_pylist(), keys, strict=True):
+                keys = batch.column(key) if key else [pyarrow.scalar(None)] * len(batch)
+                for data, text, name in zip(images, batch.column(caption), keys, strict=True):
+                    text, name = plain(text), plain(name)
                     yield data.as_py(), [t.strip() for t in (text if isinstance(text, list) else [text]) if isinstance(t, str) and t.strip()], name
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: row group {group} cannot be read ({str(error).splitlines()[0]}); download the file again") from None

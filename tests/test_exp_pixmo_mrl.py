@@ -216,6 +216,34 @@ def test_files_without_what_is_needed(tmp_path, columns, message):
         prepared(tmp_path, write(tmp_path / "a.parquet", **columns))
 
 
+def test_a_glob_reaches_every_depth_and_an_empty_one_nothing(tmp_path, monkeypatch):
+    (tmp_path / "one/two").mkdir(parents=True)
+    paths = [write(tmp_path / place, image=GOOD[:1], caption=["a"]) for place in ("a.parquet", "one/b.parquet", "one/two/c.parquet")]
+    assert exp.parquet_files(f"{tmp_path}/**/*.parquet", "key") == exp.parquet_files(str(tmp_path), "key") == paths
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"dataset.val_parquet is empty"):
+        exp.parquet_files("", "dataset.val_parquet")
+
+
+def test_a_row_group_is_read_a_few_rows_at_a_time(tmp_path):
+    rng = np.random.default_rng(0)
+    table = pa.table({"image": [rng.bytes(50_000) for _ in range(640)], "caption": ["a"] * 640})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=640, write_batch_size=16)
+    del table
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in exp.read_group(tmp_path / "a.parquet", 0):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 0.5 * 640 * 50_000
+
+
+def test_a_caption_that_is_no_text_is_a_bad_row(tmp_path):
+    offsets = pa.py_buffer(np.array([0, 1, 3, 4], dtype=np.int32).tobytes())
+    broken = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xff\xfec")])
+    split = prepared(tmp_path, write(tmp_path / "a.parquet", image=GOOD[:3], caption=broken, id=broken))
+    assert (split.captions, split.ids) == ([["a"], ["c"]], ["a", "c"])
+    assert split.bad == [("a.parquet", 1, "no caption")]
+
+
 def test_files_that_are_missing_or_damaged(tmp_path):
     with pytest.raises(UserError, match=r"dataset.train_parquet=.*no parquet files there.*--demo"):
         prepared(tmp_path, tmp_path / "nothing.parquet")

@@ -108,7 +108,7 @@ class LossConfig:
     mrl_weights: list[float] = field(default_factory=list, metadata={"bounds": ("> 0",)})  # a dimension, from the largest (empty: equal)
     sample_single_mrl_dim: bool = True  # one dimension a step, drawn by its weight; false: all of them
     temperature: float = ranged(0.07, "> 0")  # of the softmax; where it starts if it is learned
-    learnable_temperature: bool = False  # train log(1 / temperature), at most log(100)
+    learnable_temperature: bool = False  # train log(1 / temperature), kept at log(100) or below
 
 
 @dataclass
@@ -168,11 +168,15 @@ def check(cfg):
         raise UserError(f"losses.mrl_weights: expected one for each of {mrl_dims(v)[::-1]}, found {len(losses.mrl_weights)}")
     if losses.contrastive == losses.mrl == 0:
         raise UserError("losses.contrastive and losses.mrl are both 0; nothing would be trained")
+    if losses.learnable_temperature and losses.temperature < 0.01:
+        raise UserError(f"losses.temperature={losses.temperature}: a learned one stays at 0.01 or above")
     if len(cfg.optimization.betas) != 2:
         raise UserError(f"optimization.betas: expected two numbers, found {cfg.optimization.betas}")
     for name, section in (("vision_encoder", v), ("text_encoder", t)):
-        if section.name == "scratch" and section.width % section.heads:
-            raise UserError(f"{name}.width={section.width} is not a multiple of {name}.heads={section.heads}")
+        heads = {"heads": section.heads, **({"pooling_heads": section.pooling_heads} if section.pooling_type == "multihead" else {})}
+        for key, n in heads.items():
+            if section.name == "scratch" and section.width % n:
+                raise UserError(f"{name}.width={section.width} is not a multiple of {name}.{key}={n}")
     size = cfg.dataset.image_size or 224
     if v.name == "scratch" and size % v.patch_size:
         raise UserError(f"dataset.image_size={size} is not a multiple of vision_encoder.patch_size={v.patch_size}")
@@ -928,7 +932,7 @@ class MatryoshkaModel(nn.Module):
 
     @property
     def logit_scale(self):
-        return self.log_scale.clamp(max=math.log(100)).exp()
+        return self.log_scale.exp()
 
     def forward(self, batch):
         """(image [B, D], text [B, D]) in float32, not normalised."""
@@ -1038,6 +1042,9 @@ def train_step(model, batch, optimizer, drawn=None):
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], model.max_grad_norm)
     model.scaler.step(optimizer)
     model.scaler.update()
+    if model.log_scale.requires_grad:
+        with torch.no_grad():
+            model.log_scale.clamp_(max=math.log(100))  # of the parameter: a clamp in the forward pass would leave it without gradient beyond
     return {**{name: value.detach() for name, value in losses.items()}, "grad_norm": norm}
 
 
@@ -1165,7 +1172,8 @@ def evaluate(cfg, data=None):
     model, epoch = read_best(cfg, data, folder)
     name, e, file = "test" if "test" in data.sets else "val", cfg.evaluation, folder / "results.json"
     settings = {"shortlists": sorted(set(e.shortlists)), "n_pca": e.n_pca}
-    if file.exists() and (known := common.read_json(file)).get("evaluation") == settings and known["epoch"] == epoch:
+    drawn = not e.plots or (folder / "similarity_matrix.png").exists()  # the last plot
+    if drawn and file.exists() and (known := common.read_json(file)).get("evaluation") == settings and known["epoch"] == epoch:
         return known
     with common.full_precision():
         where = torch.device("cpu") if data.device.type == "mps" else data.device  # MPS has no float64
@@ -1304,13 +1312,15 @@ def train(cfg, data=None):
             pending.append(torch.stack([*(losses[name] for name in TRAIN_COLUMNS), torch.full_like(losses["loss"], rate)]))
             scheduler.step()
             ends = step % per_epoch == 0
-            if step % o.log_every == 0 or ends:  # the host waits for the device only here
+            logs, saves = ends or step % o.log_every == 0, ends or step % o.save_every_steps == 0 or stop.signum
+            if logs or saves:  # the host waits for the device only here
                 means = torch.stack(pending).cpu()
                 if len(bad := (~torch.isfinite(means).all(1)).nonzero()[:, 0]):
                     *values, rate = means[int(bad[0])].tolist()
                     names = [name for name, v in zip(TRAIN_COLUMNS, values, strict=True) if not math.isfinite(v)]
                     raise FloatingPointError(f"non-finite {' and '.join(names)} in step {step - len(pending) + 1 + int(bad[0])}, learning rate "
                                              f"{rate:g}; lower optimization.lr")
+            if logs:
                 row = {"train/step": step, "train/epoch": step / per_epoch, "train/lr": rate,
                        **{f"train/{name}": value for name, value in zip(TRAIN_COLUMNS, means.mean(0).tolist(), strict=False)},
                        **dict.fromkeys(VAL_COLUMNS)}
@@ -1329,9 +1339,9 @@ def train(cfg, data=None):
                     save(folder / f"checkpoint_epoch_{complete}.pt", keep_previous=False)
                 print(f"epoch {complete:3}  loss {row['train/loss']:.4f}  val: loss {row['val/loss']:.4f}  R@1 {row['val/i2t_r1']:.1f} "
                       f"{row['val/t2i_r1']:.1f}  R@10 {row['val/i2t_r10']:.1f} {row['val/t2i_r10']:.1f}{' *' if better else ''}", flush=True)
-            if ends or step % o.save_every_steps == 0 or stop.signum:
+            if saves:
                 save()
-            if ends or step % o.log_every == 0:
+            if logs:
                 log.write(history)
             if stop.signum:
                 raise common.Stopped(stop.signum, f"stopped at step {step}; the same command resumes from {latest}")
@@ -1376,28 +1386,29 @@ def plot_training(folder, cfg, history, synthetic):
     common.save_figure(figure, folder / "lr_schedule.png")
 
 
-def plot_retrieval(path, runs, synthetic):
-    """mean R@5 of both directions against the dimension; runs = [(label, {dim: .. as of both_ways} or a list of them, chance), ...]."""
+def plot_retrieval(path, runs, chance, synthetic):
+    """mean R@5 of both directions against the dimension; runs = [(label, [{dim: .. as of both_ways}, one a seed], line style), ...]."""
     figure, (axis,) = common.new_figure(width=6, height=4.2)
+    top, every = 0, set()
     for label, found, style in runs:
         dims = sorted(map(int, found[0]))
         values = 100 * np.array([[each[str(d)]["R@5_mean"] for d in dims] for each in found])
         axis.errorbar(dims, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None, fmt=style, marker=".", capsize=2,
                       label=f"{label}{f' (n = {len(values)})' if len(values) > 1 else ''}")
+        top, every = max(top, values.max()), every | set(dims)  # runs may differ in their dimensions
+    axis.axhline(100 * chance, color="grey", linestyle=":", label="chance")
     axis.set_xscale("log", base=2)
-    axis.set_xticks(dims, map(str, dims))
+    axis.set_xticks(sorted(every), map(str, sorted(every)))
     axis.set(xlabel="dimensions kept", ylabel="mean R@5 of both directions, %",
              title="retrieval by prefix" + (" (synthetic data)" if synthetic else ""))
-    axis.set_ylim(0, 1.08 * max(100 * each[str(d)]["R@5_mean"] for _, found, _ in runs for each in found for d in dims) + 1)
-    return figure, axis
+    axis.set_ylim(0, 1.08 * top + 1)
+    axis.legend(fontsize=8)
+    common.save_figure(figure, path)
 
 
 def plot_evaluation(folder, cfg, r, whole, n=200):
     """mrl_performance.png, embedding_space.png, similarity_matrix.png (the first n pairs)."""
-    figure, axis = plot_retrieval(folder / "mrl_performance.png", [("prefix", [r["dims"]], "-"), ("PCA", [r["pca"]], "--")], r["synthetic"])
-    axis.axhline(100 * r["chance"]["R@5"], color="grey", linestyle=":", label="chance")
-    axis.legend(fontsize=8)
-    common.save_figure(figure, folder / "mrl_performance.png")
+    plot_retrieval(folder / "mrl_performance.png", [("prefix", [r["dims"]], "-"), ("PCA", [r["pca"]], "--")], r["chance"]["R@5"], r["synthetic"])
     first = [x[:n] for x in whole]
     mark = " (synthetic data)" if r["synthetic"] else ""
     common.plot_embedding_space(folder / "embedding_space.png", dict(zip(("images", "captions"), first, strict=True)),
@@ -1428,11 +1439,9 @@ def compare(cfg):
                                 "% of the whole kept"], table) + ("\n[SYNTHETIC demo data]" if synthetic else "")
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    figure, axis = plot_retrieval(out / "compare.png", [(f"{name}{label}", [r[part] for r in found], style) for name, found in runs
-                                                        for label, part, style in (("", "dims", "-"), (", PCA", "pca", "--"))], synthetic)
-    axis.axhline(100 * np.mean([r["chance"]["R@5"] for r in everything]), color="grey", linestyle=":", label="chance")
-    axis.legend(fontsize=7)
-    common.save_figure(figure, out / "compare.png")
+    lines = [(f"{name}{label}", [r[part] for r in found], style) for name, found in runs
+             for label, part, style in (("", "dims", "-"), (", PCA", "pca", "--"))]
+    plot_retrieval(out / "compare.png", lines, np.mean([r["chance"]["R@5"] for r in everything]), synthetic)
     common.atomic_write(out / "compare.txt", lambda file: file.write(f"{text}\n".encode()))
     print(f"{text}\n{out / 'compare.txt'}, {out / 'compare.png'}")
 

@@ -768,6 +768,14 @@ def test_neither_cache_nor_workers_change_a_run(whole, scenes, tmp_path, overrid
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_plots_asked_for_later_are_drawn(scenes, tmp_path):
+    assert cli(tmp_path, scenes, "optimization.num_epochs=1", "evaluation.plots=false") == 0
+    before = (tmp_path / "run/results.json").read_bytes()
+    assert cli(tmp_path, scenes, "optimization.num_epochs=1") == 0
+    assert len(list((tmp_path / "run").glob("*.png"))) == 6
+    assert (tmp_path / "run/results.json").read_bytes() == before
+
+
 def test_sigterm_saves_and_exits(whole, scenes, tmp_path, monkeypatch, capsys):
     real, calls = exp.train_step, itertools.count(1)
 
@@ -790,6 +798,35 @@ def test_non_finite_loss_stops_with_step_and_rate(scenes, tmp_path, capsys):
     assert cli(tmp_path, scenes, "optimization.lr=1e30", "optimization.warmup_ratio=0") == 1
     assert "non-finite" in (err := capsys.readouterr().err)
     assert "lower optimization.lr" in err
+
+
+def test_weights_that_have_overflowed_never_replace_a_good_checkpoint(scenes, tmp_path, monkeypatch):
+    real, calls = exp.train_step, itertools.count(1)
+
+    def overflowing(model, *args):
+        if next(calls) == 4:
+            model.log_scale.data.fill_(math.inf)
+        return real(model, *args)
+    monkeypatch.setattr(exp, "train_step", overflowing)
+    assert cli(tmp_path, scenes, "optimization.log_every=1000", "optimization.save_every_steps=1") == 1
+    state = common.load_checkpoint(tmp_path / "run/checkpoint_latest.pt")
+    assert state["global_step"] == 3
+    assert all(torch.isfinite(value).all() for value in state["model_state_dict"].values())
+
+
+def test_a_learned_scale_ends_at_100_and_comes_back_and_a_fixed_one_is_what_was_set(tmp_path, scenes):
+    cfg = config(tmp_path, scenes, "losses.learnable_temperature=true", "losses.temperature=0.0101", "optimization.lr=0.05")
+    data = exp.load_data(cfg)
+    model = exp.build_model(cfg, data)
+    optimizer, batch = exp.build_optimizer(cfg, model), exp.make_batch(data, np.arange(16))
+    with torch.no_grad():
+        model.log_scale.add_(1.0)  # beyond: the next step brings it back
+    exp.train_step(model, batch, optimizer)
+    assert model.logit_scale.item() == pytest.approx(100)
+    for _ in range(3):  # of random embeddings the loss falls with the scale
+        exp.train_step(model, {**batch, "image": torch.randn_like(batch["image"])}, optimizer)
+    assert model.logit_scale.item() < 99
+    assert exp.build_model(config(tmp_path, scenes, "losses.temperature=0.005"), data).logit_scale.item() == pytest.approx(200)
 
 
 def test_periodic_checkpoints_and_the_control_without_mrl(scenes, tmp_path):
@@ -835,6 +872,9 @@ def test_compare_averages_seeds_and_draws(whole, scenes, tmp_path, capsys):
     assert "[SYNTHETIC demo data]" in text
     assert "chance" in text
     assert (tmp_path / "out/compare.png").exists()
+    assert cli(tmp_path / "3", scenes, "vision_encoder.mrl_dimensions=[8, 2]", "evaluation.plots=false") == 0  # other dimensions
+    for pair in ([whole, tmp_path / "3/run"], [tmp_path / "3/run", whole]):
+        assert cli(tmp_path, scenes, "--stage", "compare", f"compare=[{','.join(map(str, pair))}]", f"output_dir={tmp_path / 'out'}") == 0
     assert cli(tmp_path, scenes, "--stage", "compare") == 2
 
 
@@ -843,7 +883,8 @@ def test_compare_averages_seeds_and_draws(whole, scenes, tmp_path, capsys):
     (["losses.mrl_weights=[1, 2]"], r"expected one for each of \[16, 8, 4\]"), (["losses.mrl=0", "losses.contrastive=0"], "nothing would be trained"),
     (["vision_encoder.width=18", "vision_encoder.heads=4"], "not a multiple of vision_encoder.heads=4"),
     (["dataset.image_size=40"], "not a multiple of vision_encoder.patch_size=16"), (["optimization.betas=[0.9]"], "expected two numbers"),
-    (["vision_encoder.pooling_type=multihead", "vision_encoder.pooling_heads=5"], "does not divide"), (["--demo"], "brings its own data"),
+    (["vision_encoder.pooling_type=multihead", "vision_encoder.pooling_heads=5"], "not a multiple of vision_encoder.pooling_heads=5"),
+    (["losses.learnable_temperature=true", "losses.temperature=0.005"], "stays at 0.01 or above"), (["--demo"], "brings its own data"),
     (["dataset.val_parquet=gone"], "dataset.val_parquet=gone: no parquet files"), (["--fresh", "--stage", "evaluate"], "--fresh starts a run again"),
     (["dataset.text_dropuot_prob=0"], "did you mean dataset.text_dropout_prob")])
 def test_mistakes_are_one_line(scenes, tmp_path, capsys, overrides, message):
@@ -852,6 +893,7 @@ def test_mistakes_are_one_line(scenes, tmp_path, capsys, overrides, message):
     err = capsys.readouterr().err
     assert re.search(message, err)
     assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_on_other_data_is_refused(whole, scenes, tmp_path, capsys):

@@ -667,6 +667,12 @@ def test_pca_keeps_the_largest_variance_of_either_side_about_its_own_mean():
     torch.testing.assert_close(axes.T @ axes, torch.eye(6), rtol=1e-4, atol=1e-4)
 
 
+def test_geometry_of_more_rows_than_a_block():
+    x = F.normalize(torch.randn(1025, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    squares = torch.pdist(x.double()).square()
+    assert exp.geometry(x, x)["uniformity_text"] == pytest.approx(math.log((-2 * squares).exp().mean()), abs=1e-5)
+
+
 def test_geometry_against_loops():
     g = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(30, 5, generator=g), dim=1) for _ in range(2))

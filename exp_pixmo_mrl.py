@@ -160,7 +160,8 @@ def mrl_dims(vision):
 
 
 def check(cfg):
-    """Raises UserError for keys that do not fit each other."""
+    """Raises UserError for keys that do not fit each other, or a device that is not there."""
+    common.pick_device(cfg.device)
     v, t, losses = cfg.vision_encoder, cfg.text_encoder, cfg.losses
     if max(v.mrl_dimensions, default=1) > v.projection_dim:
         raise UserError(f"vision_encoder.mrl_dimensions: {max(v.mrl_dimensions)} is more than vision_encoder.projection_dim={v.projection_dim}")
@@ -173,10 +174,9 @@ def check(cfg):
     if len(cfg.optimization.betas) != 2:
         raise UserError(f"optimization.betas: expected two numbers, found {cfg.optimization.betas}")
     for name, section in (("vision_encoder", v), ("text_encoder", t)):
-        heads = {"heads": section.heads, **({"pooling_heads": section.pooling_heads} if section.pooling_type == "multihead" else {})}
-        for key, n in heads.items():
-            if section.name == "scratch" and section.width % n:
-                raise UserError(f"{name}.width={section.width} is not a multiple of {name}.{key}={n}")
+        for key in ("heads", *(["pooling_heads"] if section.use_attention_pooling and section.pooling_type == "multihead" else [])):
+            if section.name == "scratch" and section.width % getattr(section, key):
+                raise UserError(f"{name}.width={section.width} is not a multiple of {name}.{key}={getattr(section, key)}")
     size = cfg.dataset.image_size or 224
     if v.name == "scratch" and size % v.patch_size:
         raise UserError(f"dataset.image_size={size} is not a multiple of vision_encoder.patch_size={v.patch_size}")
@@ -548,7 +548,7 @@ def merge(ids, pair, new):
 
 
 def pretrained(name, what):
-    """(kind, model part) of `transformers` by name or folder; what: "vision" or "text". Raises: UserError with the remedy."""
+    """(facts, model part) of `transformers` by name or folder; what: "vision" or "text". Raises: UserError with the remedy."""
     try:
         import transformers
     except ImportError:
@@ -557,25 +557,56 @@ def pretrained(name, what):
     transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModel.from_pretrained(name)
-        facts = {"pad": 0}
         if what == "vision":
             processor = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(name)[0]
-            facts = {"mean": processor.get("image_mean") or [0.5] * 3, "std": processor.get("image_std") or [0.5] * 3}
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            facts = {"tokenizer": tokenizer, "pad": tokenizer.pad_token_id or 0}
     except Exception as error:  # the hub, the files and the network raise kinds of their own
         raise UserError(f"{what}_encoder.name={name} cannot be loaded ({' '.join(str(error).split())[:200]}); give a model of the hub or a folder, "
                         f"or {what}_encoder.name=scratch") from None
     model = getattr(model, f"{what}_model", model)
-    model = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    model = (model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model).eval().requires_grad_(False)
     if what == "vision":
-        size = getattr(model.config, "image_size", None)
-        facts["image_size"] = size[0] if isinstance(size, (list, tuple)) else size
-    else:
-        limits = (facts["tokenizer"].model_max_length, getattr(model.config, "max_position_embeddings", None))
-        facts["max_length"] = min(n for n in (*limits, 10**6) if n)
-    return facts, model.eval().requires_grad_(False)
+        size = getattr(model.config, "image_size", None) or 224
+        return {"mean": processor.get("image_mean") or [0.5] * 3, "std": processor.get("image_std") or [0.5] * 3,
+                "image_size": size[0] if isinstance(size, (list, tuple)) else size}, model
+    pad = tokenizer.pad_token_id or 0
+
+    def tokenize(texts, max_length):  # a text without any token (some have no start or end token) is one of padding
+        return [np.array(ids or [pad], dtype=np.int32) for ids in tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]]
+    limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
+    return {"tokenizer": tokenize, "pad": pad, "max_length": min(limits)}, model
+
+
+def load_encoders(cfg):
+    """({vision | text: frozen module} of the pretrained ones, facts {image_size, mean, std, pad, max_length[, tokenizer]} of both encoders).
+
+    Raises: UserError if one cannot be loaded, or does not take the config's image size, text length or pooling heads.
+    """
+    d, encoders = cfg.dataset, {}
+    facts = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3, "pad": PAD, "max_length": math.inf}
+    for part, section in (("vision", cfg.vision_encoder), ("text", cfg.text_encoder)):
+        if section.name != "scratch":
+            known, encoders[part] = pretrained(section.name, part)
+            facts |= known
+            width = encoders[part].config.hidden_size
+            if section.use_attention_pooling and section.pooling_type == "multihead" and width % section.pooling_heads:
+                raise UserError(f"{part}_encoder.pooling_heads={section.pooling_heads} does not divide the width {width} of {section.name}")
+    own_size = facts["image_size"]
+    facts |= {"image_size": d.image_size or own_size, "max_length": min(d.max_text_length, facts["max_length"])}
+    for part, module in encoders.items():
+        try:  # the largest inputs that there will be
+            if part == "vision":
+                Frozen(module)(torch.zeros(1, 3, facts["image_size"], facts["image_size"]))
+            else:
+                tokens = torch.from_numpy(facts["tokenizer"](["a " * facts["max_length"]], facts["max_length"])[0])[None].long()
+                Frozen(module)(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        except Exception as error:  # transformers raises kinds of its own
+            key, remedy = ((f"image_size={facts['image_size']}", f"leave it 0 for the encoder's own {own_size}") if part == "vision" else
+                           (f"max_text_length={facts['max_length']}", "lower it"))
+            raise UserError(f"dataset.{key}: {getattr(cfg, f'{part}_encoder').name} does not take it ({' '.join(str(error).split())[:120]}); "
+                            f"{remedy}") from None
+    return encoders, facts
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -586,7 +617,7 @@ class Data:
     sets: dict  # train | val | test -> Split
     splits: dict  # the same names -> [N] row numbers, torch.arange
     tokenizer: object  # (list of str, longest) -> [int32 array, ...]
-    encoders: dict  # vision | text -> (facts, frozen module), of pretrained ones
+    encoders: dict  # vision | text -> frozen module, of pretrained ones
     image_size: int
     mean: torch.Tensor  # [3] of pixels in 0..255, on the device
     std: torch.Tensor
@@ -608,46 +639,31 @@ def load_data(cfg, tokenizer=None, only=None):
     tokenizer: of a finished run (else it is built from the training captions). only: (pattern, config key), to load nothing but that as `embed`.
     """
     check(cfg)
-    d, v, t = cfg.dataset, cfg.vision_encoder, cfg.text_encoder
-    device = common.pick_device(cfg.device)
-    keys = {"train": (d.train_parquet, "dataset.train_parquet"), "val": (d.val_parquet, "dataset.val_parquet")}
-    if d.test_parquet:
-        keys["test"] = (d.test_parquet, "dataset.test_parquet")
+    d = cfg.dataset
+    keys = {name: (getattr(d, f"{name}_parquet"), f"dataset.{name}_parquet") for name in ("train", "val", "test") if name != "test" or d.test_parquet}
     keys = {"embed": only} if only else keys
-    for pattern, key in keys.values():  # what is missing is said before minutes of decoding
-        for path in parquet_files(pattern, key):
-            open_parquet(path)
-    encoders = {part: pretrained(section.name, part) for part, section in (("vision", v), ("text", t)) if section.name != "scratch"}
-    facts = encoders["vision"][0] if v.name != "scratch" else {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 224}
-    size = d.image_size or facts["image_size"] or 224
-    if v.name != "scratch":
-        try:
-            Frozen(encoders["vision"][1])(torch.zeros(1, 3, size, size))
-        except Exception as error:  # transformers raises kinds of its own
-            raise UserError(f"dataset.image_size={size}: {v.name} does not take it ({' '.join(str(error).split())[:120]}); leave it 0 for the "
-                            f"encoder's own {facts['image_size']}") from None
-    sets = {name: prepare(pattern, key, cfg, round(size / d.random_crop)) for name, (pattern, key) in keys.items()}
+    files = [path for pattern, key in keys.values() for path in parquet_files(pattern, key)]
+    metadata = [open_parquet(path)[0].schema_arrow.metadata or {} for path in files]  # what is missing is said before minutes of decoding
+    encoders, facts = load_encoders(cfg)
+    sets = {name: prepare(pattern, key, cfg, round(facts["image_size"] / d.random_crop)) for name, (pattern, key) in keys.items()}
     leave_out_overlap(sets)
     if small := [name for name, split in sets.items() if len(split) < 2 and not only]:
         raise UserError(f"dataset.{small[0]}_parquet: one pair is no data to tell apart; give at least two")
-    if t.name == "scratch":
-        tokenize = tokenizer or build_tokenizer(sets["train"], t.vocab_size, d.cache_dir)
-        pad, longest = PAD, d.max_text_length
-    else:
-        text, (pad, longest) = encoders["text"][0], (encoders["text"][0]["pad"], min(d.max_text_length, encoders["text"][0]["max_length"]))
-
-        def tokenize(texts, max_length):
-            return [np.array(ids, dtype=np.int32) for ids in text["tokenizer"](texts, truncation=True, max_length=max_length)["input_ids"]]
+    tokenizer = facts.get("tokenizer") or tokenizer or build_tokenizer(sets["train"], cfg.text_encoder.vocab_size, d.cache_dir)
     for split in sets.values():
-        flat = tokenize([text for texts in split.captions for text in texts], longest)
-        ends = np.cumsum([len(texts) for texts in split.captions])
-        split.tokens = [flat[end - len(texts):end] for end, texts in zip(ends, split.captions, strict=True)]
-    synthetic = any(b"synthetic" in (open_parquet(path)[0].schema_arrow.metadata or {}) for split in sets.values() for path in split.files)
+        flat = iter(tokenizer([text for texts in split.captions for text in texts], facts["max_length"]))
+        split.tokens = [list(itertools.islice(flat, len(texts))) for texts in split.captions]
     digest = hashlib.sha256(" ".join(f"{name}={split.fingerprint}" for name, split in sets.items()).encode()).hexdigest()[:16]
-    return Data(sets, {name: torch.arange(len(split)) for name, split in sets.items()}, tokenize, encoders, size,
-                255 * torch.tensor(facts["mean"], device=device), 255 * torch.tensor(facts["std"], device=device), pad, longest,
-                tokenize([""], longest)[0], d.text_dropout_prob, d.text_dropout_mode == "literal", d.horizontal_flip_prob, cfg.seed, device, digest,
-                synthetic)
+    return make_data(cfg, sets, tokenizer, encoders, facts, digest, any(b"synthetic" in m for m in metadata))
+
+
+def make_data(cfg, sets, tokenizer, encoders, facts, fingerprint, synthetic):
+    """Data of splits whose tokens are there; encoders, facts: of `load_encoders`."""
+    d, device = cfg.dataset, common.pick_device(cfg.device)
+    return Data(sets, {name: torch.arange(len(split)) for name, split in sets.items()}, tokenizer, encoders, facts["image_size"],
+                255 * torch.tensor(facts["mean"], device=device), 255 * torch.tensor(facts["std"], device=device), facts["pad"], facts["max_length"],
+                tokenizer([""], facts["max_length"])[0], d.text_dropout_prob, d.text_dropout_mode == "literal", d.horizontal_flip_prob, cfg.seed,
+                device, fingerprint, synthetic)
 
 
 def leave_out_overlap(sets):
@@ -778,18 +794,13 @@ def training_batches(cfg, data, first):
 def random_data(cfg):
     """Data of random pixels and tokens in the shapes of cfg, for profile_flops.py where the files are not at hand."""
     check(cfg)
-    d, v, t = cfg.dataset, cfg.vision_encoder, cfg.text_encoder
-    encoders = {part: pretrained(section.name, part) for part, section in (("vision", v), ("text", t)) if section.name != "scratch"}
-    size = d.image_size or (encoders["vision"][0]["image_size"] if v.name != "scratch" else None) or 224
-    pad, longest = (PAD, d.max_text_length) if t.name == "scratch" else (encoders["text"][0]["pad"],
-                                                                         min(d.max_text_length, encoders["text"][0]["max_length"]))
-    device, rng, n, stored = common.pick_device(cfg.device), np.random.default_rng(0), d.batch_size, round(size / d.random_crop)
-    tokens = [[row] for row in rng.integers(START, BYTE + 256, (n, longest)).astype(np.int32)]
+    encoders, facts = load_encoders(cfg)
+    rng, n, size = np.random.default_rng(0), cfg.dataset.batch_size, round(facts["image_size"] / cfg.dataset.random_crop)
+    tokens = [[row] for row in rng.integers(START, BYTE + 256, (n, facts["max_length"])).astype(np.int32)]
     split = Split("train", [], np.array([[0, 0, 0, n]]), np.arange(n), [["random"]] * n, list(range(n)), np.arange(n), np.arange(n).astype(np.uint64),
-                  [], stored, 1, rng.integers(0, 256, (n, stored, stored, 3), dtype=np.uint8), n, "random", tokens)
-    tokenizer = Tokenizer([(BYTE, BYTE)] * (t.vocab_size - BYTE - 256)) if t.name == "scratch" else None
-    return Data({"train": split}, {"train": torch.arange(n)}, tokenizer, encoders, size, torch.full((3,), 127.5, device=device),
-                torch.full((3,), 127.5, device=device), pad, longest, tokens[0][0][:1], 0.0, False, 0.0, cfg.seed, device, "random", False)
+                  [], size, 1, rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8), n, "random", tokens)
+    tokenizer = facts.get("tokenizer") or Tokenizer([(BYTE, BYTE)] * (cfg.text_encoder.vocab_size - BYTE - 256))
+    return make_data(cfg, {"train": split}, tokenizer, encoders, facts, "random", False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- model
@@ -872,8 +883,6 @@ class AttentionPooling(nn.Module):
         if kind == "simple":
             self.score = nn.Linear(width, 1)
         else:
-            if width % heads:
-                raise UserError(f"pooling_heads={heads} does not divide the encoder's width {width}")
             self.query = nn.Parameter(torch.randn(heads, width // heads) / (width // heads) ** 0.5)
             self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(3))
 
@@ -919,8 +928,8 @@ class MatryoshkaModel(nn.Module):
     def __init__(self, cfg, data):
         super().__init__()
         v, t, losses, again = cfg.vision_encoder, cfg.text_encoder, cfg.losses, cfg.optimization.gradient_checkpointing
-        vision = Frozen(data.encoders["vision"][1]) if v.name != "scratch" else ScratchViT(v, data.image_size, again)
-        text = Frozen(data.encoders["text"][1]) if t.name != "scratch" else ScratchText(t, len(data.tokenizer), data.max_length, again)
+        vision = Frozen(data.encoders["vision"]) if v.name != "scratch" else ScratchViT(v, data.image_size, again)
+        text = Frozen(data.encoders["text"]) if t.name != "scratch" else ScratchText(t, len(data.tokenizer), data.max_length, again)
         self.vision, self.text = Tower(vision, v, v.projection_dim), Tower(text, t, v.projection_dim)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(losses.temperature)), requires_grad=losses.learnable_temperature)
         self.dims, self.contrastive, self.mrl = mrl_dims(v), losses.contrastive, losses.mrl

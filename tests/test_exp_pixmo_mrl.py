@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -894,7 +896,6 @@ def test_compare_averages_seeds_and_draws(whole, scenes, tmp_path, capsys):
     (["dataset.val_parquet=gone"], "dataset.val_parquet=gone: no parquet files"), (["--fresh", "--stage", "evaluate"], "--fresh starts a run again"),
     (["dataset.text_dropuot_prob=0"], "did you mean dataset.text_dropout_prob")])
 def test_mistakes_are_one_line(scenes, tmp_path, capsys, overrides, message):
-    import re
     assert cli(tmp_path, scenes, *overrides) == 2
     err = capsys.readouterr().err
     assert re.search(message, err)
@@ -1007,6 +1008,24 @@ def test_frozen_pretrained_encoders_end_to_end(scenes, tmp_path):
     assert cli(tmp_path, scenes, *overrides) == 0
     assert (tmp_path / "run/results.json").exists()
     assert cli(tmp_path, scenes, *overrides, "--stage", "embed") == 0
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("dataset.image_size=40", "dataset.image_size=40: .* does not take it .* own 32"),
+    ("text_encoder.name={}", "dataset.max_text_length=20: .* does not take it .* lower it"),
+    ("text_encoder.pooling_heads=5", "text_encoder.pooling_heads=5 does not divide the width 16")])
+def test_what_a_pretrained_encoder_does_not_take_is_said_before_decoding(scenes, tmp_path, capsys, override, message):
+    folder = tiny_clip(tmp_path / "clip")
+    roberta = shutil.copytree(folder, tmp_path / "roberta")  # its positions start at 2: a text of 20 needs 22
+    transformers = pytest.importorskip("transformers")
+    transformers.RobertaModel(transformers.RobertaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                                         vocab_size=300, max_position_embeddings=20, pad_token_id=1)).save_pretrained(roberta)
+    capsys.readouterr()  # the progress bars of saving
+    assert cli(tmp_path, scenes, "dataset.image_size=0", f"vision_encoder.name={folder}", f"text_encoder.name={folder}",
+               "text_encoder.pooling_type=multihead", "text_encoder.pooling_heads=4", override.format(roberta)) == 2
+    assert re.search(message, err := capsys.readouterr().err)
+    assert err.count("\n") == 1
+    assert not (tmp_path / "cache").exists()
 
 
 def test_pretrained_encoders_that_cannot_be_had(scenes, tmp_path, capsys, monkeypatch):

@@ -22,6 +22,7 @@ Deviations from the recipe this follows:
 """
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -303,7 +304,7 @@ class Split:
     """The rows of some parquet files that hold an image and a caption. `position` numbers all rows, good and bad, over all files."""
     name: str
     files: list  # paths
-    groups: np.ndarray  # [G, 4] int: file, row group in it, first position, rows
+    groups: np.ndarray  # [G, 4] int: file, row group in it, first position, first row in the file
     position: np.ndarray  # [N] of the good rows, ascending
     captions: list  # [N] lists of str, at least one each
     ids: list  # [N] of the id column, else "<file>:<row>"
@@ -320,6 +321,11 @@ class Split:
 
     def __len__(self):
         return len(self.position)
+
+    def place(self, position):
+        """(name of the file, row in it) of a position."""
+        file, _, first, row = self.groups[np.searchsorted(self.groups[:, 2], position, side="right") - 1]
+        return self.files[file].name, int(row + position - first)
 
 
 def group_equal(*keys):
@@ -344,18 +350,18 @@ def prepare(pattern, key, cfg, size):
 
     Work that a kill interrupts goes on at the next row group. Raises: UserError (no files, no columns, no good row, no room on the disk).
     """
-    d, files = cfg.dataset, parquet_files(pattern, key)
-    groups, position = [], 0
+    d, files, name = cfg.dataset, parquet_files(pattern, key), key.split(".")[-1].removesuffix("_parquet")
+    groups, n = [], 0
     for number, path in enumerate(files):
-        metadata = open_parquet(path)[0].metadata
+        metadata, start = open_parquet(path)[0].metadata, n
         for group in range(metadata.num_row_groups):
-            groups.append((number, group, position, metadata.row_group(group).num_rows))
-            position += groups[-1][3]
+            groups.append((number, group, n, n - start))
+            n += metadata.row_group(group).num_rows
     source = common.fingerprint(files, whole=1 << 26, blocks=16)
     recipe = json.dumps([source, size, d.max_pixels, d.cache, "centre square, bicubic, 1"])
     folder = Path(d.cache_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     index, image_file = folder / "rows.jsonl", folder / "pixels.uint8"
-    shape, done = (position, size, size, 3), {}
+    shape, done = (n, size, size, 3), {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -378,36 +384,47 @@ def prepare(pattern, key, cfg, size):
             raise UserError(f"{folder}: {math.prod(shape) / 1e9:.2g} GB of decoded images do not fit, {-room / 1e9:.2g} GB are missing; "
                             "set dataset.cache_dir=, or dataset.cache=false to decode at every use")
     if missing:
-        with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool, open(index, "ab") as log, open(image_file if d.cache else index, "r+b") as pixels:
+        with mapper(cfg.num_workers) as each, open(index, "ab") as log, open(image_file, "r+b") if d.cache else contextlib.nullcontext() as pixels:
             if log.tell():
                 log.write(b"\n")  # ends a line that a kill cut short
             started = time.time()
-            for n, i in enumerate(common.progress(missing, f"decoding {key.split('.')[-1]}")):
-                done[i] = decode_group(files[groups[i][0]], groups[i], i, size, d.max_pixels, pool if cfg.num_workers else None,
-                                       pixels if d.cache else None)
+            for count, i in enumerate(common.progress(missing, f"decoding {name}"), 1):
+                done[i] = decode_group(files[groups[i][0]], groups[i], i, size, d.max_pixels, each, pixels)
                 log.write(f"{json.dumps(done[i])}\n".encode())
                 log.flush()
                 if not sys.stderr.isatty() and time.time() - started > 30:
                     started = time.time()
-                    print(f"decoding {key.split('.')[-1]}: {n + 1} of {len(missing)} row groups", flush=True)
-    entries = [done[i] for i in range(len(groups))]
-    good = [np.array(e["rows"], dtype=np.int64) + groups[i][2] for i, e in enumerate(entries)]
-    captions = [texts for e in entries for texts in e["captions"]]
-    hashes = np.array([int(h, 16) for e in entries for h in e["hash"]], dtype=np.uint64)
-    first = {number: start for number, group, start, _ in groups if group == 0}
-    bad = [(files[groups[i][0]].name, row + groups[i][2] - first[groups[i][0]], cause) for i, e in enumerate(entries) for row, cause in e["bad"]]
-    names = [str(name) if name is not None else f"{files[groups[i][0]].name}:{row + groups[i][2] - first[groups[i][0]]}"
-             for i, e in enumerate(entries) for row, name in zip(e["rows"], e["ids"], strict=True)]
+                    print(f"decoding {name}: {count} of {len(missing)} row groups", flush=True)
+    position, captions, ids, hashes, bad = [], [], [], [], []
+    for i, (number, _, first, row) in enumerate(groups):
+        entry, file = done[i], files[number].name
+        position += [first + r for r in entry["rows"]]
+        captions += entry["captions"]
+        ids += [f"{file}:{row + r}" if own is None else str(own) for r, own in zip(entry["rows"], entry["ids"], strict=True)]
+        hashes += [int(h, 16) for h in entry["hash"]]
+        bad += [(file, row + r, cause) for r, cause in entry["bad"]]
     if not captions:
-        raise UserError(f"{key}={pattern}: none of {position:,} rows holds an image and a caption (the first: {bad[0][2] if bad else 'no rows'})")
-    mapped = np.memmap(image_file, dtype=np.uint8, mode="r", shape=shape) if d.cache else None
-    return Split(key.split(".")[-1].removesuffix("_parquet"), files, np.array(groups), np.concatenate(good), captions, names,
-                 group_equal([[int(h)] for h in hashes], captions), hashes, bad, size, d.max_pixels, mapped,
-                 d.shuffle_rows, source)
+        raise UserError(f"{key}={pattern}: none of {n:,} rows holds an image and a caption (the first: {bad[0][2] if bad else 'no rows'})")
+    return Split(name, files, np.array(groups), np.array(position), captions, ids, group_equal([[h] for h in hashes], captions),
+                 np.array(hashes, dtype=np.uint64), bad, size, d.max_pixels,
+                 np.memmap(image_file, dtype=np.uint8, mode="r", shape=shape) if d.cache else None, d.shuffle_rows, source)
 
 
-def decode_group(path, group, number, size, max_pixels, pool, pixels):
-    """The index entry of a row group: {group, rows, captions, ids, hash of the good rows, bad: [(row, cause)]}; writes its images to `pixels`."""
+@contextlib.contextmanager
+def mapper(n_threads):
+    """`map`, over so many threads (0: the plain one)."""
+    if not n_threads:
+        yield map
+        return
+    with ThreadPoolExecutor(n_threads) as pool:
+        yield pool.map
+
+
+def decode_group(path, group, number, size, max_pixels, each, pixels):
+    """The index entry of a row group: {group, rows, captions, ids, hash of the good rows, bad: [(row, cause)]}; writes its images to `pixels`.
+
+    each: `map`, or that of a pool. Raises: OSError that says what to do where the images cannot be written.
+    """
     entry = {"group": number, "rows": [], "captions": [], "ids": [], "hash": [], "bad": []}
 
     def work(item):
@@ -423,7 +440,7 @@ def decode_group(path, group, number, size, max_pixels, pool, pixels):
     rows = enumerate(read_group(path, group[1]))
     try:
         while chunk := list(itertools.islice(rows, 64)):  # so that a pool never holds a whole row group
-            for row, cause, image, texts, name, digest in (pool.map if pool else map)(work, chunk):
+            for row, cause, image, texts, name, digest in each(work, chunk):
                 if cause:
                     entry["bad"].append((row, cause))
                     continue
@@ -441,7 +458,7 @@ def decode_group(path, group, number, size, max_pixels, pool, pixels):
     return entry
 
 
-def gather_images(split, rows, pool=None):
+def gather_images(split, rows, each=map):
     """uint8 [B, size, size, 3] of rows of a split: from the cache, or decoded from the row groups, of which those of a window are held."""
     positions = split.position[rows]
     if split.pixels is not None:
@@ -450,13 +467,13 @@ def gather_images(split, rows, pool=None):
     wanted = list(dict.fromkeys(group_of.tolist()))
     for group in wanted:
         if group not in split.held:
-            number, inside, _, _ = split.groups[group]
+            number, inside = split.groups[group, :2]
             split.held[group] = [data for data, _, _ in read_group(split.files[number], int(inside))]
         split.held.move_to_end(group)
     data = [split.held[g][p - split.groups[g, 2]] for g, p in zip(group_of, positions, strict=True)]
     while len(split.held) > len(wanted) and sum(map(len, split.held.values())) > 2 * split.window:
         split.held.popitem(last=False)
-    return np.stack(list((pool.map if pool else map)(lambda x: decode_image(x, split.size, split.max_pixels), data)))
+    return np.stack(list(each(lambda x: decode_image(x, split.size, split.max_pixels), data)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- tokens
@@ -676,16 +693,11 @@ def leave_out_overlap(sets):
             twice = np.isin(split.image_hash, sets[other].image_hash)
             if twice.all():
                 raise UserError(f"dataset.{name}_parquet and dataset.{other}_parquet hold the same images; a split needs images of its own")
-            if twice.any():
-                keep = np.flatnonzero(~twice)
-                number = np.searchsorted(split.groups[:, 2], split.position[twice], side="right") - 1
-                first = {n: start for n, group, start, _ in split.groups if group == 0}
-                split.bad += [(split.files[split.groups[g, 0]].name, int(p - first[split.groups[g, 0]]), f"its image is also in {other}")
-                              for g, p in zip(number, split.position[twice], strict=True)]
-                for part in ("position", "same", "image_hash"):
-                    setattr(split, part, getattr(split, part)[keep])
-                for part in ("captions", "ids"):
-                    setattr(split, part, [getattr(split, part)[i] for i in keep])
+            split.bad += [(*split.place(position), f"its image is also in {other}") for position in split.position[twice]]
+            for part in ("position", "same", "image_hash"):
+                setattr(split, part, getattr(split, part)[~twice])
+            for part in ("captions", "ids"):
+                setattr(split, part, list(itertools.compress(getattr(split, part), ~twice)))
 
 
 def build_tokenizer(split, vocab_size, cache_dir, n_captions=200_000):
@@ -708,10 +720,10 @@ def uniform(seed, epoch, rows, what):
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def gather(data, rows, split="train", epoch=None, pool=None):
+def gather(data, rows, split="train", epoch=None, each=map):
     """A batch on the host: squares uint8 [B, S, S, 3], where to cut and whether to flip them, token ids. epoch: of training; None: no randomness."""
     s, rows = data.sets[split], np.asarray(rows)
-    images, n, margin = gather_images(s, rows, pool), len(rows), s.size - data.image_size
+    images, n, margin = gather_images(s, rows, each), len(rows), s.size - data.image_size
     top = left = np.full(n, margin // 2)
     flip = dropped = np.zeros(n, dtype=bool)
     texts = [s.tokens[r][0] for r in rows]
@@ -770,11 +782,12 @@ def epoch_order(split, seed, epoch):
 
 
 def steps_per_epoch(cfg, data):
+    """Optimisation steps of an epoch; what does not fill a batch waits for another epoch."""
     return max(1, len(data.sets["train"]) // cfg.dataset.batch_size)
 
 
 def total_steps(cfg, data):
-    """Optimisation steps of a run; what does not fill a batch waits for another epoch."""
+    """Optimisation steps of a run."""
     return cfg.optimization.num_epochs * steps_per_epoch(cfg, data)
 
 
@@ -787,8 +800,8 @@ def training_batches(cfg, data, first):
             order = epoch_order(data.sets["train"], cfg.seed, epoch)
             for place in range(max(0, first - epoch * n), n):
                 yield epoch, order[place * size:(place + 1) * size]
-    with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool:
-        yield from prefetched(lambda item: gather(data, item[1], "train", item[0], pool if cfg.num_workers else None), items())
+    with mapper(cfg.num_workers) as each:
+        yield from prefetched(lambda item: gather(data, item[1], "train", item[0], each), items())
 
 
 def random_data(cfg):
@@ -1064,12 +1077,9 @@ def embed(cfg, model, data, split, rows=None):
     """(image [N, D], text [N, D]) float32 of a split's rows (default: all), not normalised, on the device: centre crops, first captions."""
     model.eval()
     rows = np.arange(len(data.sets[split])) if rows is None else rows
-    size = cfg.dataset.batch_size
-    out = []
-    with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool:
-        chunks = [rows[i:i + size] for i in range(0, len(rows), size)]
-        for batch in prefetched(lambda chunk: gather(data, chunk, split, pool=pool if cfg.num_workers else None), chunks):
-            out.append(model(to_device(data, batch)))
+    chunks = [rows[i:i + cfg.dataset.batch_size] for i in range(0, len(rows), cfg.dataset.batch_size)]
+    with mapper(cfg.num_workers) as each:
+        out = [model(to_device(data, batch)) for batch in prefetched(lambda chunk: gather(data, chunk, split, each=each), chunks)]
     image, text = (torch.cat(parts) for parts in zip(*out, strict=True))
     if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
         raise FloatingPointError("non-finite embeddings: the weights have overflowed; lower optimization.lr")
@@ -1084,19 +1094,17 @@ def validate(cfg, model, data):
     parts = torch.arange(len(ids)).tensor_split(-(-len(ids) // cfg.dataset.batch_size))
     losses = [objective(model, image[p], text[p], ids[p]) for p in parts]
     row = {f"val/{name}": float(np.average([loss[name].item() for loss in losses], weights=[len(p) for p in parts])) for name in losses[0]}
-    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
-    for name, found in (("i2t", common.retrieval_metrics(image, text, ids, ids)), ("t2i", common.retrieval_metrics(text, image, ids, ids))):
-        row |= {f"val/{name}_r{k}": 100 * found[f"R@{k}"] for k in (1, 5, 10)}
-    return row
+    found = both_ways(F.normalize(image, dim=1), F.normalize(text, dim=1), ids)
+    return row | {f"val/{way}_r{k}": 100 * found[way][f"R@{k}"] for way in WAYS for k in (1, 5, 10)}
+
+
+WAYS = ("i2t", "t2i")  # images ask for captions, captions for images
 
 
 def both_ways(image, text, ids):
-    """Retrieval of normalised [N, d] embeddings: {i2t: {R@1, .., median_rank}, t2i: .., R@k_mean of both}."""
-    keys = ("R@1", "R@5", "R@10", "MRR", "median_rank")
-    found = {}
-    for way, (a, b) in {"i2t": (image, text), "t2i": (text, image)}.items():
-        metrics = common.retrieval_metrics(a, b, ids, ids)
-        found[way] = {k: metrics[k] for k in keys}
+    """Retrieval of normalised [N, d] embeddings, ids [N]: {i2t: {R@1, R@5, R@10, MRR, median_rank}, t2i: .., R@5_mean of both}; R@k, MRR in 0..1."""
+    found = {way: common.retrieval_metrics(a, b, ids, ids, map_ks=()) for way, a, b in zip(WAYS, (image, text), (text, image), strict=True)}
+    found = {way: {key: of[key] for key in ("R@1", "R@5", "R@10", "MRR", "median_rank")} for way, of in found.items()}
     return {**found, "R@5_mean": (found["i2t"]["R@5"] + found["t2i"]["R@5"]) / 2}
 
 
@@ -1178,8 +1186,9 @@ def read_best(cfg, data, folder):
 
 def evaluate(cfg, data=None):
     """Test the best model at every dimension, against chance and PCA; writes results.json and the plots; returns the results."""
+    data = data or load_data(cfg)
+    model, epoch = read_best(cfg, data, Path(cfg.output_dir))
     folder, data = start(cfg, data)
-    model, epoch = read_best(cfg, data, folder)
     name, e, file = "test" if "test" in data.sets else "val", cfg.evaluation, folder / "results.json"
     settings = {"shortlists": sorted(set(e.shortlists)), "n_pca": e.n_pca}
     drawn = not e.plots or (folder / "similarity_matrix.png").exists()  # the last plot
@@ -1198,18 +1207,15 @@ def evaluate(cfg, data=None):
             cut = [F.normalize(x[:, :d], dim=1) for x in whole]
             dims[str(d)], shape[str(d)] = both_ways(*cut, ids), geometry(*cut)
             pca[str(d)] = both_ways(*(F.normalize(x[:, :d], dim=1) for x in turned), ids)
-        per_query = common.retrieval_per_query(*whole, ids, ids)
-        largest, adaptive = model.dims[-1], []
-        for d in model.dims[:-1]:
-            for k in settings["shortlists"]:
-                if k <= len(ids):
-                    adaptive.append({"dim": d, "shortlist": k, "i2t_R@1": funnel(*whole, ids, d, k), "t2i_R@1": funnel(*whole[::-1], ids, d, k),
-                                     "multiply_adds": len(ids) * d + k * largest})
+        chance = common.retrieval_per_query(*whole, ids, ids, map_ks=())
+        largest = model.dims[-1]
+        adaptive = [{"dim": d, "shortlist": k, "i2t_R@1": funnel(*whole, ids, d, k), "t2i_R@1": funnel(*whole[::-1], ids, d, k),
+                     "multiply_adds": len(ids) * d + k * largest} for d in model.dims[:-1] for k in settings["shortlists"] if k <= len(ids)]
         times = search_times(whole[1], whole[0], [(largest, 0), *((a["dim"], a["shortlist"]) for a in adaptive)])
     results = {"experiment": cfg.experiment, "seed": cfg.seed, "synthetic": data.synthetic, "data_fingerprint": data.fingerprint, "split": name,
                "n": len(ids), "n_train": len(data.sets["train"]), "epoch": epoch, "evaluation": settings, "trained_with_mrl": cfg.losses.mrl > 0,
                "unit": "fractions; multiply-adds a query", "dims": dims, "pca": pca,
-               "chance": {f"R@{k}": per_query[f"chance@{k}"].mean().item() for k in (1, 5, 10)},
+               "chance": {f"R@{k}": chance[f"chance@{k}"].mean().item() for k in (1, 5, 10)},
                "geometry": shape, "adaptive": adaptive, "exact_multiply_adds": len(ids) * largest,
                "left_out": {part: len(split.bad) for part, split in data.sets.items()}}
     common.record_environment(folder, search_ms={f"{d}, shortlist {k}" if k else "exact": t for (d, k), t in times.items()})
@@ -1512,11 +1518,10 @@ def main(argv):
         return show_splits(load_data(cfg))
     common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
     data = load_data(cfg)
-    if args.stage == "evaluate":
-        read_best(cfg, data, Path(cfg.output_dir))
-    folder = common.open_run(cfg, args.fresh)
     show_splits(data)
+    folder = Path(cfg.output_dir)
     if args.stage in ("all", "train"):
+        common.open_run(cfg, args.fresh)
         history = train(cfg, data)
         if cfg.evaluation.plots:
             plot_training(folder, cfg, history, data.synthetic)

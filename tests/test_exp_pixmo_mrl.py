@@ -330,7 +330,7 @@ def test_rows_are_the_same_with_and_without_cache_and_threads(tmp_path, scenes):
         for part in np.array_split(rows, 9):
             expected = exp.gather_images(stored, part)
             assert np.array_equal(exp.gather_images(decoded, part), expected)
-            assert np.array_equal(exp.gather_images(decoded, part, pool), expected)
+            assert np.array_equal(exp.gather_images(decoded, part, pool.map), expected)
     exp.gather_images(decoded, np.array([0]))
     assert sum(map(len, decoded.held.values())) <= 40
 

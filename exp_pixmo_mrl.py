@@ -44,7 +44,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -252,7 +252,6 @@ def read_group(path, group):
 
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
 def decode_image(data, size, max_pixels=100_000_000):
@@ -275,10 +274,8 @@ def decode_image(data, size, max_pixels=100_000_000):
     try:
         image.draft(image.mode, (2 * size, 2 * size))
         image.load()  # only this finds a file cut off half-way
-        try:
-            turn = TURNS.get(image.getexif().get(0x0112))
-        except Exception:  # a damaged EXIF block says nothing about the pixels
-            turn = None
+        with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about the pixels
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
             values = np.asarray(image)
             if values.size and (values.min() < 0 or values.max() > 65535):
@@ -290,7 +287,6 @@ def decode_image(data, size, max_pixels=100_000_000):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        image = image.transpose(Image.Transpose[turn]) if turn else image
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0)
@@ -358,7 +354,7 @@ def prepare(pattern, key, cfg, size):
             groups.append((number, group, n, n - start))
             n += metadata.row_group(group).num_rows
     source = common.fingerprint(files, whole=1 << 26, blocks=16)
-    recipe = json.dumps([source, size, d.max_pixels, d.cache, "centre square, bicubic, 1"])
+    recipe = json.dumps([source, size, d.max_pixels, d.cache, "centre square, bicubic, 2"])
     folder = Path(d.cache_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     index, image_file = folder / "rows.jsonl", folder / "pixels.uint8"
     shape, done = (n, size, size, 3), {}
@@ -395,16 +391,15 @@ def prepare(pattern, key, cfg, size):
                 if not sys.stderr.isatty() and time.time() - started > 30:
                     started = time.time()
                     print(f"decoding {name}: {count} of {len(missing)} row groups", flush=True)
-    position, captions, ids, hashes, bad = [], [], [], [], []
-    for i, (number, _, first, row) in enumerate(groups):
-        entry, file = done[i], files[number].name
-        position += [first + r for r in entry["rows"]]
-        captions += entry["captions"]
-        ids += [f"{file}:{row + r}" if own is None else str(own) for r, own in zip(entry["rows"], entry["ids"], strict=True)]
-        hashes += [int(h, 16) for h in entry["hash"]]
-        bad += [(file, row + r, cause) for r, cause in entry["bad"]]
-    if not captions:
+    good, bad = [], []
+    for i, (number, _, first, start) in enumerate(groups):
+        file = files[number].name
+        good += [(first + row, captions, f"{file}:{start + row}" if own is None else str(own), int(image_hash, 16))
+                 for row, captions, own, image_hash in done[i]["good"]]
+        bad += [(file, start + row, cause) for row, cause in done[i]["bad"]]
+    if not good:
         raise UserError(f"{key}={pattern}: none of {n:,} rows holds an image and a caption (the first: {bad[0][2] if bad else 'no rows'})")
+    position, captions, ids, hashes = map(list, zip(*good, strict=True))
     return Split(name, files, np.array(groups), np.array(position), captions, ids, group_equal([[h] for h in hashes], captions),
                  np.array(hashes, dtype=np.uint64), bad, size, d.max_pixels,
                  np.memmap(image_file, dtype=np.uint8, mode="r", shape=shape) if d.cache else None, d.shuffle_rows, source)
@@ -421,11 +416,11 @@ def mapper(n_threads):
 
 
 def decode_group(path, group, number, size, max_pixels, each, pixels):
-    """The index entry of a row group: {group, rows, captions, ids, hash of the good rows, bad: [(row, cause)]}; writes its images to `pixels`.
+    """The index entry of a row group, {group, good: [(row, captions, id, hash)], bad: [(row, cause)]}; writes its images to `pixels`.
 
     each: `map`, or that of a pool. Raises: OSError that says what to do where the images cannot be written.
     """
-    entry = {"group": number, "rows": [], "captions": [], "ids": [], "hash": [], "bad": []}
+    entry = {"group": number, "good": [], "bad": []}
 
     def work(item):
         row, (data, texts, name) = item
@@ -434,20 +429,16 @@ def decode_group(path, group, number, size, max_pixels, each, pixels):
             if not texts:
                 raise ValueError("no caption")
         except ValueError as error:
-            return row, str(error), None, None, None, None
-        return row, None, image, texts, name, hashlib.sha256(data).hexdigest()[:16]
+            return None, (row, str(error))
+        return image, (row, texts, name if isinstance(name, (int, str)) else None, hashlib.sha256(data).hexdigest()[:16])
 
     rows = enumerate(read_group(path, group[1]))
     try:
         while chunk := list(itertools.islice(rows, 64)):  # so that a pool never holds a whole row group
-            for row, cause, image, texts, name, digest in each(work, chunk):
-                if cause:
-                    entry["bad"].append((row, cause))
-                    continue
-                for part, value in (("rows", row), ("captions", texts), ("ids", name if isinstance(name, (int, str)) else None), ("hash", digest)):
-                    entry[part].append(value)
-                if pixels:
-                    pixels.seek((group[2] + row) * image.size)
+            for image, found in each(work, chunk):
+                entry["bad" if image is None else "good"].append(found)
+                if pixels and image is not None:
+                    pixels.seek((group[2] + found[0]) * image.size)
                     pixels.write(image.tobytes())
         if pixels:
             pixels.flush()
@@ -1226,37 +1217,43 @@ def evaluate(cfg, data=None):
     return results
 
 
-def report(r, times=None):
-    """The final tables as text; times: as of `search_times`."""
-    def percent(x):
-        return f"{100 * x:.1f}"
-    ways, dims = ("i2t", "t2i"), sorted(map(int, r["dims"]), reverse=True)
+def retrieval_table(runs):
+    """Retrieval at every dimension, of prefixes, of PCA and by chance (R@k and what is kept of the whole's mean R@5 in percent), as text.
 
-    def row(label, found, whole):
-        cells = [c for way in ways for c in (*(percent(found[way][f"R@{k}"]) for k in (1, 5, 10)), f"{found[way]['MRR']:.3f}",
-                                              f"{found[way]['median_rank']:g}")]
-        return [label, *cells, f"{percent(found['R@5_mean'])} ({100 * found['R@5_mean'] / max(whole['R@5_mean'], 1e-9):.0f}%)"]
-    whole = r["dims"][str(dims[0])]
-    rows = [row(str(d), r["dims"][str(d)], whole) for d in dims] + [row(f"{d}, PCA", r["pca"][str(d)], whole) for d in dims]
-    chance = [percent(r["chance"][f"R@{k}"]) for k in (1, 5, 10)]
-    rows.append(["chance", *chance, "-", "-", *chance, "-", "-", chance[1]])
-    marked = "  [SYNTHETIC demo data]" if r["synthetic"] else ""
+    runs: [(label, [results, one a seed]), ...]; several seeds give mean +- sd.
+    """
+    def cell(values, unit=100, form=".1f"):
+        values = unit * np.array(values)
+        return f"{values.mean():{form}}" + (f" +- {values.std(ddof=1):{form}}" if len(values) > 1 else "")
+    rows, keys = [], {"R@1": (), "R@5": (), "R@10": (), "MRR": (1, ".3f"), "median_rank": (1, ".4g")}
+    for label, found in runs:
+        whole = [r["dims"][max(r["dims"], key=int)]["R@5_mean"] for r in found]
+        for part, mark in (("dims", ""), ("pca", ", PCA")):
+            for d in sorted(found[0][part], key=int, reverse=True):
+                each = [r[part][d] for r in found]
+                mean = [x["R@5_mean"] for x in each]
+                rows.append([f"{label}{d}{mark}", *(cell([x[way][key] for x in each], *form) for way in WAYS for key, form in keys.items()),
+                             cell(mean), cell([m / max(w, 1e-9) for m, w in zip(mean, whole, strict=True)])])
+    chance = [f"{100 * np.mean([r['chance'][key] for _, found in runs for r in found]):.1f}" for key in ("R@1", "R@5", "R@10")]
+    rows.append(["chance", *chance, None, None, *chance, None, None, chance[1], None])
+    return common.format_table(["dimensions", *(f"{way} {key.split('_')[0]}" for way in WAYS for key in keys), "mean R@5", "% kept"], rows)
+
+
+def report(r, times):
+    """The final tables of results.json's content as text; times: as of `search_times`."""
+    dims = sorted(map(int, r["dims"]), reverse=True)
     lines = [f"{r['split']}: {r['n']:,} pairs; epoch {r['epoch']}, seed {r['seed']}, trained {'with' if r['trained_with_mrl'] else 'WITHOUT'} MRL"
-             f" on {r['n_train']:,} pairs{'' if r['split'] == 'test' else ' (this split also chose the epoch)'}{marked}",
-             common.format_table(["dimensions", *(f"{way} {m}" for way in ways for m in ("R@1", "R@5", "R@10", "MRR", "median")), "mean R@5 (kept)"],
-                                 rows)]
+             f" on {r['n_train']:,} pairs{'' if r['split'] == 'test' else ' (this split also chose the epoch)'}"
+             f"{'  [SYNTHETIC demo data]' if r['synthetic'] else ''}",
+             retrieval_table([("", [r])])]
     if r["adaptive"]:
-        def time_of(key):
-            return [f"{times[key]:.3f}"] if times else []
-        rows = [["exact", percent(whole["i2t"]["R@1"]), percent(whole["t2i"]["R@1"]), f"{r['exact_multiply_adds']:,}", *time_of((dims[0], 0))]]
-        rows += [[f"{a['dim']}, best {a['shortlist']} again by {dims[0]}", percent(a["i2t_R@1"]), percent(a["t2i_R@1"]), f"{a['multiply_adds']:,}",
-                  *time_of((a["dim"], a["shortlist"]))] for a in r["adaptive"] if a["dim"] in dims[-3:]]  # results.json has them all
-        header = ["adaptive retrieval", "i2t R@1", "t2i R@1", "multiply-adds/query", *(["ms/query"] if times else [])]
-        lines += ["", common.format_table(header, rows)]
-    keys = ("alignment", "uniformity_image", "uniformity_text", "modality_gap")
-    rows = [[str(d), *(f"{r['geometry'][str(d)][key]:.3f}" for key in keys)] for d in dims]
-    lines += ["", common.format_table(["geometry", "alignment", "uniformity image", "text", "modality gap"], rows)]
-    return "\n".join(lines)
+        whole = r["dims"][str(dims[0])]
+        rows = [["exact", *(100 * whole[way]["R@1"] for way in WAYS), f"{r['exact_multiply_adds']:,}", f"{times[dims[0], 0]:.3f}"]]
+        rows += [[f"{a['dim']}, best {a['shortlist']} again by {dims[0]}", *(100 * a[f"{way}_R@1"] for way in WAYS), f"{a['multiply_adds']:,}",
+                  f"{times[a['dim'], a['shortlist']]:.3f}"] for a in r["adaptive"] if a["dim"] in dims[-3:]]  # results.json has them all
+        lines += ["", common.format_table(["adaptive retrieval", "i2t R@1", "t2i R@1", "multiply-adds/query", "ms/query"], rows)]
+    rows = [[str(d), *(f"{value:.3f}" for value in r["geometry"][str(d)].values())] for d in dims]
+    return "\n".join([*lines, "", common.format_table(["geometry", "alignment", "uniformity image", "text", "modality gap"], rows)])
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -1377,29 +1374,27 @@ def plot_training(folder, cfg, history, synthetic):
     ends = [row for row in history if row["val/loss"] is not None]
     chosen = min(ends, key=lambda row: row["val/loss"])["train/step"]
 
-    def draw(name, panels):
+    def draw(name, panels, schedule=()):
         figure, axes = common.new_figure(len(panels))
         for axis, (ylabel, columns) in zip(axes, panels.items(), strict=True):
             for column in columns:
                 rows = [row for row in history if row[column] is not None]
                 axis.plot([row["train/step"] for row in rows], [row[column] for row in rows], marker="." if len(rows) < 30 else None, label=column)
+            if len(schedule):
+                axis.plot(range(1, len(schedule) + 1), schedule, label="schedule", zorder=0)
             if any(column.startswith("val") for column in columns):
                 axis.axvline(chosen, color="grey", linestyle=":", linewidth=1, label="chosen")
             axis.set(xlabel="step", ylabel=ylabel)
             axis.legend(fontsize=8)
         figure.suptitle(title)
         common.save_figure(figure, folder / name)
-    draw("training_curves.png", {"loss": ["train/loss", "val/loss"], "R@k of all dimensions (val), %": [f"val/{w}_r{k}" for w in ("i2t", "t2i")
-                                                                                                        for k in (1, 10)]})
+    draw("training_curves.png", {"loss": ["train/loss", "val/loss"],
+                                 "R@k of all dimensions (val), %": [f"val/{way}_r{k}" for way in WAYS for k in (1, 10)]})
     draw("loss_components.png", {f"{label} loss": [f"train/{column}", f"val/{column}"] for label, column in
                                  (("contrastive", "loss_clip"), ("Matryoshka", "loss_mrl"), ("total", "loss"))})
-    last, rate = history[-1]["train/step"], cfg.optimization.lr
-    figure, (axis,) = common.new_figure()
-    axis.plot([rate * common.warmup_cosine(step, last, round(cfg.optimization.warmup_ratio * last)) for step in range(last)], label="schedule")
-    axis.plot([row["train/step"] - 1 for row in history], [row["train/lr"] for row in history], ".", label="train/lr, as logged")
-    axis.set(xlabel="step", ylabel="learning rate", title=title)
-    axis.legend(fontsize=8)
-    common.save_figure(figure, folder / "lr_schedule.png")
+    last, peak = history[-1]["train/step"], cfg.optimization.lr
+    draw("lr_schedule.png", {"learning rate": ["train/lr"]},
+         [peak * common.warmup_cosine(step, last, round(cfg.optimization.warmup_ratio * last)) for step in range(last)])
 
 
 def plot_retrieval(path, runs, chance, synthetic):
@@ -1438,21 +1433,8 @@ def compare(cfg):
     everything = [r for _, found in runs for r in found]
     synthetic = any(r["synthetic"] for r in everything)
 
-    def cell(values):
-        return f"{100 * np.mean(values):.1f}" + (f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-    table = []
-    for name, found in runs:
-        for label, part in (("", "dims"), (", PCA", "pca")):
-            for d in sorted(map(int, found[0][part]), reverse=True):
-                each = [r[part][str(d)] for r in found]
-                kept = [x["R@5_mean"] / max(r["dims"][max(r["dims"], key=int)]["R@5_mean"], 1e-9) for x, r in zip(each, found, strict=True)]
-                table.append([f"{name}{label}", len(found), d,
-                              *(cell([x[way][f"R@{k}"] for x in each]) for way in ("i2t", "t2i") for k in (1, 5, 10)),
-                              cell([x["R@5_mean"] for x in each]), cell(kept)])
-    chance = [cell([r["chance"][f"R@{k}"] for r in everything]).split(" ")[0] for k in (1, 5, 10)]
-    table.append(["chance", "-", "-", *chance, *chance, chance[1], "-"])
-    text = common.format_table(["run", "seeds", "dimensions", *(f"{way} R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)), "mean R@5",
-                                "% of the whole kept"], table) + ("\n[SYNTHETIC demo data]" if synthetic else "")
+    text = retrieval_table([(f"{name}{f' (n = {len(found)})' if len(found) > 1 else ''}: ", found) for name, found in runs])
+    text += "\n[SYNTHETIC demo data]" if synthetic else ""
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     lines = [(f"{name}{label}", [r[part] for r in found], style) for name, found in runs

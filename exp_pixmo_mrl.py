@@ -257,7 +257,8 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 def decode_image(data, size, max_pixels=100_000_000):
     """The centre square of an image file as uint8 [size, size, 3]: turned as its EXIF says, transparency on white, 16 bits scaled to 8.
 
-    JPEGs are decoded at the power of two that leaves at least twice `size`. Raises: ValueError with the cause, of anything that is no whole image.
+    data: bytes of the file, or None. size, max_pixels: in pixels, a side and width times height. JPEGs are decoded at the power of two that leaves
+    at least twice `size`. Raises: ValueError with the cause, of anything that is no whole image.
     """
     if not data:
         raise ValueError("no image bytes")
@@ -926,6 +927,9 @@ class Tower(nn.Module):
         return self.projector(self.pool(self.norm(tokens), mask))
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 class MatryoshkaModel(nn.Module):
     """Two towers into one space of D dimensions, with the weights of the loss and the logit scale."""
 
@@ -940,7 +944,8 @@ class MatryoshkaModel(nn.Module):
         self.weights = [w / sum(losses.mrl_weights) for w in losses.mrl_weights[::-1]] or [1 / len(self.dims)] * len(self.dims)
         self.false_negatives = "ignore" if data.literal else "mask"
         self.max_grad_norm = cfg.optimization.max_grad_norm
-        self.dtype = autocast_dtype(cfg.optimization.precision, data.device)
+        best = "fp32" if data.device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        self.dtype = {"auto": DTYPES[best], **DTYPES}[cfg.optimization.precision]
         self.scaler = torch.amp.GradScaler(data.device.type, enabled=self.dtype == torch.float16)
 
     @property
@@ -954,15 +959,8 @@ class MatryoshkaModel(nn.Module):
         return image.float(), text.float()
 
 
-def autocast_dtype(precision, device):
-    """torch dtype of optimization.precision on a device."""
-    if precision == "auto":
-        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-
-
 def build_model(cfg, data):
-    """MatryoshkaModel on the data's device."""
+    """MatryoshkaModel on the data's device; frozen encoders go there too, those from scratch are compiled if the config says so."""
     model = MatryoshkaModel(cfg, data).to(data.device)
     for tower in (model.vision, model.text):
         if isinstance(tower.encoder, Frozen):
@@ -985,9 +983,10 @@ def build_optimizer(cfg, model):
 # ------------------------------------------------------------------------------------------------------------- objective
 
 def prefix_losses(image, text, dims, logit_scale, ids=None, false_negatives="ignore"):
-    """{d: symmetric InfoNCE of the first d dimensions, L2-normalised again} for ascending dims.
+    """{d: symmetric InfoNCE (0-d, nats) of the first d dimensions, L2-normalised again} for ascending dims; arguments as of `matryoshka_loss`.
 
     Products and squared norms are accumulated from one dimension to the next, so that all prefixes cost one [N, D] x [D, N] product.
+    Raises: ValueError on shapes, dims or false_negatives that do not fit.
     """
     if image.ndim != 2 or image.shape != text.shape or not len(image):
         raise ValueError(f"image and text must be equal [N, D] with N > 0, found {list(image.shape)} and {list(text.shape)}")
@@ -1031,7 +1030,8 @@ def matryoshka_loss(image, text, dims, logit_scale, weights=None, ids=None, fals
 
 
 def objective(model, image, text, ids, drawn=None):
-    """{loss, loss_clip, loss_mrl}: contrastive * InfoNCE(D) + mrl * (the loss of the drawn dimension, or the weighted mean over all)."""
+    """{loss, loss_clip, loss_mrl} of raw embeddings [B, D] with ids [B]: loss = contrastive * InfoNCE(D) + mrl * loss_mrl, loss_mrl the loss of the
+    drawn dimension, or the weighted mean over all."""
     dims = [drawn] if drawn else model.dims
     losses = prefix_losses(image, text, sorted({*dims, model.dims[-1]}), model.logit_scale, ids, model.false_negatives)
     clip = losses[model.dims[-1]]
@@ -1047,7 +1047,10 @@ def draw_dim(cfg, model, step):
 
 
 def train_step(model, batch, optimizer, drawn=None):
-    """One step -> {loss, loss_clip, loss_mrl, grad_norm} as 0-d tensors (no synchronisation but fp16's). drawn: a dimension, or None for all."""
+    """One step -> {loss, loss_clip, loss_mrl (nats), grad_norm before clipping} as 0-d tensors (no synchronisation but fp16's).
+
+    batch: as of `to_device`. drawn: the one dimension of the Matryoshka loss, or None for all.
+    """
     optimizer.zero_grad(set_to_none=True)
     losses = objective(model, *model(batch), batch["ids"], drawn)
     model.scaler.scale(losses["loss"]).backward()
@@ -1113,7 +1116,10 @@ def geometry(image, text):
 
 
 def fit_pca(image, text):
-    """(mean of image [D], mean of text [D], axes [D, D] by falling variance) of normalised [N, D]; each side is centred by itself."""
+    """(mean of image [D], mean of text [D], axes [D, D], columns by falling variance), float32, of normalised [N, D]; each side is centred by itself.
+
+    `(x - mean) @ axes[:, :d]` is the untrained baseline of d dimensions.
+    """
     means = image.double().mean(0), text.double().mean(0)
     centred = torch.cat([image.double() - means[0], text.double() - means[1]])
     axes = torch.linalg.eigh(centred.T @ centred)[1].flip(1)
@@ -1121,7 +1127,7 @@ def fit_pca(image, text):
 
 
 def funnel(queries, gallery, ids, dim, shortlist, seed=0):
-    """R@1 of adaptive retrieval: the `shortlist` best gallery rows by the first `dim` dimensions, ranked again by all of them.
+    """R@1 (0..1) of adaptive retrieval: the `shortlist` best gallery rows by the first `dim` dimensions, ranked again by all of them.
 
     queries, gallery: [N, D] normalised; ids: [N] int, which rows belong together. Equal scores in the shortlist come in random order (by seed), in
     the second ranking they share the place; shortlist = N is the exact search. Source: Kusupati et al. 2022, section 4.3.
@@ -1176,10 +1182,13 @@ def read_best(cfg, data, folder):
 
 
 def evaluate(cfg, data=None):
-    """Test the best model at every dimension, against chance and PCA; writes results.json and the plots; returns the results."""
-    data = data or load_data(cfg)
-    model, epoch = read_best(cfg, data, Path(cfg.output_dir))
+    """Test the best model at every dimension, against chance and PCA; writes results.json, results.txt and the plots; returns the results (a dict).
+
+    What results.json already holds for the same settings is not computed again. Raises: UserError if the run is not trained to its end, or was made
+    with another config or on other data; FloatingPointError on non-finite embeddings.
+    """
     folder, data = start(cfg, data)
+    model, epoch = read_best(cfg, data, folder)
     name, e, file = "test" if "test" in data.sets else "val", cfg.evaluation, folder / "results.json"
     settings = {"shortlists": sorted(set(e.shortlists)), "n_pca": e.n_pca}
     drawn = not e.plots or (folder / "similarity_matrix.png").exists()  # the last plot
@@ -1274,6 +1283,8 @@ def train(cfg, data=None):
     """Train for optimization.num_epochs, resuming exactly, also within an epoch; best_model.pt is the epoch of the lowest validation loss.
 
     Returns the history: a row every log_every steps and at the end of an epoch, those with the validation columns filled.
+    Raises: UserError if the folder's run has another config or other data; FloatingPointError on a non-finite loss, before it can be saved;
+    common.Stopped after Ctrl-C or SIGTERM, with the checkpoint saved.
     """
     o = cfg.optimization
     folder, data = start(cfg, data)
@@ -1454,9 +1465,6 @@ def embed_stage(cfg):
     folder, dims = Path(cfg.output_dir), cfg.vision_encoder.projection_dim
     if cfg.dim > dims:
         raise UserError(f"dim={cfg.dim} is more than vision_encoder.projection_dim={dims}")
-    if not (folder / "best_model.pt").exists():
-        raise UserError(f"{folder / 'best_model.pt'}: no such file; train first, with the same command without --stage")
-    common.check_run(cfg)
     tokenizer = Tokenizer(common.read_json(folder / "tokenizer.json")["merges"]) if cfg.text_encoder.name == "scratch" else None
     source = next((pattern, key) for pattern, key in ((cfg.parquet, "parquet"), (cfg.dataset.test_parquet, "dataset.test_parquet"),
                                                       (cfg.dataset.val_parquet, "dataset.val_parquet")) if pattern)
@@ -1494,11 +1502,14 @@ def main(argv):
         for name in ("train", "val", "test"):
             setattr(cfg.dataset, f"{name}_parquet", f"{folder}/pixmo_{name}.parquet")
     check(cfg)
-    if args.stage == "embed":
-        return embed_stage(cfg)
     if args.stage == "prepare":
         return show_splits(load_data(cfg))
+    best = Path(cfg.output_dir, "best_model.pt")
+    if args.stage in ("evaluate", "embed") and not best.exists():
+        raise UserError(f"{best}: no such checkpoint; train first, with the same command without --stage")
     common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
+    if args.stage == "embed":
+        return embed_stage(cfg)
     data = load_data(cfg)
     show_splits(data)
     folder = Path(cfg.output_dir)

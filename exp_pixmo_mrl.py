@@ -44,7 +44,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -252,6 +252,7 @@ def read_group(path, group):
 
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
 def decode_image(data, size, max_pixels=100_000_000):
@@ -275,8 +276,9 @@ def decode_image(data, size, max_pixels=100_000_000):
     try:
         image.draft(image.mode, (2 * size, 2 * size))
         image.load()  # only this finds a file cut off half-way
+        turn = None
         with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about the pixels
-            image = ImageOps.exif_transpose(image)
+            turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose writes the block anew, and fails on odd tags of cameras
         if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
             values = np.asarray(image)
             if values.size and (values.min() < 0 or values.max() > 65535):
@@ -288,6 +290,7 @@ def decode_image(data, size, max_pixels=100_000_000):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
+        image = image.transpose(Image.Transpose[turn]) if turn else image
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0)

@@ -1370,7 +1370,7 @@ def train(cfg, data=None):
                 save()
             if logs:
                 log.write(history)
-            if stop.signum:
+            if stop.signum and saves:  # a signal that came after the line that decides on saving waits for the next step
                 raise common.Stopped(stop.signum, f"stopped at step {step}; the same command resumes from {latest}")
     log.close()
     if step > first:

@@ -803,6 +803,18 @@ def test_sigterm_saves_and_exits(whole, scenes, tmp_path, monkeypatch, capsys):
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_signal_at_any_moment_of_a_step_is_saved_before_the_exit(scenes, tmp_path, monkeypatch):
+    real, calls = common.RunLog.write, itertools.count(1)
+
+    def stopped(*args):
+        if next(calls) == 1:  # after step 3, whose checkpoint is not due
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(common.RunLog, "write", stopped)
+    assert cli(tmp_path, scenes, "optimization.save_every_steps=100") == 130
+    assert common.load_checkpoint(tmp_path / "run/checkpoint_latest.pt")["global_step"] == 4
+
+
 def test_non_finite_loss_stops_with_step_and_rate(scenes, tmp_path, capsys):
     assert cli(tmp_path, scenes, "optimization.lr=1e30", "optimization.warmup_ratio=0") == 1
     assert "non-finite" in (err := capsys.readouterr().err)

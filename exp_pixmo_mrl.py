@@ -577,7 +577,8 @@ def pretrained(name, what):
         raise UserError(f"{what}_encoder.name={name} cannot be loaded ({' '.join(str(error).split())[:200]}); give a model of the hub or a folder, "
                         f"or {what}_encoder.name=scratch") from None
     model = getattr(model, f"{what}_model", model)
-    model = (model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model).eval().requires_grad_(False)
+    model = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    model = model.float().eval().requires_grad_(False)  # some are stored in half precision: autocast alone decides on that here
     if what == "vision":
         size = getattr(model.config, "image_size", None) or 224
         return {"mean": processor.get("image_mean") or [0.5] * 3, "std": processor.get("image_std") or [0.5] * 3,

@@ -1041,6 +1041,19 @@ def test_what_a_pretrained_encoder_does_not_take_is_said_before_decoding(scenes,
     assert not (tmp_path / "cache").exists()
 
 
+def test_encoders_stored_in_half_precision_are_used_in_full(scenes, tmp_path):
+    folder = tiny_clip(tmp_path / "clip")
+    whole = exp.pretrained(str(folder), "vision")[1].state_dict()
+    transformers = pytest.importorskip("transformers")
+    transformers.CLIPModel.from_pretrained(folder).half().save_pretrained(folder)
+    cfg = config(tmp_path, scenes, "dataset.image_size=0", f"vision_encoder.name={folder}", f"text_encoder.name={folder}")
+    data = exp.load_data(cfg)
+    model = exp.build_model(cfg, data)
+    assert torch.isfinite(exp.train_step(model, exp.make_batch(data, np.arange(8)), exp.build_optimizer(cfg, model))["loss"])
+    for name, value in data.encoders["vision"].state_dict().items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)  # dtype included
+
+
 def test_pretrained_encoders_that_cannot_be_had(scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert cli(tmp_path, scenes, "text_encoder.name=some/model") == 2

@@ -22,6 +22,7 @@ Deviations from the recipe this follows:
 """
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -108,7 +109,7 @@ class LossConfig:
     mrl_weights: list[float] = field(default_factory=list, metadata={"bounds": ("> 0",)})  # a dimension, from the largest (empty: equal)
     sample_single_mrl_dim: bool = True  # one dimension a step, drawn by its weight; false: all of them
     temperature: float = ranged(0.07, "> 0")  # of the softmax; where it starts if it is learned
-    learnable_temperature: bool = False  # train log(1 / temperature), at most log(100)
+    learnable_temperature: bool = False  # train log(1 / temperature), kept at log(100) or below
 
 
 @dataclass
@@ -160,7 +161,8 @@ def mrl_dims(vision):
 
 
 def check(cfg):
-    """Raises UserError for keys that do not fit each other."""
+    """Raises UserError for keys that do not fit each other, or a device that is not there."""
+    common.pick_device(cfg.device)
     v, t, losses = cfg.vision_encoder, cfg.text_encoder, cfg.losses
     if max(v.mrl_dimensions, default=1) > v.projection_dim:
         raise UserError(f"vision_encoder.mrl_dimensions: {max(v.mrl_dimensions)} is more than vision_encoder.projection_dim={v.projection_dim}")
@@ -168,11 +170,14 @@ def check(cfg):
         raise UserError(f"losses.mrl_weights: expected one for each of {mrl_dims(v)[::-1]}, found {len(losses.mrl_weights)}")
     if losses.contrastive == losses.mrl == 0:
         raise UserError("losses.contrastive and losses.mrl are both 0; nothing would be trained")
+    if losses.learnable_temperature and losses.temperature < 0.01:
+        raise UserError(f"losses.temperature={losses.temperature}: a learned one stays at 0.01 or above")
     if len(cfg.optimization.betas) != 2:
         raise UserError(f"optimization.betas: expected two numbers, found {cfg.optimization.betas}")
     for name, section in (("vision_encoder", v), ("text_encoder", t)):
-        if section.name == "scratch" and section.width % section.heads:
-            raise UserError(f"{name}.width={section.width} is not a multiple of {name}.heads={section.heads}")
+        for key in ("heads", *(["pooling_heads"] if section.use_attention_pooling and section.pooling_type == "multihead" else [])):
+            if section.name == "scratch" and section.width % getattr(section, key):
+                raise UserError(f"{name}.width={section.width} is not a multiple of {name}.{key}={getattr(section, key)}")
     size = cfg.dataset.image_size or 224
     if v.name == "scratch" and size % v.patch_size:
         raise UserError(f"dataset.image_size={size} is not a multiple of vision_encoder.patch_size={v.patch_size}")
@@ -186,8 +191,11 @@ ID_COLUMNS = ("image_id", "id", "key", "image_url", "url")
 
 def parquet_files(pattern, key):
     """The sorted parquet files of a file, folder or glob. Raises: UserError naming the config key."""
+    if not pattern:
+        raise UserError(f"{key} is empty; name a parquet file, a folder or a glob, or try --demo")
     path = Path(pattern).expanduser()
-    found = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path)))]
+    found = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path] if path.is_file() else [
+        Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     if not found:
         raise UserError(f"{key}={pattern}: no parquet files there; download allenai/pixmo-cap with its images (README, 'Data'), point {key}= at it, "
                         "or try --demo")
@@ -199,7 +207,7 @@ def open_parquet(path):
     import pyarrow
     import pyarrow.parquet as pq
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)  # by default a row group is read whole, however few rows are asked for
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
     kinds, is_binary = {f.name: f.type for f in file.schema_arrow}, (lambda k: pyarrow.types.is_binary(k) or pyarrow.types.is_large_binary(k))
@@ -218,19 +226,26 @@ def open_parquet(path):
 
 
 def read_group(path, group):
-    """Yields (image bytes or None, list of captions, id or None) for each row of a row group, 64 rows in memory at a time.
+    """Yields (image bytes or None, list of captions, id or None) for each row of a row group, 64 rows (and a page) in memory at a time.
 
     Raises: UserError naming file and row group.
     """
     import pyarrow
+
+    def plain(scalar):
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError:  # some writers do not check that a string is UTF-8
+            return None
     file, image, caption, key = open_parquet(path)
     with file:
         try:
             for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[c for c in (image, caption, key) if c], use_threads=False):
                 images = batch.column(image)
                 images = images.field("bytes") if pyarrow.types.is_struct(images.type) else images
-                keys = batch.column(key).to_pylist() if key else [None] * len(batch)
-                for data, text, name in zip(images, batch.column(caption).to_pylist(), keys, strict=True):
+                keys = batch.column(key) if key else [pyarrow.scalar(None)] * len(batch)
+                for data, text, name in zip(images, batch.column(caption), keys, strict=True):
+                    text, name = plain(text), plain(name)
                     yield data.as_py(), [t.strip() for t in (text if isinstance(text, list) else [text]) if isinstance(t, str) and t.strip()], name
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: row group {group} cannot be read ({str(error).splitlines()[0]}); download the file again") from None
@@ -243,7 +258,8 @@ TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSP
 def decode_image(data, size, max_pixels=100_000_000):
     """The centre square of an image file as uint8 [size, size, 3]: turned as its EXIF says, transparency on white, 16 bits scaled to 8.
 
-    JPEGs are decoded at the power of two that leaves at least twice `size`. Raises: ValueError with the cause, of anything that is no whole image.
+    data: bytes of the file, or None. size, max_pixels: in pixels, a side and width times height. JPEGs are decoded at the power of two that leaves
+    at least twice `size`. Raises: ValueError with the cause, of anything that is no whole image.
     """
     if not data:
         raise ValueError("no image bytes")
@@ -260,10 +276,9 @@ def decode_image(data, size, max_pixels=100_000_000):
     try:
         image.draft(image.mode, (2 * size, 2 * size))
         image.load()  # only this finds a file cut off half-way
-        try:
-            turn = TURNS.get(image.getexif().get(0x0112))
-        except Exception:  # a damaged EXIF block says nothing about the pixels
-            turn = None
+        turn = None
+        with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about the pixels
+            turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose writes the block anew, and fails on odd tags of cameras
         if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
             values = np.asarray(image)
             if values.size and (values.min() < 0 or values.max() > 65535):
@@ -289,7 +304,7 @@ class Split:
     """The rows of some parquet files that hold an image and a caption. `position` numbers all rows, good and bad, over all files."""
     name: str
     files: list  # paths
-    groups: np.ndarray  # [G, 4] int: file, row group in it, first position, rows
+    groups: np.ndarray  # [G, 4] int: file, row group in it, first position, first row in the file
     position: np.ndarray  # [N] of the good rows, ascending
     captions: list  # [N] lists of str, at least one each
     ids: list  # [N] of the id column, else "<file>:<row>"
@@ -306,6 +321,11 @@ class Split:
 
     def __len__(self):
         return len(self.position)
+
+    def place(self, position):
+        """(name of the file, row in it) of a position."""
+        file, _, first, row = self.groups[np.searchsorted(self.groups[:, 2], position, side="right") - 1]
+        return self.files[file].name, int(row + position - first)
 
 
 def group_equal(*keys):
@@ -330,18 +350,18 @@ def prepare(pattern, key, cfg, size):
 
     Work that a kill interrupts goes on at the next row group. Raises: UserError (no files, no columns, no good row, no room on the disk).
     """
-    d, files = cfg.dataset, parquet_files(pattern, key)
-    groups, position = [], 0
+    d, files, name = cfg.dataset, parquet_files(pattern, key), key.split(".")[-1].removesuffix("_parquet")
+    groups, n = [], 0
     for number, path in enumerate(files):
-        metadata = open_parquet(path)[0].metadata
+        metadata, start = open_parquet(path)[0].metadata, n
         for group in range(metadata.num_row_groups):
-            groups.append((number, group, position, metadata.row_group(group).num_rows))
-            position += groups[-1][3]
+            groups.append((number, group, n, n - start))
+            n += metadata.row_group(group).num_rows
     source = common.fingerprint(files, whole=1 << 26, blocks=16)
-    recipe = json.dumps([source, size, d.max_pixels, d.cache, "centre square, bicubic, 1"])
+    recipe = json.dumps([source, size, d.max_pixels, d.cache, "centre square, bicubic, 2"])
     folder = Path(d.cache_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     index, image_file = folder / "rows.jsonl", folder / "pixels.uint8"
-    shape, done = (position, size, size, 3), {}
+    shape, done = (n, size, size, 3), {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -364,37 +384,47 @@ def prepare(pattern, key, cfg, size):
             raise UserError(f"{folder}: {math.prod(shape) / 1e9:.2g} GB of decoded images do not fit, {-room / 1e9:.2g} GB are missing; "
                             "set dataset.cache_dir=, or dataset.cache=false to decode at every use")
     if missing:
-        with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool, open(index, "ab") as log, open(image_file if d.cache else index, "r+b") as pixels:
+        with mapper(cfg.num_workers) as each, open(index, "ab") as log, open(image_file, "r+b") if d.cache else contextlib.nullcontext() as pixels:
             if log.tell():
                 log.write(b"\n")  # ends a line that a kill cut short
             started = time.time()
-            for n, i in enumerate(common.progress(missing, f"decoding {key.split('.')[-1]}")):
-                done[i] = decode_group(files[groups[i][0]], groups[i], i, size, d.max_pixels, pool if cfg.num_workers else None,
-                                       pixels if d.cache else None)
+            for count, i in enumerate(common.progress(missing, f"decoding {name}"), 1):
+                done[i] = decode_group(files[groups[i][0]], groups[i], i, size, d.max_pixels, each, pixels)
                 log.write(f"{json.dumps(done[i])}\n".encode())
                 log.flush()
                 if not sys.stderr.isatty() and time.time() - started > 30:
                     started = time.time()
-                    print(f"decoding {key.split('.')[-1]}: {n + 1} of {len(missing)} row groups", flush=True)
-    entries = [done[i] for i in range(len(groups))]
-    good = [np.array(e["rows"], dtype=np.int64) + groups[i][2] for i, e in enumerate(entries)]
-    captions = [texts for e in entries for texts in e["captions"]]
-    hashes = np.array([int(h, 16) for e in entries for h in e["hash"]], dtype=np.uint64)
-    first = {number: start for number, group, start, _ in groups if group == 0}
-    bad = [(files[groups[i][0]].name, row + groups[i][2] - first[groups[i][0]], cause) for i, e in enumerate(entries) for row, cause in e["bad"]]
-    names = [str(name) if name is not None else f"{files[groups[i][0]].name}:{row + groups[i][2] - first[groups[i][0]]}"
-             for i, e in enumerate(entries) for row, name in zip(e["rows"], e["ids"], strict=True)]
-    if not captions:
-        raise UserError(f"{key}={pattern}: none of {position:,} rows holds an image and a caption (the first: {bad[0][2] if bad else 'no rows'})")
-    mapped = np.memmap(image_file, dtype=np.uint8, mode="r", shape=shape) if d.cache else None
-    return Split(key.split(".")[-1].removesuffix("_parquet"), files, np.array(groups), np.concatenate(good), captions, names,
-                 group_equal([[int(h)] for h in hashes], captions), hashes, bad, size, d.max_pixels, mapped,
-                 d.shuffle_rows, source)
+                    print(f"decoding {name}: {count} of {len(missing)} row groups", flush=True)
+    good, bad = [], []
+    for i, (number, _, first, start) in enumerate(groups):
+        file = files[number].name
+        good += [(first + row, captions, f"{file}:{start + row}" if own is None else str(own), int(image_hash, 16))
+                 for row, captions, own, image_hash in done[i]["good"]]
+        bad += [(file, start + row, cause) for row, cause in done[i]["bad"]]
+    if not good:
+        raise UserError(f"{key}={pattern}: none of {n:,} rows holds an image and a caption (the first: {bad[0][2] if bad else 'no rows'})")
+    position, captions, ids, hashes = map(list, zip(*good, strict=True))
+    return Split(name, files, np.array(groups), np.array(position), captions, ids, group_equal([[h] for h in hashes], captions),
+                 np.array(hashes, dtype=np.uint64), bad, size, d.max_pixels,
+                 np.memmap(image_file, dtype=np.uint8, mode="r", shape=shape) if d.cache else None, d.shuffle_rows, source)
 
 
-def decode_group(path, group, number, size, max_pixels, pool, pixels):
-    """The index entry of a row group: {group, rows, captions, ids, hash of the good rows, bad: [(row, cause)]}; writes its images to `pixels`."""
-    entry = {"group": number, "rows": [], "captions": [], "ids": [], "hash": [], "bad": []}
+@contextlib.contextmanager
+def mapper(n_threads):
+    """`map`, over so many threads (0: the plain one)."""
+    if not n_threads:
+        yield map
+        return
+    with ThreadPoolExecutor(n_threads) as pool:
+        yield pool.map
+
+
+def decode_group(path, group, number, size, max_pixels, each, pixels):
+    """The index entry of a row group, {group, good: [(row, captions, id, hash)], bad: [(row, cause)]}; writes its images to `pixels`.
+
+    each: `map`, or that of a pool. Raises: OSError that says what to do where the images cannot be written.
+    """
+    entry = {"group": number, "good": [], "bad": []}
 
     def work(item):
         row, (data, texts, name) = item
@@ -403,20 +433,16 @@ def decode_group(path, group, number, size, max_pixels, pool, pixels):
             if not texts:
                 raise ValueError("no caption")
         except ValueError as error:
-            return row, str(error), None, None, None, None
-        return row, None, image, texts, name, hashlib.sha256(data).hexdigest()[:16]
+            return None, (row, str(error))
+        return image, (row, texts, name if isinstance(name, (int, str)) else None, hashlib.sha256(data).hexdigest()[:16])
 
     rows = enumerate(read_group(path, group[1]))
     try:
         while chunk := list(itertools.islice(rows, 64)):  # so that a pool never holds a whole row group
-            for row, cause, image, texts, name, digest in (pool.map if pool else map)(work, chunk):
-                if cause:
-                    entry["bad"].append((row, cause))
-                    continue
-                for part, value in (("rows", row), ("captions", texts), ("ids", name if isinstance(name, (int, str)) else None), ("hash", digest)):
-                    entry[part].append(value)
-                if pixels:
-                    pixels.seek((group[2] + row) * image.size)
+            for image, found in each(work, chunk):
+                entry["bad" if image is None else "good"].append(found)
+                if pixels and image is not None:
+                    pixels.seek((group[2] + found[0]) * image.size)
                     pixels.write(image.tobytes())
         if pixels:
             pixels.flush()
@@ -427,7 +453,7 @@ def decode_group(path, group, number, size, max_pixels, pool, pixels):
     return entry
 
 
-def gather_images(split, rows, pool=None):
+def gather_images(split, rows, each=map):
     """uint8 [B, size, size, 3] of rows of a split: from the cache, or decoded from the row groups, of which those of a window are held."""
     positions = split.position[rows]
     if split.pixels is not None:
@@ -436,13 +462,13 @@ def gather_images(split, rows, pool=None):
     wanted = list(dict.fromkeys(group_of.tolist()))
     for group in wanted:
         if group not in split.held:
-            number, inside, _, _ = split.groups[group]
+            number, inside = split.groups[group, :2]
             split.held[group] = [data for data, _, _ in read_group(split.files[number], int(inside))]
         split.held.move_to_end(group)
     data = [split.held[g][p - split.groups[g, 2]] for g, p in zip(group_of, positions, strict=True)]
     while len(split.held) > len(wanted) and sum(map(len, split.held.values())) > 2 * split.window:
         split.held.popitem(last=False)
-    return np.stack(list((pool.map if pool else map)(lambda x: decode_image(x, split.size, split.max_pixels), data)))
+    return np.stack(list(each(lambda x: decode_image(x, split.size, split.max_pixels), data)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- tokens
@@ -534,7 +560,7 @@ def merge(ids, pair, new):
 
 
 def pretrained(name, what):
-    """(kind, model part) of `transformers` by name or folder; what: "vision" or "text". Raises: UserError with the remedy."""
+    """(facts, model part) of `transformers` by name or folder; what: "vision" or "text". Raises: UserError with the remedy."""
     try:
         import transformers
     except ImportError:
@@ -543,25 +569,57 @@ def pretrained(name, what):
     transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModel.from_pretrained(name)
-        facts = {"pad": 0}
         if what == "vision":
             processor = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(name)[0]
-            facts = {"mean": processor.get("image_mean") or [0.5] * 3, "std": processor.get("image_std") or [0.5] * 3}
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            facts = {"tokenizer": tokenizer, "pad": tokenizer.pad_token_id or 0}
     except Exception as error:  # the hub, the files and the network raise kinds of their own
         raise UserError(f"{what}_encoder.name={name} cannot be loaded ({' '.join(str(error).split())[:200]}); give a model of the hub or a folder, "
                         f"or {what}_encoder.name=scratch") from None
     model = getattr(model, f"{what}_model", model)
     model = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    model = model.float().eval().requires_grad_(False)  # some are stored in half precision: autocast alone decides on that here
     if what == "vision":
-        size = getattr(model.config, "image_size", None)
-        facts["image_size"] = size[0] if isinstance(size, (list, tuple)) else size
-    else:
-        limits = (facts["tokenizer"].model_max_length, getattr(model.config, "max_position_embeddings", None))
-        facts["max_length"] = min(n for n in (*limits, 10**6) if n)
-    return facts, model.eval().requires_grad_(False)
+        size = getattr(model.config, "image_size", None) or 224
+        return {"mean": processor.get("image_mean") or [0.5] * 3, "std": processor.get("image_std") or [0.5] * 3,
+                "image_size": size[0] if isinstance(size, (list, tuple)) else size}, model
+    pad = tokenizer.pad_token_id or 0
+
+    def tokenize(texts, max_length):  # a text without any token (some have no start or end token) is one of padding
+        return [np.array(ids or [pad], dtype=np.int32) for ids in tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]]
+    limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
+    return {"tokenizer": tokenize, "pad": pad, "max_length": min(limits)}, model
+
+
+def load_encoders(cfg):
+    """({vision | text: frozen module} of the pretrained ones, facts {image_size, mean, std, pad, max_length[, tokenizer]} of both encoders).
+
+    Raises: UserError if one cannot be loaded, or does not take the config's image size, text length or pooling heads.
+    """
+    d, encoders = cfg.dataset, {}
+    facts = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3, "pad": PAD, "max_length": math.inf}
+    for part, section in (("vision", cfg.vision_encoder), ("text", cfg.text_encoder)):
+        if section.name != "scratch":
+            known, encoders[part] = pretrained(section.name, part)
+            facts |= known
+            width = encoders[part].config.hidden_size
+            if section.use_attention_pooling and section.pooling_type == "multihead" and width % section.pooling_heads:
+                raise UserError(f"{part}_encoder.pooling_heads={section.pooling_heads} does not divide the width {width} of {section.name}")
+    own_size = facts["image_size"]
+    facts |= {"image_size": d.image_size or own_size, "max_length": min(d.max_text_length, facts["max_length"])}
+    for part, module in encoders.items():
+        try:  # the largest inputs that there will be
+            if part == "vision":
+                Frozen(module)(torch.zeros(1, 3, facts["image_size"], facts["image_size"]))
+            else:
+                tokens = torch.from_numpy(facts["tokenizer"](["a " * facts["max_length"]], facts["max_length"])[0])[None].long()
+                Frozen(module)(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        except Exception as error:  # transformers raises kinds of its own
+            key, remedy = ((f"image_size={facts['image_size']}", f"leave it 0 for the encoder's own {own_size}") if part == "vision" else
+                           (f"max_text_length={facts['max_length']}", "lower it"))
+            raise UserError(f"dataset.{key}: {getattr(cfg, f'{part}_encoder').name} does not take it ({' '.join(str(error).split())[:120]}); "
+                            f"{remedy}") from None
+    return encoders, facts
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -572,7 +630,7 @@ class Data:
     sets: dict  # train | val | test -> Split
     splits: dict  # the same names -> [N] row numbers, torch.arange
     tokenizer: object  # (list of str, longest) -> [int32 array, ...]
-    encoders: dict  # vision | text -> (facts, frozen module), of pretrained ones
+    encoders: dict  # vision | text -> frozen module, of pretrained ones
     image_size: int
     mean: torch.Tensor  # [3] of pixels in 0..255, on the device
     std: torch.Tensor
@@ -594,46 +652,31 @@ def load_data(cfg, tokenizer=None, only=None):
     tokenizer: of a finished run (else it is built from the training captions). only: (pattern, config key), to load nothing but that as `embed`.
     """
     check(cfg)
-    d, v, t = cfg.dataset, cfg.vision_encoder, cfg.text_encoder
-    device = common.pick_device(cfg.device)
-    keys = {"train": (d.train_parquet, "dataset.train_parquet"), "val": (d.val_parquet, "dataset.val_parquet")}
-    if d.test_parquet:
-        keys["test"] = (d.test_parquet, "dataset.test_parquet")
+    d = cfg.dataset
+    keys = {name: (getattr(d, f"{name}_parquet"), f"dataset.{name}_parquet") for name in ("train", "val", "test") if name != "test" or d.test_parquet}
     keys = {"embed": only} if only else keys
-    for pattern, key in keys.values():  # what is missing is said before minutes of decoding
-        for path in parquet_files(pattern, key):
-            open_parquet(path)
-    encoders = {part: pretrained(section.name, part) for part, section in (("vision", v), ("text", t)) if section.name != "scratch"}
-    facts = encoders["vision"][0] if v.name != "scratch" else {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 224}
-    size = d.image_size or facts["image_size"] or 224
-    if v.name != "scratch":
-        try:
-            Frozen(encoders["vision"][1])(torch.zeros(1, 3, size, size))
-        except Exception as error:  # transformers raises kinds of its own
-            raise UserError(f"dataset.image_size={size}: {v.name} does not take it ({' '.join(str(error).split())[:120]}); leave it 0 for the "
-                            f"encoder's own {facts['image_size']}") from None
-    sets = {name: prepare(pattern, key, cfg, round(size / d.random_crop)) for name, (pattern, key) in keys.items()}
+    files = [path for pattern, key in keys.values() for path in parquet_files(pattern, key)]
+    metadata = [open_parquet(path)[0].schema_arrow.metadata or {} for path in files]  # what is missing is said before minutes of decoding
+    encoders, facts = load_encoders(cfg)
+    sets = {name: prepare(pattern, key, cfg, round(facts["image_size"] / d.random_crop)) for name, (pattern, key) in keys.items()}
     leave_out_overlap(sets)
     if small := [name for name, split in sets.items() if len(split) < 2 and not only]:
         raise UserError(f"dataset.{small[0]}_parquet: one pair is no data to tell apart; give at least two")
-    if t.name == "scratch":
-        tokenize = tokenizer or build_tokenizer(sets["train"], t.vocab_size, d.cache_dir)
-        pad, longest = PAD, d.max_text_length
-    else:
-        text, (pad, longest) = encoders["text"][0], (encoders["text"][0]["pad"], min(d.max_text_length, encoders["text"][0]["max_length"]))
-
-        def tokenize(texts, max_length):
-            return [np.array(ids, dtype=np.int32) for ids in text["tokenizer"](texts, truncation=True, max_length=max_length)["input_ids"]]
+    tokenizer = facts.get("tokenizer") or tokenizer or build_tokenizer(sets["train"], cfg.text_encoder.vocab_size, d.cache_dir)
     for split in sets.values():
-        flat = tokenize([text for texts in split.captions for text in texts], longest)
-        ends = np.cumsum([len(texts) for texts in split.captions])
-        split.tokens = [flat[end - len(texts):end] for end, texts in zip(ends, split.captions, strict=True)]
-    synthetic = any(b"synthetic" in (open_parquet(path)[0].schema_arrow.metadata or {}) for split in sets.values() for path in split.files)
+        flat = iter(tokenizer([text for texts in split.captions for text in texts], facts["max_length"]))
+        split.tokens = [list(itertools.islice(flat, len(texts))) for texts in split.captions]
     digest = hashlib.sha256(" ".join(f"{name}={split.fingerprint}" for name, split in sets.items()).encode()).hexdigest()[:16]
-    return Data(sets, {name: torch.arange(len(split)) for name, split in sets.items()}, tokenize, encoders, size,
-                255 * torch.tensor(facts["mean"], device=device), 255 * torch.tensor(facts["std"], device=device), pad, longest,
-                tokenize([""], longest)[0], d.text_dropout_prob, d.text_dropout_mode == "literal", d.horizontal_flip_prob, cfg.seed, device, digest,
-                synthetic)
+    return make_data(cfg, sets, tokenizer, encoders, facts, digest, any(b"synthetic" in m for m in metadata))
+
+
+def make_data(cfg, sets, tokenizer, encoders, facts, fingerprint, synthetic):
+    """Data of splits whose tokens are there; encoders, facts: of `load_encoders`."""
+    d, device = cfg.dataset, common.pick_device(cfg.device)
+    return Data(sets, {name: torch.arange(len(split)) for name, split in sets.items()}, tokenizer, encoders, facts["image_size"],
+                255 * torch.tensor(facts["mean"], device=device), 255 * torch.tensor(facts["std"], device=device), facts["pad"], facts["max_length"],
+                tokenizer([""], facts["max_length"])[0], d.text_dropout_prob, d.text_dropout_mode == "literal", d.horizontal_flip_prob, cfg.seed,
+                device, fingerprint, synthetic)
 
 
 def leave_out_overlap(sets):
@@ -646,16 +689,11 @@ def leave_out_overlap(sets):
             twice = np.isin(split.image_hash, sets[other].image_hash)
             if twice.all():
                 raise UserError(f"dataset.{name}_parquet and dataset.{other}_parquet hold the same images; a split needs images of its own")
-            if twice.any():
-                keep = np.flatnonzero(~twice)
-                number = np.searchsorted(split.groups[:, 2], split.position[twice], side="right") - 1
-                first = {n: start for n, group, start, _ in split.groups if group == 0}
-                split.bad += [(split.files[split.groups[g, 0]].name, int(p - first[split.groups[g, 0]]), f"its image is also in {other}")
-                              for g, p in zip(number, split.position[twice], strict=True)]
-                for part in ("position", "same", "image_hash"):
-                    setattr(split, part, getattr(split, part)[keep])
-                for part in ("captions", "ids"):
-                    setattr(split, part, [getattr(split, part)[i] for i in keep])
+            split.bad += [(*split.place(position), f"its image is also in {other}") for position in split.position[twice]]
+            for part in ("position", "same", "image_hash"):
+                setattr(split, part, getattr(split, part)[~twice])
+            for part in ("captions", "ids"):
+                setattr(split, part, list(itertools.compress(getattr(split, part), ~twice)))
 
 
 def build_tokenizer(split, vocab_size, cache_dir, n_captions=200_000):
@@ -678,10 +716,10 @@ def uniform(seed, epoch, rows, what):
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def gather(data, rows, split="train", epoch=None, pool=None):
+def gather(data, rows, split="train", epoch=None, each=map):
     """A batch on the host: squares uint8 [B, S, S, 3], where to cut and whether to flip them, token ids. epoch: of training; None: no randomness."""
     s, rows = data.sets[split], np.asarray(rows)
-    images, n, margin = gather_images(s, rows, pool), len(rows), s.size - data.image_size
+    images, n, margin = gather_images(s, rows, each), len(rows), s.size - data.image_size
     top = left = np.full(n, margin // 2)
     flip = dropped = np.zeros(n, dtype=bool)
     texts = [s.tokens[r][0] for r in rows]
@@ -740,11 +778,12 @@ def epoch_order(split, seed, epoch):
 
 
 def steps_per_epoch(cfg, data):
+    """Optimisation steps of an epoch; what does not fill a batch waits for another epoch."""
     return max(1, len(data.sets["train"]) // cfg.dataset.batch_size)
 
 
 def total_steps(cfg, data):
-    """Optimisation steps of a run; what does not fill a batch waits for another epoch."""
+    """Optimisation steps of a run."""
     return cfg.optimization.num_epochs * steps_per_epoch(cfg, data)
 
 
@@ -757,25 +796,20 @@ def training_batches(cfg, data, first):
             order = epoch_order(data.sets["train"], cfg.seed, epoch)
             for place in range(max(0, first - epoch * n), n):
                 yield epoch, order[place * size:(place + 1) * size]
-    with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool:
-        yield from prefetched(lambda item: gather(data, item[1], "train", item[0], pool if cfg.num_workers else None), items())
+    with mapper(cfg.num_workers) as each:
+        yield from prefetched(lambda item: gather(data, item[1], "train", item[0], each), items())
 
 
 def random_data(cfg):
     """Data of random pixels and tokens in the shapes of cfg, for profile_flops.py where the files are not at hand."""
     check(cfg)
-    d, v, t = cfg.dataset, cfg.vision_encoder, cfg.text_encoder
-    encoders = {part: pretrained(section.name, part) for part, section in (("vision", v), ("text", t)) if section.name != "scratch"}
-    size = d.image_size or (encoders["vision"][0]["image_size"] if v.name != "scratch" else None) or 224
-    pad, longest = (PAD, d.max_text_length) if t.name == "scratch" else (encoders["text"][0]["pad"],
-                                                                         min(d.max_text_length, encoders["text"][0]["max_length"]))
-    device, rng, n, stored = common.pick_device(cfg.device), np.random.default_rng(0), d.batch_size, round(size / d.random_crop)
-    tokens = [[row] for row in rng.integers(START, BYTE + 256, (n, longest)).astype(np.int32)]
+    encoders, facts = load_encoders(cfg)
+    rng, n, size = np.random.default_rng(0), cfg.dataset.batch_size, round(facts["image_size"] / cfg.dataset.random_crop)
+    tokens = [[row] for row in rng.integers(START, BYTE + 256, (n, facts["max_length"])).astype(np.int32)]
     split = Split("train", [], np.array([[0, 0, 0, n]]), np.arange(n), [["random"]] * n, list(range(n)), np.arange(n), np.arange(n).astype(np.uint64),
-                  [], stored, 1, rng.integers(0, 256, (n, stored, stored, 3), dtype=np.uint8), n, "random", tokens)
-    tokenizer = Tokenizer([(BYTE, BYTE)] * (t.vocab_size - BYTE - 256)) if t.name == "scratch" else None
-    return Data({"train": split}, {"train": torch.arange(n)}, tokenizer, encoders, size, torch.full((3,), 127.5, device=device),
-                torch.full((3,), 127.5, device=device), pad, longest, tokens[0][0][:1], 0.0, False, 0.0, cfg.seed, device, "random", False)
+                  [], size, 1, rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8), n, "random", tokens)
+    tokenizer = facts.get("tokenizer") or Tokenizer([(BYTE, BYTE)] * (cfg.text_encoder.vocab_size - BYTE - 256))
+    return make_data(cfg, {"train": split}, tokenizer, encoders, facts, "random", False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- model
@@ -858,8 +892,6 @@ class AttentionPooling(nn.Module):
         if kind == "simple":
             self.score = nn.Linear(width, 1)
         else:
-            if width % heads:
-                raise UserError(f"pooling_heads={heads} does not divide the encoder's width {width}")
             self.query = nn.Parameter(torch.randn(heads, width // heads) / (width // heads) ** 0.5)
             self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(3))
 
@@ -899,26 +931,30 @@ class Tower(nn.Module):
         return self.projector(self.pool(self.norm(tokens), mask))
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 class MatryoshkaModel(nn.Module):
     """Two towers into one space of D dimensions, with the weights of the loss and the logit scale."""
 
     def __init__(self, cfg, data):
         super().__init__()
         v, t, losses, again = cfg.vision_encoder, cfg.text_encoder, cfg.losses, cfg.optimization.gradient_checkpointing
-        vision = Frozen(data.encoders["vision"][1]) if v.name != "scratch" else ScratchViT(v, data.image_size, again)
-        text = Frozen(data.encoders["text"][1]) if t.name != "scratch" else ScratchText(t, len(data.tokenizer), data.max_length, again)
+        vision = Frozen(data.encoders["vision"]) if v.name != "scratch" else ScratchViT(v, data.image_size, again)
+        text = Frozen(data.encoders["text"]) if t.name != "scratch" else ScratchText(t, len(data.tokenizer), data.max_length, again)
         self.vision, self.text = Tower(vision, v, v.projection_dim), Tower(text, t, v.projection_dim)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(losses.temperature)), requires_grad=losses.learnable_temperature)
         self.dims, self.contrastive, self.mrl = mrl_dims(v), losses.contrastive, losses.mrl
         self.weights = [w / sum(losses.mrl_weights) for w in losses.mrl_weights[::-1]] or [1 / len(self.dims)] * len(self.dims)
         self.false_negatives = "ignore" if data.literal else "mask"
         self.max_grad_norm = cfg.optimization.max_grad_norm
-        self.dtype = autocast_dtype(cfg.optimization.precision, data.device)
+        best = "fp32" if data.device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        self.dtype = {"auto": DTYPES[best], **DTYPES}[cfg.optimization.precision]
         self.scaler = torch.amp.GradScaler(data.device.type, enabled=self.dtype == torch.float16)
 
     @property
     def logit_scale(self):
-        return self.log_scale.clamp(max=math.log(100)).exp()
+        return self.log_scale.exp()
 
     def forward(self, batch):
         """(image [B, D], text [B, D]) in float32, not normalised."""
@@ -927,15 +963,8 @@ class MatryoshkaModel(nn.Module):
         return image.float(), text.float()
 
 
-def autocast_dtype(precision, device):
-    """torch dtype of optimization.precision on a device."""
-    if precision == "auto":
-        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-
-
 def build_model(cfg, data):
-    """MatryoshkaModel on the data's device."""
+    """MatryoshkaModel on the data's device; frozen encoders go there too, those from scratch are compiled if the config says so."""
     model = MatryoshkaModel(cfg, data).to(data.device)
     for tower in (model.vision, model.text):
         if isinstance(tower.encoder, Frozen):
@@ -958,9 +987,10 @@ def build_optimizer(cfg, model):
 # ------------------------------------------------------------------------------------------------------------- objective
 
 def prefix_losses(image, text, dims, logit_scale, ids=None, false_negatives="ignore"):
-    """{d: symmetric InfoNCE of the first d dimensions, L2-normalised again} for ascending dims.
+    """{d: symmetric InfoNCE (0-d, nats) of the first d dimensions, L2-normalised again} for ascending dims; arguments as of `matryoshka_loss`.
 
     Products and squared norms are accumulated from one dimension to the next, so that all prefixes cost one [N, D] x [D, N] product.
+    Raises: ValueError on shapes, dims or false_negatives that do not fit.
     """
     if image.ndim != 2 or image.shape != text.shape or not len(image):
         raise ValueError(f"image and text must be equal [N, D] with N > 0, found {list(image.shape)} and {list(text.shape)}")
@@ -1004,7 +1034,8 @@ def matryoshka_loss(image, text, dims, logit_scale, weights=None, ids=None, fals
 
 
 def objective(model, image, text, ids, drawn=None):
-    """{loss, loss_clip, loss_mrl}: contrastive * InfoNCE(D) + mrl * (the loss of the drawn dimension, or the weighted mean over all)."""
+    """{loss, loss_clip, loss_mrl} of raw embeddings [B, D] with ids [B]: loss = contrastive * InfoNCE(D) + mrl * loss_mrl, loss_mrl the loss of the
+    drawn dimension, or the weighted mean over all."""
     dims = [drawn] if drawn else model.dims
     losses = prefix_losses(image, text, sorted({*dims, model.dims[-1]}), model.logit_scale, ids, model.false_negatives)
     clip = losses[model.dims[-1]]
@@ -1020,7 +1051,10 @@ def draw_dim(cfg, model, step):
 
 
 def train_step(model, batch, optimizer, drawn=None):
-    """One step -> {loss, loss_clip, loss_mrl, grad_norm} as 0-d tensors (no synchronisation but fp16's). drawn: a dimension, or None for all."""
+    """One step -> {loss, loss_clip, loss_mrl (nats), grad_norm before clipping} as 0-d tensors (no synchronisation but fp16's).
+
+    batch: as of `to_device`. drawn: the one dimension of the Matryoshka loss, or None for all.
+    """
     optimizer.zero_grad(set_to_none=True)
     losses = objective(model, *model(batch), batch["ids"], drawn)
     model.scaler.scale(losses["loss"]).backward()
@@ -1028,6 +1062,9 @@ def train_step(model, batch, optimizer, drawn=None):
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], model.max_grad_norm)
     model.scaler.step(optimizer)
     model.scaler.update()
+    if model.log_scale.requires_grad:
+        with torch.no_grad():
+            model.log_scale.clamp_(max=math.log(100))  # of the parameter: a clamp in the forward pass would leave it without gradient beyond
     return {**{name: value.detach() for name, value in losses.items()}, "grad_norm": norm}
 
 
@@ -1038,12 +1075,9 @@ def embed(cfg, model, data, split, rows=None):
     """(image [N, D], text [N, D]) float32 of a split's rows (default: all), not normalised, on the device: centre crops, first captions."""
     model.eval()
     rows = np.arange(len(data.sets[split])) if rows is None else rows
-    size = cfg.dataset.batch_size
-    out = []
-    with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool:
-        chunks = [rows[i:i + size] for i in range(0, len(rows), size)]
-        for batch in prefetched(lambda chunk: gather(data, chunk, split, pool=pool if cfg.num_workers else None), chunks):
-            out.append(model(to_device(data, batch)))
+    chunks = [rows[i:i + cfg.dataset.batch_size] for i in range(0, len(rows), cfg.dataset.batch_size)]
+    with mapper(cfg.num_workers) as each:
+        out = [model(to_device(data, batch)) for batch in prefetched(lambda chunk: gather(data, chunk, split, each=each), chunks)]
     image, text = (torch.cat(parts) for parts in zip(*out, strict=True))
     if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
         raise FloatingPointError("non-finite embeddings: the weights have overflowed; lower optimization.lr")
@@ -1058,19 +1092,17 @@ def validate(cfg, model, data):
     parts = torch.arange(len(ids)).tensor_split(-(-len(ids) // cfg.dataset.batch_size))
     losses = [objective(model, image[p], text[p], ids[p]) for p in parts]
     row = {f"val/{name}": float(np.average([loss[name].item() for loss in losses], weights=[len(p) for p in parts])) for name in losses[0]}
-    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
-    for name, found in (("i2t", common.retrieval_metrics(image, text, ids, ids)), ("t2i", common.retrieval_metrics(text, image, ids, ids))):
-        row |= {f"val/{name}_r{k}": 100 * found[f"R@{k}"] for k in (1, 5, 10)}
-    return row
+    found = both_ways(F.normalize(image, dim=1), F.normalize(text, dim=1), ids)
+    return row | {f"val/{way}_r{k}": 100 * found[way][f"R@{k}"] for way in WAYS for k in (1, 5, 10)}
+
+
+WAYS = ("i2t", "t2i")  # images ask for captions, captions for images
 
 
 def both_ways(image, text, ids):
-    """Retrieval of normalised [N, d] embeddings: {i2t: {R@1, .., median_rank}, t2i: .., R@k_mean of both}."""
-    keys = ("R@1", "R@5", "R@10", "MRR", "median_rank")
-    found = {}
-    for way, (a, b) in {"i2t": (image, text), "t2i": (text, image)}.items():
-        metrics = common.retrieval_metrics(a, b, ids, ids)
-        found[way] = {k: metrics[k] for k in keys}
+    """Retrieval of normalised [N, d] embeddings, ids [N]: {i2t: {R@1, R@5, R@10, MRR, median_rank}, t2i: .., R@5_mean of both}; R@k, MRR in 0..1."""
+    found = {way: common.retrieval_metrics(a, b, ids, ids, map_ks=()) for way, a, b in zip(WAYS, (image, text), (text, image), strict=True)}
+    found = {way: {key: of[key] for key in ("R@1", "R@5", "R@10", "MRR", "median_rank")} for way, of in found.items()}
     return {**found, "R@5_mean": (found["i2t"]["R@5"] + found["t2i"]["R@5"]) / 2}
 
 
@@ -1078,15 +1110,20 @@ def geometry(image, text):
     """Of normalised [N, d]: alignment mean |x - y|^2 (Wang & Isola 2020), uniformity log mean exp(-2 |x_i - x_j|^2) over i < j of each side, and the
     distance of the two means (the modality gap of Liang et al. 2022)."""
     def uniformity(x):
-        squares = torch.cat([(2 - 2 * x[i:i + 1024] @ x.T)[torch.arange(len(x[i:i + 1024])).to(x.device)[:, None] + i
-                                                             < torch.arange(len(x)).to(x.device)] for i in range(0, len(x), 1024)])
-        return (torch.logsumexp(-2 * squares, 0) - math.log(len(squares))).item()
+        n, sums = len(x), []
+        for i in range(0, n, 1024):
+            squares = 2 - 2 * x[i:i + 1024] @ x.T
+            sums.append((-2 * squares[torch.ones_like(squares, dtype=torch.bool).triu(i + 1)]).logsumexp(0))
+        return (torch.stack(sums).logsumexp(0) - math.log(n * (n - 1) / 2)).item()
     return {"alignment": (image - text).square().sum(1).mean().item(), "uniformity_image": uniformity(image), "uniformity_text": uniformity(text),
             "modality_gap": (image.mean(0) - text.mean(0)).norm().item()}
 
 
 def fit_pca(image, text):
-    """(mean of image [D], mean of text [D], axes [D, D] by falling variance) of normalised [N, D]; each side is centred by itself."""
+    """(mean of image [D], mean of text [D], axes [D, D], columns by falling variance), float32, of normalised [N, D]; each side is centred by itself.
+
+    `(x - mean) @ axes[:, :d]` is the untrained baseline of d dimensions.
+    """
     means = image.double().mean(0), text.double().mean(0)
     centred = torch.cat([image.double() - means[0], text.double() - means[1]])
     axes = torch.linalg.eigh(centred.T @ centred)[1].flip(1)
@@ -1094,7 +1131,7 @@ def fit_pca(image, text):
 
 
 def funnel(queries, gallery, ids, dim, shortlist, seed=0):
-    """R@1 of adaptive retrieval: the `shortlist` best gallery rows by the first `dim` dimensions, ranked again by all of them.
+    """R@1 (0..1) of adaptive retrieval: the `shortlist` best gallery rows by the first `dim` dimensions, ranked again by all of them.
 
     queries, gallery: [N, D] normalised; ids: [N] int, which rows belong together. Equal scores in the shortlist come in random order (by seed), in
     the second ranking they share the place; shortlist = N is the exact search. Source: Kusupati et al. 2022, section 4.3.
@@ -1115,21 +1152,20 @@ def funnel(queries, gallery, ids, dim, shortlist, seed=0):
     return torch.cat(hits).mean().item()
 
 
-def search_times(queries, gallery, settings, repeats=5):
-    """{(dim, shortlist): milliseconds a query} of plain float32 search; (D, 0) is the exact one. The median of `repeats` passes over all queries."""
-    def search(dim, shortlist):
-        scores = queries[:, :dim] @ gallery[:, :dim].T
-        if not shortlist:
-            return scores.argmax(1)
-        return [top[(gallery[top] @ q).argmax()] for q, top in zip(queries, scores.topk(min(shortlist, len(gallery)), dim=1).indices, strict=True)]
-
-    def timed(dim, shortlist):
-        start = time.perf_counter()
-        search(dim, shortlist)
-        if queries.is_cuda:
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - start) / len(queries)
-    return {setting: float(np.median([timed(*setting) for _ in range(repeats)])) for setting in settings}
+def search_times(queries, gallery, settings, n=100):
+    """{(dim, shortlist): milliseconds a query} of plain float32 search, one query at a time; (D, 0) is the exact one. The median of n queries."""
+    times = {}
+    for dim, shortlist in settings:
+        small, spent = gallery[:, :dim].contiguous(), []
+        for q in queries[:n]:
+            start = time.perf_counter()
+            found = small @ q[:dim]
+            if shortlist:
+                found = gallery[found.topk(shortlist).indices] @ q
+            found.argmax().item()  # waits for the device
+            spent.append(1000 * (time.perf_counter() - start))
+        times[dim, shortlist] = float(np.median(spent))
+    return times
 
 
 def read_best(cfg, data, folder):
@@ -1150,12 +1186,17 @@ def read_best(cfg, data, folder):
 
 
 def evaluate(cfg, data=None):
-    """Test the best model at every dimension, against chance and PCA; writes results.json and the plots; returns the results."""
+    """Test the best model at every dimension, against chance and PCA; writes results.json, results.txt and the plots; returns the results (a dict).
+
+    What results.json already holds for the same settings is not computed again. Raises: UserError if the run is not trained to its end, or was made
+    with another config or on other data; FloatingPointError on non-finite embeddings.
+    """
     folder, data = start(cfg, data)
     model, epoch = read_best(cfg, data, folder)
     name, e, file = "test" if "test" in data.sets else "val", cfg.evaluation, folder / "results.json"
     settings = {"shortlists": sorted(set(e.shortlists)), "n_pca": e.n_pca}
-    if file.exists() and (known := common.read_json(file)).get("evaluation") == settings and known["epoch"] == epoch:
+    drawn = not e.plots or (folder / "similarity_matrix.png").exists()  # the last plot
+    if drawn and file.exists() and (known := common.read_json(file)).get("evaluation") == settings and known["epoch"] == epoch:
         return known
     with common.full_precision():
         where = torch.device("cpu") if data.device.type == "mps" else data.device  # MPS has no float64
@@ -1170,18 +1211,15 @@ def evaluate(cfg, data=None):
             cut = [F.normalize(x[:, :d], dim=1) for x in whole]
             dims[str(d)], shape[str(d)] = both_ways(*cut, ids), geometry(*cut)
             pca[str(d)] = both_ways(*(F.normalize(x[:, :d], dim=1) for x in turned), ids)
-        per_query = common.retrieval_per_query(*whole, ids, ids)
-        largest, adaptive = model.dims[-1], []
-        for d in model.dims[:-1]:
-            for k in settings["shortlists"]:
-                if k <= len(ids):
-                    adaptive.append({"dim": d, "shortlist": k, "i2t_R@1": funnel(*whole, ids, d, k), "t2i_R@1": funnel(*whole[::-1], ids, d, k),
-                                     "multiply_adds": len(ids) * d + k * largest})
+        chance = common.retrieval_per_query(*whole, ids, ids, map_ks=())
+        largest = model.dims[-1]
+        adaptive = [{"dim": d, "shortlist": k, "i2t_R@1": funnel(*whole, ids, d, k), "t2i_R@1": funnel(*whole[::-1], ids, d, k),
+                     "multiply_adds": len(ids) * d + k * largest} for d in model.dims[:-1] for k in settings["shortlists"] if k <= len(ids)]
         times = search_times(whole[1], whole[0], [(largest, 0), *((a["dim"], a["shortlist"]) for a in adaptive)])
     results = {"experiment": cfg.experiment, "seed": cfg.seed, "synthetic": data.synthetic, "data_fingerprint": data.fingerprint, "split": name,
                "n": len(ids), "n_train": len(data.sets["train"]), "epoch": epoch, "evaluation": settings, "trained_with_mrl": cfg.losses.mrl > 0,
                "unit": "fractions; multiply-adds a query", "dims": dims, "pca": pca,
-               "chance": {f"R@{k}": per_query[f"chance@{k}"].mean().item() for k in (1, 5, 10)},
+               "chance": {f"R@{k}": chance[f"chance@{k}"].mean().item() for k in (1, 5, 10)},
                "geometry": shape, "adaptive": adaptive, "exact_multiply_adds": len(ids) * largest,
                "left_out": {part: len(split.bad) for part, split in data.sets.items()}}
     common.record_environment(folder, search_ms={f"{d}, shortlist {k}" if k else "exact": t for (d, k), t in times.items()})
@@ -1192,37 +1230,43 @@ def evaluate(cfg, data=None):
     return results
 
 
-def report(r, times=None):
-    """The final tables as text; times: as of `search_times`."""
-    def percent(x):
-        return f"{100 * x:.1f}"
-    ways, dims = ("i2t", "t2i"), sorted(map(int, r["dims"]), reverse=True)
+def retrieval_table(runs):
+    """Retrieval at every dimension, of prefixes, of PCA and by chance (R@k and what is kept of the whole's mean R@5 in percent), as text.
 
-    def row(label, found, whole):
-        cells = [c for way in ways for c in (*(percent(found[way][f"R@{k}"]) for k in (1, 5, 10)), f"{found[way]['MRR']:.3f}",
-                                              f"{found[way]['median_rank']:g}")]
-        return [label, *cells, f"{percent(found['R@5_mean'])} ({100 * found['R@5_mean'] / max(whole['R@5_mean'], 1e-9):.0f}%)"]
-    whole = r["dims"][str(dims[0])]
-    rows = [row(str(d), r["dims"][str(d)], whole) for d in dims] + [row(f"{d}, PCA", r["pca"][str(d)], whole) for d in dims]
-    chance = [percent(r["chance"][f"R@{k}"]) for k in (1, 5, 10)]
-    rows.append(["chance", *chance, "-", "-", *chance, "-", "-", chance[1]])
-    marked = "  [SYNTHETIC demo data]" if r["synthetic"] else ""
+    runs: [(label, [results, one a seed]), ...]; several seeds give mean +- sd.
+    """
+    def cell(values, unit=100, form=".1f"):
+        values = unit * np.array(values)
+        return f"{values.mean():{form}}" + (f" +- {values.std(ddof=1):{form}}" if len(values) > 1 else "")
+    rows, keys = [], {"R@1": (), "R@5": (), "R@10": (), "MRR": (1, ".3f"), "median_rank": (1, ".4g")}
+    for label, found in runs:
+        whole = [r["dims"][max(r["dims"], key=int)]["R@5_mean"] for r in found]
+        for part, mark in (("dims", ""), ("pca", ", PCA")):
+            for d in sorted(found[0][part], key=int, reverse=True):
+                each = [r[part][d] for r in found]
+                mean = [x["R@5_mean"] for x in each]
+                rows.append([f"{label}{d}{mark}", *(cell([x[way][key] for x in each], *form) for way in WAYS for key, form in keys.items()),
+                             cell(mean), cell([m / max(w, 1e-9) for m, w in zip(mean, whole, strict=True)])])
+    chance = [f"{100 * np.mean([r['chance'][key] for _, found in runs for r in found]):.1f}" for key in ("R@1", "R@5", "R@10")]
+    rows.append(["chance", *chance, None, None, *chance, None, None, chance[1], None])
+    return common.format_table(["dimensions", *(f"{way} {key.split('_')[0]}" for way in WAYS for key in keys), "mean R@5", "% kept"], rows)
+
+
+def report(r, times):
+    """The final tables of results.json's content as text; times: as of `search_times`."""
+    dims = sorted(map(int, r["dims"]), reverse=True)
     lines = [f"{r['split']}: {r['n']:,} pairs; epoch {r['epoch']}, seed {r['seed']}, trained {'with' if r['trained_with_mrl'] else 'WITHOUT'} MRL"
-             f" on {r['n_train']:,} pairs{'' if r['split'] == 'test' else ' (this split also chose the epoch)'}{marked}",
-             common.format_table(["dimensions", *(f"{way} {m}" for way in ways for m in ("R@1", "R@5", "R@10", "MRR", "median")), "mean R@5 (kept)"],
-                                 rows)]
+             f" on {r['n_train']:,} pairs{'' if r['split'] == 'test' else ' (this split also chose the epoch)'}"
+             f"{'  [SYNTHETIC demo data]' if r['synthetic'] else ''}",
+             retrieval_table([("", [r])])]
     if r["adaptive"]:
-        def time_of(key):
-            return [f"{times[key]:.3f}"] if times else []
-        rows = [["exact", percent(whole["i2t"]["R@1"]), percent(whole["t2i"]["R@1"]), f"{r['exact_multiply_adds']:,}", *time_of((dims[0], 0))]]
-        rows += [[f"{a['dim']}, best {a['shortlist']} again by {dims[0]}", percent(a["i2t_R@1"]), percent(a["t2i_R@1"]), f"{a['multiply_adds']:,}",
-                  *time_of((a["dim"], a["shortlist"]))] for a in r["adaptive"] if a["dim"] in dims[-3:]]  # results.json has them all
-        header = ["adaptive retrieval", "i2t R@1", "t2i R@1", "multiply-adds/query", *(["ms/query"] if times else [])]
-        lines += ["", common.format_table(header, rows)]
-    keys = ("alignment", "uniformity_image", "uniformity_text", "modality_gap")
-    rows = [[str(d), *(f"{r['geometry'][str(d)][key]:.3f}" for key in keys)] for d in dims]
-    lines += ["", common.format_table(["geometry", "alignment", "uniformity image", "text", "modality gap"], rows)]
-    return "\n".join(lines)
+        whole = r["dims"][str(dims[0])]
+        rows = [["exact", *(100 * whole[way]["R@1"] for way in WAYS), f"{r['exact_multiply_adds']:,}", f"{times[dims[0], 0]:.3f}"]]
+        rows += [[f"{a['dim']}, best {a['shortlist']} again by {dims[0]}", *(100 * a[f"{way}_R@1"] for way in WAYS), f"{a['multiply_adds']:,}",
+                  f"{times[a['dim'], a['shortlist']]:.3f}"] for a in r["adaptive"] if a["dim"] in dims[-3:]]  # results.json has them all
+        lines += ["", common.format_table(["adaptive retrieval", "i2t R@1", "t2i R@1", "multiply-adds/query", "ms/query"], rows)]
+    rows = [[str(d), *(f"{value:.3f}" for value in r["geometry"][str(d)].values())] for d in dims]
+    return "\n".join([*lines, "", common.format_table(["geometry", "alignment", "uniformity image", "text", "modality gap"], rows)])
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -1243,6 +1287,8 @@ def train(cfg, data=None):
     """Train for optimization.num_epochs, resuming exactly, also within an epoch; best_model.pt is the epoch of the lowest validation loss.
 
     Returns the history: a row every log_every steps and at the end of an epoch, those with the validation columns filled.
+    Raises: UserError if the folder's run has another config or other data; FloatingPointError on a non-finite loss, before it can be saved;
+    common.Stopped after Ctrl-C or SIGTERM, with the checkpoint saved.
     """
     o = cfg.optimization
     folder, data = start(cfg, data)
@@ -1294,13 +1340,15 @@ def train(cfg, data=None):
             pending.append(torch.stack([*(losses[name] for name in TRAIN_COLUMNS), torch.full_like(losses["loss"], rate)]))
             scheduler.step()
             ends = step % per_epoch == 0
-            if step % o.log_every == 0 or ends:  # the host waits for the device only here
+            logs, saves = ends or step % o.log_every == 0, ends or step % o.save_every_steps == 0 or stop.signum
+            if logs or saves:  # the host waits for the device only here
                 means = torch.stack(pending).cpu()
                 if len(bad := (~torch.isfinite(means).all(1)).nonzero()[:, 0]):
                     *values, rate = means[int(bad[0])].tolist()
                     names = [name for name, v in zip(TRAIN_COLUMNS, values, strict=True) if not math.isfinite(v)]
                     raise FloatingPointError(f"non-finite {' and '.join(names)} in step {step - len(pending) + 1 + int(bad[0])}, learning rate "
                                              f"{rate:g}; lower optimization.lr")
+            if logs:
                 row = {"train/step": step, "train/epoch": step / per_epoch, "train/lr": rate,
                        **{f"train/{name}": value for name, value in zip(TRAIN_COLUMNS, means.mean(0).tolist(), strict=False)},
                        **dict.fromkeys(VAL_COLUMNS)}
@@ -1319,11 +1367,11 @@ def train(cfg, data=None):
                     save(folder / f"checkpoint_epoch_{complete}.pt", keep_previous=False)
                 print(f"epoch {complete:3}  loss {row['train/loss']:.4f}  val: loss {row['val/loss']:.4f}  R@1 {row['val/i2t_r1']:.1f} "
                       f"{row['val/t2i_r1']:.1f}  R@10 {row['val/i2t_r10']:.1f} {row['val/t2i_r10']:.1f}{' *' if better else ''}", flush=True)
-            if ends or step % o.save_every_steps == 0 or stop.signum:
+            if saves:
                 save()
-            if ends or step % o.log_every == 0:
+            if logs:
                 log.write(history)
-            if stop.signum:
+            if stop.signum and saves:  # a signal that came after the line that decides on saving waits for the next step
                 raise common.Stopped(stop.signum, f"stopped at step {step}; the same command resumes from {latest}")
     log.close()
     if step > first:
@@ -1341,53 +1389,52 @@ def plot_training(folder, cfg, history, synthetic):
     ends = [row for row in history if row["val/loss"] is not None]
     chosen = min(ends, key=lambda row: row["val/loss"])["train/step"]
 
-    def draw(name, panels):
+    def draw(name, panels, schedule=()):
         figure, axes = common.new_figure(len(panels))
         for axis, (ylabel, columns) in zip(axes, panels.items(), strict=True):
             for column in columns:
                 rows = [row for row in history if row[column] is not None]
                 axis.plot([row["train/step"] for row in rows], [row[column] for row in rows], marker="." if len(rows) < 30 else None, label=column)
+            if len(schedule):
+                axis.plot(range(1, len(schedule) + 1), schedule, label="schedule", zorder=0)
             if any(column.startswith("val") for column in columns):
                 axis.axvline(chosen, color="grey", linestyle=":", linewidth=1, label="chosen")
             axis.set(xlabel="step", ylabel=ylabel)
             axis.legend(fontsize=8)
         figure.suptitle(title)
         common.save_figure(figure, folder / name)
-    draw("training_curves.png", {"loss": ["train/loss", "val/loss"], "R@k of all dimensions (val), %": [f"val/{w}_r{k}" for w in ("i2t", "t2i")
-                                                                                                        for k in (1, 10)]})
+    draw("training_curves.png", {"loss": ["train/loss", "val/loss"],
+                                 "R@k of all dimensions (val), %": [f"val/{way}_r{k}" for way in WAYS for k in (1, 10)]})
     draw("loss_components.png", {f"{label} loss": [f"train/{column}", f"val/{column}"] for label, column in
                                  (("contrastive", "loss_clip"), ("Matryoshka", "loss_mrl"), ("total", "loss"))})
-    last, rate = history[-1]["train/step"], cfg.optimization.lr
-    figure, (axis,) = common.new_figure()
-    axis.plot([rate * common.warmup_cosine(step, last, round(cfg.optimization.warmup_ratio * last)) for step in range(last)], label="schedule")
-    axis.plot([row["train/step"] - 1 for row in history], [row["train/lr"] for row in history], ".", label="train/lr, as logged")
-    axis.set(xlabel="step", ylabel="learning rate", title=title)
-    axis.legend(fontsize=8)
-    common.save_figure(figure, folder / "lr_schedule.png")
+    last, peak = history[-1]["train/step"], cfg.optimization.lr
+    draw("lr_schedule.png", {"learning rate": ["train/lr"]},
+         [peak * common.warmup_cosine(step, last, round(cfg.optimization.warmup_ratio * last)) for step in range(last)])
 
 
-def plot_retrieval(path, runs, synthetic):
-    """mean R@5 of both directions against the dimension; runs = [(label, {dim: .. as of both_ways} or a list of them, chance), ...]."""
+def plot_retrieval(path, runs, chance, synthetic):
+    """mean R@5 of both directions against the dimension; runs = [(label, [{dim: .. as of both_ways}, one a seed], line style), ...]."""
     figure, (axis,) = common.new_figure(width=6, height=4.2)
+    top, every = 0, set()
     for label, found, style in runs:
         dims = sorted(map(int, found[0]))
         values = 100 * np.array([[each[str(d)]["R@5_mean"] for d in dims] for each in found])
         axis.errorbar(dims, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None, fmt=style, marker=".", capsize=2,
                       label=f"{label}{f' (n = {len(values)})' if len(values) > 1 else ''}")
+        top, every = max(top, values.max()), every | set(dims)  # runs may differ in their dimensions
+    axis.axhline(100 * chance, color="grey", linestyle=":", label="chance")
     axis.set_xscale("log", base=2)
-    axis.set_xticks(dims, map(str, dims))
+    axis.set_xticks(sorted(every), map(str, sorted(every)))
     axis.set(xlabel="dimensions kept", ylabel="mean R@5 of both directions, %",
              title="retrieval by prefix" + (" (synthetic data)" if synthetic else ""))
-    axis.set_ylim(0, 1.08 * max(100 * each[str(d)]["R@5_mean"] for _, found, _ in runs for each in found for d in dims) + 1)
-    return figure, axis
+    axis.set_ylim(0, 1.08 * top + 1)
+    axis.legend(fontsize=8)
+    common.save_figure(figure, path)
 
 
 def plot_evaluation(folder, cfg, r, whole, n=200):
     """mrl_performance.png, embedding_space.png, similarity_matrix.png (the first n pairs)."""
-    figure, axis = plot_retrieval(folder / "mrl_performance.png", [("prefix", [r["dims"]], "-"), ("PCA", [r["pca"]], "--")], r["synthetic"])
-    axis.axhline(100 * r["chance"]["R@5"], color="grey", linestyle=":", label="chance")
-    axis.legend(fontsize=8)
-    common.save_figure(figure, folder / "mrl_performance.png")
+    plot_retrieval(folder / "mrl_performance.png", [("prefix", [r["dims"]], "-"), ("PCA", [r["pca"]], "--")], r["chance"]["R@5"], r["synthetic"])
     first = [x[:n] for x in whole]
     mark = " (synthetic data)" if r["synthetic"] else ""
     common.plot_embedding_space(folder / "embedding_space.png", dict(zip(("images", "captions"), first, strict=True)),
@@ -1401,28 +1448,13 @@ def compare(cfg):
     everything = [r for _, found in runs for r in found]
     synthetic = any(r["synthetic"] for r in everything)
 
-    def cell(values):
-        return f"{100 * np.mean(values):.1f}" + (f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-    table = []
-    for name, found in runs:
-        for label, part in (("", "dims"), (", PCA", "pca")):
-            for d in sorted(map(int, found[0][part]), reverse=True):
-                each = [r[part][str(d)] for r in found]
-                kept = [x["R@5_mean"] / max(r["dims"][max(r["dims"], key=int)]["R@5_mean"], 1e-9) for x, r in zip(each, found, strict=True)]
-                table.append([f"{name}{label}", len(found), d,
-                              *(cell([x[way][f"R@{k}"] for x in each]) for way in ("i2t", "t2i") for k in (1, 5, 10)),
-                              cell([x["R@5_mean"] for x in each]), cell(kept)])
-    chance = [cell([r["chance"][f"R@{k}"] for r in everything]).split(" ")[0] for k in (1, 5, 10)]
-    table.append(["chance", "-", "-", *chance, *chance, chance[1], "-"])
-    text = common.format_table(["run", "seeds", "dimensions", *(f"{way} R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)), "mean R@5",
-                                "% of the whole kept"], table) + ("\n[SYNTHETIC demo data]" if synthetic else "")
+    text = retrieval_table([(f"{name}{f' (n = {len(found)})' if len(found) > 1 else ''}: ", found) for name, found in runs])
+    text += "\n[SYNTHETIC demo data]" if synthetic else ""
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    figure, axis = plot_retrieval(out / "compare.png", [(f"{name}{label}", [r[part] for r in found], style) for name, found in runs
-                                                        for label, part, style in (("", "dims", "-"), (", PCA", "pca", "--"))], synthetic)
-    axis.axhline(100 * np.mean([r["chance"]["R@5"] for r in everything]), color="grey", linestyle=":", label="chance")
-    axis.legend(fontsize=7)
-    common.save_figure(figure, out / "compare.png")
+    lines = [(f"{name}{label}", [r[part] for r in found], style) for name, found in runs
+             for label, part, style in (("", "dims", "-"), (", PCA", "pca", "--"))]
+    plot_retrieval(out / "compare.png", lines, np.mean([r["chance"]["R@5"] for r in everything]), synthetic)
     common.atomic_write(out / "compare.txt", lambda file: file.write(f"{text}\n".encode()))
     print(f"{text}\n{out / 'compare.txt'}, {out / 'compare.png'}")
 
@@ -1437,9 +1469,6 @@ def embed_stage(cfg):
     folder, dims = Path(cfg.output_dir), cfg.vision_encoder.projection_dim
     if cfg.dim > dims:
         raise UserError(f"dim={cfg.dim} is more than vision_encoder.projection_dim={dims}")
-    if not (folder / "best_model.pt").exists():
-        raise UserError(f"{folder / 'best_model.pt'}: no such file; train first, with the same command without --stage")
-    common.check_run(cfg)
     tokenizer = Tokenizer(common.read_json(folder / "tokenizer.json")["merges"]) if cfg.text_encoder.name == "scratch" else None
     source = next((pattern, key) for pattern, key in ((cfg.parquet, "parquet"), (cfg.dataset.test_parquet, "dataset.test_parquet"),
                                                       (cfg.dataset.val_parquet, "dataset.val_parquet")) if pattern)
@@ -1477,17 +1506,19 @@ def main(argv):
         for name in ("train", "val", "test"):
             setattr(cfg.dataset, f"{name}_parquet", f"{folder}/pixmo_{name}.parquet")
     check(cfg)
-    if args.stage == "embed":
-        return embed_stage(cfg)
     if args.stage == "prepare":
         return show_splits(load_data(cfg))
+    best = Path(cfg.output_dir, "best_model.pt")
+    if args.stage in ("evaluate", "embed") and not best.exists():
+        raise UserError(f"{best}: no such checkpoint; train first, with the same command without --stage")
     common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
+    if args.stage == "embed":
+        return embed_stage(cfg)
     data = load_data(cfg)
-    if args.stage == "evaluate":
-        read_best(cfg, data, Path(cfg.output_dir))
-    folder = common.open_run(cfg, args.fresh)
     show_splits(data)
+    folder = Path(cfg.output_dir)
     if args.stage in ("all", "train"):
+        common.open_run(cfg, args.fresh)
         history = train(cfg, data)
         if cfg.evaluation.plots:
             plot_training(folder, cfg, history, data.synthetic)

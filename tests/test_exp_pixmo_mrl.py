@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,8 +117,9 @@ def test_exif_orientation_turns_the_picture():
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        turned = exp.TURNS.get(orientation)
-        expected = np.asarray(image.transpose(Image.Transpose[turned]) if turned else image).astype(int)
+        pixels = np.asarray(image).astype(int)  # Exif 2.3, 4.6.4.A: which row and column of the scene the stored ones are
+        expected = [pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1], pixels.swapaxes(0, 1), np.rot90(pixels, -1),
+                    pixels[::-1, ::-1].swapaxes(0, 1), np.rot90(pixels)][orientation - 1]
         assert abs(exp.decode_image(encoded(image, "PNG", exif=exif), 40).astype(int) - expected).max() <= 1
     assert exp.decode_image(encoded(image, "PNG", exif=b"Exif\0\0broken"), 8).shape == (8, 8, 3)
 
@@ -216,6 +219,34 @@ def test_files_without_what_is_needed(tmp_path, columns, message):
         prepared(tmp_path, write(tmp_path / "a.parquet", **columns))
 
 
+def test_a_glob_reaches_every_depth_and_an_empty_one_nothing(tmp_path, monkeypatch):
+    (tmp_path / "one/two").mkdir(parents=True)
+    paths = [write(tmp_path / place, image=GOOD[:1], caption=["a"]) for place in ("a.parquet", "one/b.parquet", "one/two/c.parquet")]
+    assert exp.parquet_files(f"{tmp_path}/**/*.parquet", "key") == exp.parquet_files(str(tmp_path), "key") == paths
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"dataset.val_parquet is empty"):
+        exp.parquet_files("", "dataset.val_parquet")
+
+
+def test_a_row_group_is_read_a_few_rows_at_a_time(tmp_path):
+    rng = np.random.default_rng(0)
+    table = pa.table({"image": [rng.bytes(50_000) for _ in range(640)], "caption": ["a"] * 640})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=640, write_batch_size=16)
+    del table
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in exp.read_group(tmp_path / "a.parquet", 0):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 0.5 * 640 * 50_000
+
+
+def test_a_caption_that_is_no_text_is_a_bad_row(tmp_path):
+    offsets = pa.py_buffer(np.array([0, 1, 3, 4], dtype=np.int32).tobytes())
+    broken = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xff\xfec")])
+    split = prepared(tmp_path, write(tmp_path / "a.parquet", image=GOOD[:3], caption=broken, id=broken))
+    assert (split.captions, split.ids) == ([["a"], ["c"]], ["a", "c"])
+    assert split.bad == [("a.parquet", 1, "no caption")]
+
+
 def test_files_that_are_missing_or_damaged(tmp_path):
     with pytest.raises(UserError, match=r"dataset.train_parquet=.*no parquet files there.*--demo"):
         prepared(tmp_path, tmp_path / "nothing.parquet")
@@ -300,7 +331,7 @@ def test_rows_are_the_same_with_and_without_cache_and_threads(tmp_path, scenes):
         for part in np.array_split(rows, 9):
             expected = exp.gather_images(stored, part)
             assert np.array_equal(exp.gather_images(decoded, part), expected)
-            assert np.array_equal(exp.gather_images(decoded, part, pool), expected)
+            assert np.array_equal(exp.gather_images(decoded, part, pool.map), expected)
     exp.gather_images(decoded, np.array([0]))
     assert sum(map(len, decoded.held.values())) <= 40
 
@@ -639,6 +670,12 @@ def test_pca_keeps_the_largest_variance_of_either_side_about_its_own_mean():
     torch.testing.assert_close(axes.T @ axes, torch.eye(6), rtol=1e-4, atol=1e-4)
 
 
+def test_geometry_of_more_rows_than_a_block():
+    x = F.normalize(torch.randn(1025, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    squares = torch.pdist(x.double()).square()
+    assert exp.geometry(x, x)["uniformity_text"] == pytest.approx(math.log((-2 * squares).exp().mean()), abs=1e-5)
+
+
 def test_geometry_against_loops():
     g = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(30, 5, generator=g), dim=1) for _ in range(2))
@@ -740,6 +777,14 @@ def test_neither_cache_nor_workers_change_a_run(whole, scenes, tmp_path, overrid
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_plots_asked_for_later_are_drawn(scenes, tmp_path):
+    assert cli(tmp_path, scenes, "optimization.num_epochs=1", "evaluation.plots=false") == 0
+    before = (tmp_path / "run/results.json").read_bytes()
+    assert cli(tmp_path, scenes, "optimization.num_epochs=1") == 0
+    assert len(list((tmp_path / "run").glob("*.png"))) == 6
+    assert (tmp_path / "run/results.json").read_bytes() == before
+
+
 def test_sigterm_saves_and_exits(whole, scenes, tmp_path, monkeypatch, capsys):
     real, calls = exp.train_step, itertools.count(1)
 
@@ -758,10 +803,51 @@ def test_sigterm_saves_and_exits(whole, scenes, tmp_path, monkeypatch, capsys):
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_signal_at_any_moment_of_a_step_is_saved_before_the_exit(scenes, tmp_path, monkeypatch):
+    real, calls = common.RunLog.write, itertools.count(1)
+
+    def stopped(*args):
+        if next(calls) == 1:  # after step 3, whose checkpoint is not due
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(common.RunLog, "write", stopped)
+    assert cli(tmp_path, scenes, "optimization.save_every_steps=100") == 130
+    assert common.load_checkpoint(tmp_path / "run/checkpoint_latest.pt")["global_step"] == 4
+
+
 def test_non_finite_loss_stops_with_step_and_rate(scenes, tmp_path, capsys):
     assert cli(tmp_path, scenes, "optimization.lr=1e30", "optimization.warmup_ratio=0") == 1
     assert "non-finite" in (err := capsys.readouterr().err)
     assert "lower optimization.lr" in err
+
+
+def test_weights_that_have_overflowed_never_replace_a_good_checkpoint(scenes, tmp_path, monkeypatch):
+    real, calls = exp.train_step, itertools.count(1)
+
+    def overflowing(model, *args):
+        if next(calls) == 4:
+            model.log_scale.data.fill_(math.inf)
+        return real(model, *args)
+    monkeypatch.setattr(exp, "train_step", overflowing)
+    assert cli(tmp_path, scenes, "optimization.log_every=1000", "optimization.save_every_steps=1") == 1
+    state = common.load_checkpoint(tmp_path / "run/checkpoint_latest.pt")
+    assert state["global_step"] == 3
+    assert all(torch.isfinite(value).all() for value in state["model_state_dict"].values())
+
+
+def test_a_learned_scale_ends_at_100_and_comes_back_and_a_fixed_one_is_what_was_set(tmp_path, scenes):
+    cfg = config(tmp_path, scenes, "losses.learnable_temperature=true", "losses.temperature=0.0101", "optimization.lr=0.05")
+    data = exp.load_data(cfg)
+    model = exp.build_model(cfg, data)
+    optimizer, batch = exp.build_optimizer(cfg, model), exp.make_batch(data, np.arange(16))
+    with torch.no_grad():
+        model.log_scale.add_(1.0)  # beyond: the next step brings it back
+    exp.train_step(model, batch, optimizer)
+    assert model.logit_scale.item() == pytest.approx(100)
+    for _ in range(3):  # of random embeddings the loss falls with the scale
+        exp.train_step(model, {**batch, "image": torch.randn_like(batch["image"])}, optimizer)
+    assert model.logit_scale.item() < 99
+    assert exp.build_model(config(tmp_path, scenes, "losses.temperature=0.005"), data).logit_scale.item() == pytest.approx(200)
 
 
 def test_periodic_checkpoints_and_the_control_without_mrl(scenes, tmp_path):
@@ -807,6 +893,9 @@ def test_compare_averages_seeds_and_draws(whole, scenes, tmp_path, capsys):
     assert "[SYNTHETIC demo data]" in text
     assert "chance" in text
     assert (tmp_path / "out/compare.png").exists()
+    assert cli(tmp_path / "3", scenes, "vision_encoder.mrl_dimensions=[8, 2]", "evaluation.plots=false") == 0  # other dimensions
+    for pair in ([whole, tmp_path / "3/run"], [tmp_path / "3/run", whole]):
+        assert cli(tmp_path, scenes, "--stage", "compare", f"compare=[{','.join(map(str, pair))}]", f"output_dir={tmp_path / 'out'}") == 0
     assert cli(tmp_path, scenes, "--stage", "compare") == 2
 
 
@@ -815,15 +904,16 @@ def test_compare_averages_seeds_and_draws(whole, scenes, tmp_path, capsys):
     (["losses.mrl_weights=[1, 2]"], r"expected one for each of \[16, 8, 4\]"), (["losses.mrl=0", "losses.contrastive=0"], "nothing would be trained"),
     (["vision_encoder.width=18", "vision_encoder.heads=4"], "not a multiple of vision_encoder.heads=4"),
     (["dataset.image_size=40"], "not a multiple of vision_encoder.patch_size=16"), (["optimization.betas=[0.9]"], "expected two numbers"),
-    (["vision_encoder.pooling_type=multihead", "vision_encoder.pooling_heads=5"], "does not divide"), (["--demo"], "brings its own data"),
+    (["vision_encoder.pooling_type=multihead", "vision_encoder.pooling_heads=5"], "not a multiple of vision_encoder.pooling_heads=5"),
+    (["losses.learnable_temperature=true", "losses.temperature=0.005"], "stays at 0.01 or above"), (["--demo"], "brings its own data"),
     (["dataset.val_parquet=gone"], "dataset.val_parquet=gone: no parquet files"), (["--fresh", "--stage", "evaluate"], "--fresh starts a run again"),
     (["dataset.text_dropuot_prob=0"], "did you mean dataset.text_dropout_prob")])
 def test_mistakes_are_one_line(scenes, tmp_path, capsys, overrides, message):
-    import re
     assert cli(tmp_path, scenes, *overrides) == 2
     err = capsys.readouterr().err
     assert re.search(message, err)
     assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_on_other_data_is_refused(whole, scenes, tmp_path, capsys):
@@ -931,6 +1021,37 @@ def test_frozen_pretrained_encoders_end_to_end(scenes, tmp_path):
     assert cli(tmp_path, scenes, *overrides) == 0
     assert (tmp_path / "run/results.json").exists()
     assert cli(tmp_path, scenes, *overrides, "--stage", "embed") == 0
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("dataset.image_size=40", "dataset.image_size=40: .* does not take it .* own 32"),
+    ("text_encoder.name={}", "dataset.max_text_length=20: .* does not take it .* lower it"),
+    ("text_encoder.pooling_heads=5", "text_encoder.pooling_heads=5 does not divide the width 16")])
+def test_what_a_pretrained_encoder_does_not_take_is_said_before_decoding(scenes, tmp_path, capsys, override, message):
+    folder = tiny_clip(tmp_path / "clip")
+    roberta = shutil.copytree(folder, tmp_path / "roberta")  # its positions start at 2: a text of 20 needs 22
+    transformers = pytest.importorskip("transformers")
+    transformers.RobertaModel(transformers.RobertaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                                         vocab_size=300, max_position_embeddings=20, pad_token_id=1)).save_pretrained(roberta)
+    capsys.readouterr()  # the progress bars of saving
+    assert cli(tmp_path, scenes, "dataset.image_size=0", f"vision_encoder.name={folder}", f"text_encoder.name={folder}",
+               "text_encoder.pooling_type=multihead", "text_encoder.pooling_heads=4", override.format(roberta)) == 2
+    assert re.search(message, err := capsys.readouterr().err)
+    assert err.count("\n") == 1
+    assert not (tmp_path / "cache").exists()
+
+
+def test_encoders_stored_in_half_precision_are_used_in_full(scenes, tmp_path):
+    folder = tiny_clip(tmp_path / "clip")
+    whole = exp.pretrained(str(folder), "vision")[1].state_dict()
+    transformers = pytest.importorskip("transformers")
+    transformers.CLIPModel.from_pretrained(folder).half().save_pretrained(folder)
+    cfg = config(tmp_path, scenes, "dataset.image_size=0", f"vision_encoder.name={folder}", f"text_encoder.name={folder}")
+    data = exp.load_data(cfg)
+    model = exp.build_model(cfg, data)
+    assert torch.isfinite(exp.train_step(model, exp.make_batch(data, np.arange(8)), exp.build_optimizer(cfg, model))["loss"])
+    for name, value in data.encoders["vision"].state_dict().items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)  # dtype included
 
 
 def test_pretrained_encoders_that_cannot_be_had(scenes, tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ import importlib.metadata
 import inspect
 import json
 import math
+import operator
 import os
 import platform
 import random
@@ -196,8 +197,8 @@ def typed(flat, schema, where):
         for bound in field.metadata.get("bounds", ()):
             op, limit = bound.split()
             numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
-            compare = {">": float.__gt__, ">=": float.__ge__, "<": float.__lt__, "<=": float.__le__}[op]
-            if not all(compare(float(v), float(limit)) for v in numbers):
+            compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}[op]
+            if not all(compare(v, float(limit)) for v in numbers):
                 raise UserError(f"{where}: {key}: must be {bound}, found {raw}")
         values[key] = value
     return values
@@ -235,11 +236,10 @@ def load_config(Config, path, overrides=(), demo=False):
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"{item!r}: an override is written key=value, e.g. seed=1")
-        try:
-            parsed = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError:
-            parsed = text
-        changed[key.strip()] = "" if parsed is None else parsed
+        changed[key.strip()] = value = text.strip()
+        if value.startswith(("[", "{", '"', "'")):  # the rest stays as it is: a path may hold ` #` or `: `
+            with contextlib.suppress(yaml.YAMLError):
+                changed[key.strip()] = yaml.load(value, Loader=_StrictLoader)
     values.update(typed(changed, schema, "command line"))
     if "output_dir" in schema and values.get("output_dir", "") in ("", "null", "~"):
         stem = Path(path).stem if path is not None else cfg.experiment
@@ -333,9 +333,9 @@ def pick_device(name="auto"):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    kind, _, index = name.partition(":")
+    kind = name.partition(":")[0]
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not available.get(kind, False) or not (index == "" or (index.isdigit() and int(index) < count)):
+    if not available.get(kind, False) or name not in (kind, *(f"{kind}:{i}" for i in range(count))):
         raise UserError(f"device={name} is not available here; use one of auto, {', '.join(k for k in available if available[k])}")
     torch.set_float32_matmul_precision("high")
     return torch.device(name)
@@ -434,9 +434,8 @@ def _check_pairs(a, b, ids, false_negatives):
         raise ValueError(f"false_negatives={false_negatives!r} needs ids [N]; without ids use 'ignore'")
     if ids is not None and ids.shape != a.shape[:1]:
         raise ValueError(f"ids must be [{len(a)}], found {list(ids.shape)}")
-    if a.dtype != torch.float64:  # logits in float32 also under autocast
-        a, b = a.float(), b.float()
-    return a, b
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)  # logits in float32 also under autocast
+    return a.to(dtype), b.to(dtype)
 
 
 def _groups(ids):
@@ -463,10 +462,12 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
     positives (soft targets, each row normalised). label_smoothing: eps spread evenly over the columns of a row that are
     not dropped. chunk_size: rows of logits held at once (default 1024); it changes memory, not the value.
     Returns: scalar, float32 (float64 for float64 input).
-    Raises: ValueError on shapes that disagree or ids that are missing.
+    Raises: ValueError on shapes that disagree, ids that are missing, label_smoothing outside [0, 1].
     Source: van den Oord et al. 2018; the symmetric form of CLIP (Radford et al. 2021). Soft targets as in UniCL (Yang et al. 2022).
     """
     a, b = _check_pairs(a, b, ids, false_negatives)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], found {label_smoothing}")
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
     dropped = torch.finfo(a.dtype).min / 4  # finite: a block may drop all of a column, and -inf - -inf is nan
     with torch.autocast(a.device.type, enabled=False):
@@ -530,8 +531,9 @@ def warmup_cosine(step, total_steps, warmup_steps):
 
     Source: Loshchilov & Hutter 2017 (SGDR) without restarts; clamped, as an unclamped cosine rises again past its end.
     """
+    step = max(step, 0)
     if step < warmup_steps:
-        return max(step, 0) / warmup_steps
+        return step / warmup_steps
     if step >= total_steps:
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
@@ -596,17 +598,16 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
         own_columns = first[rows, None] + offsets  # [q, most own rows of any query]
         is_own = own_columns < last[rows, None]
         own_columns = own_columns.clamp(max=len(gallery) - 1)
-        own = torch.stack([(queries[rows].double() * gallery[c].double()).sum(1) for c in own_columns.T], dim=1).float()
-        near = functools.reduce(torch.logical_or, [torch.sub(scores, column[:, None], out=work).abs_() <= tolerance[rows] for column in own.T])
-        near = near.nonzero()
-        if len(near) * 16 > scores.numel():  # a collapsed model: all are near
+        near = None
+        if len(offsets) <= 32:
+            exact = ((queries[rows].double() * gallery[c].double()).sum(1, keepdim=True).float() for c in own_columns.T)  # [q, 1] each
+            near = functools.reduce(torch.logical_or, (torch.sub(scores, own, out=work).abs_() <= tolerance[rows] for own in exact)).nonzero()
+        if near is None or len(near) * 16 > scores.numel():  # many own rows, or a collapsed model: all are near
             scores = (queries[rows].double() @ gallery.double().T).float()
-            own = scores.gather(1, own_columns)
         else:
             for part in near.split(65536):
                 scores[part[:, 0], part[:, 1]] = (queries[i + part[:, 0]].double() * gallery[part[:, 1]].double()).sum(1).float()
-            own = scores.gather(1, own_columns)
-        own = own.masked_fill(~is_own, -torch.inf)
+        own = scores.gather(1, own_columns).masked_fill(~is_own, -torch.inf)
         best = own.amax(1, keepdim=True)
         level = (own == best).sum(1)  # m, own rows at the best own score
         better = torch.gt(scores, best, out=work).sum(1).long()  # b; a float sum is several times faster and exact to 2^24
@@ -656,8 +657,8 @@ def multilabel_metrics(logits, targets, threshold=0.5):
     Raises: ValueError on shapes that disagree, non-finite logits, targets other than 0/1, a threshold outside (0, 1).
     Definitions as in scikit-learn, which the tests compare with.
     """
-    if logits.ndim != 2 or logits.shape != targets.shape or not len(logits):
-        raise ValueError(f"logits and targets must be equal [N, C] with N > 0, found {list(logits.shape)} and {list(targets.shape)}")
+    if logits.ndim != 2 or logits.shape != targets.shape or not logits.numel():
+        raise ValueError(f"logits and targets must be equal [N, C] with N, C > 0, found {list(logits.shape)} and {list(targets.shape)}")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie in (0, 1), found {threshold}")
     x, y = logits.detach().cpu().double().numpy(), targets.detach().cpu().double().numpy()
@@ -799,15 +800,23 @@ def fingerprint(paths, whole=1 << 31, blocks=512):
     return digest.hexdigest()[:16]
 
 
+def _run_config(folder):
+    """The config dict that a run's folder holds."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.yaml'} is damaged; choose another output_dir= or move the run aside with --fresh")
+    return config
+
+
 def check_run(cfg, fresh=False):
     """Raise UserError if cfg.output_dir holds a run of another config (unless `fresh`) or something else. Writes nothing."""
     folder = Path(cfg.output_dir)
     config_file = folder / "config.yaml"
     if config_file.exists() and not fresh:
-        try:
-            changes = config_changes(yaml.safe_load(config_file.read_text()), dataclasses.asdict(cfg))
-        except (OSError, AttributeError, yaml.YAMLError):
-            raise UserError(f"{config_file} is damaged; choose another output_dir= or move the run aside with --fresh") from None
+        changes = config_changes(_run_config(folder), dataclasses.asdict(cfg))
         if changes:
             raise UserError(f"{folder} holds a run of a different config: {', '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}; "
                             "choose another output_dir= or move the old run aside with --fresh")
@@ -918,7 +927,7 @@ def finished_runs(items):
             raise UserError(f"{pieces[0].strip()}/results.json: no such file; compare takes folders of finished runs")
         folders |= {Path(match).resolve(): Path(match) for match in matches}
         pieces = pieces[n:]
-    return [(folder, read_json(folder / "results.json"), yaml.safe_load((folder / "config.yaml").read_text())) for folder in folders.values()]
+    return [(folder, read_json(folder / "results.json"), _run_config(folder)) for folder in folders.values()]
 
 
 def runs_by_seed(items, experiment):

@@ -164,7 +164,8 @@ def load_tensor(path):
     except Exception as error:  # zip, pickle and torch raise kinds of their own on a damaged file
         raise UserError(f"{path}: not a readable .pt file ({type(error).__name__}: {str(error).splitlines()[0]}); "
                         "copy or encode it again") from None
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or not tensor.is_floating_point() or tensor.layout != torch.strided:
+    if not (isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] and tensor.is_floating_point()
+            and tensor.layout == torch.strided):
         found = f"{tensor.layout} {tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise UserError(f"{path}: expected a float tensor [rows, dim], found {found}")
     return tensor.detach()
@@ -202,7 +203,7 @@ def load_embeddings(folder, name, device):
             raise UserError(f"{path}: no such file; put the encoded embeddings there (README, 'Data'), point data.dir= at them, "
                             "or try --demo, which needs no data")
     metadata = common.read_json(metadata_file)
-    ids = metadata.get("image_ids") if isinstance(metadata, dict) else None
+    ids = metadata.get("image_ids")
     if not isinstance(ids, list) or not ids:
         raise UserError(f"{metadata_file}: expected a list image_ids with one id a caption row, found {type(ids).__name__}; "
                         "without it captions of one image cannot be kept in one split")
@@ -387,7 +388,8 @@ def epoch_batches(data, cfg, epoch):
         images, order = data.image_index[rows].sort(stable=True)
         first = torch.cat([images.new_ones(1, dtype=torch.bool), images[1:] != images[:-1]])
         rows = rows[order[first].sort().values]
-    return rows.tensor_split(max(1, math.ceil(len(rows) / cfg.training.batch_size)))
+    n = min(math.ceil(len(rows) / cfg.training.batch_size), len(rows) // 2)  # one pair alone has no negatives, and no BatchNorm
+    return rows.tensor_split(max(1, n))
 
 
 # ----------------------------------------------------------------------------------------------------------------- model
@@ -494,7 +496,7 @@ class ProjectionModel(nn.Module):
     forward(image [B, D_img], text [B, D_txt]) -> (z_image, z_text), both [B, D], L2-normalised.
     """
 
-    def __init__(self, heads, statistics, model, loss, batch_size, n_train, output_dim):
+    def __init__(self, heads, statistics, model, loss, batch_size, n_train, steps_per_epoch):
         super().__init__()
         self.heads = nn.ModuleList(heads)  # image, text
         for name, (mean, deviation) in zip(("image", "text"), statistics, strict=True):  # fixed, and saved with the weights
@@ -513,11 +515,11 @@ class ProjectionModel(nn.Module):
         if self.uses_queue:
             self.momentum_heads = copy.deepcopy(self.heads).requires_grad_(False)  # together: a memory that the heads share stays shared
             size = min(loss.queue_size or {"queue": 4096, "blip": 57_600}[loss.type], n_train)
-            self.register_buffer("queue", torch.zeros(2, size, output_dim))  # momentum keys: image, text
+            self.register_buffer("queue", torch.zeros(2, size, model.output_dim))  # momentum keys: image, text
             self.register_buffer("queue_ids", torch.full((size,), -1))  # -1: not filled yet, never a negative
             self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-            self.ramp_steps = math.ceil(n_train / batch_size)
+            self.ramp_steps = steps_per_epoch
         self.train()
         self.finish_step()
 
@@ -584,7 +586,8 @@ class ProjectionModel(nn.Module):
         self.log_scale.clamp_(*self.log_scale_range)
         if keys is None:
             return
-        for mine, live in zip(self.momentum_heads.state_dict().values(), self.heads.state_dict().values(), strict=True):
+        copies, live_heads = ([*m.parameters(), *m.buffers()] for m in (self.momentum_heads, self.heads))  # each once: a memory is shared
+        for mine, live in zip(copies, live_heads, strict=True):
             mine.lerp_(live, 1 - self.momentum) if mine.is_floating_point() else mine.copy_(live)
         size = len(self.queue_ids)
         keys, ids = torch.stack(keys)[:, -size:], ids[-size:]  # a batch larger than the queue leaves its last rows
@@ -617,7 +620,7 @@ def build_model(cfg, data):
         raise UserError(f"loss.temperature={cfg.loss.temperature}: must lie in [{1 / high:g}, {1 / low:g}] with loss.type={cfg.loss.type}")
     heads = make_heads(cfg.model, [data.images.shape[1], data.texts.shape[1]])
     model = ProjectionModel(heads, feature_statistics(data, cfg.model.standardize), cfg.model, cfg.loss, cfg.training.batch_size,
-                            len(data.splits["train"]), cfg.model.output_dim).to(data.images.device)
+                            len(data.splits["train"]), len(epoch_batches(data, cfg, 0))).to(data.images.device)
     if cfg.training.compile:
         model.compile()
     return model
@@ -774,8 +777,8 @@ def read_best(folder, data):
         raise UserError(f"{path}: no such file; train first (without --stage evaluate; if the run is complete, anew with --fresh)")
     best = common.load_checkpoint(path)
     widths = [data.images.shape[1], data.texts.shape[1]]
-    if best["input_dims"] != widths:
-        raise UserError(f"{path}: trained on image and text widths {best['input_dims']}, the data have {widths}; "
+    if best.get("input_dims") != widths:
+        raise UserError(f"{path}: trained on image and text widths {best.get('input_dims')}, the data have {widths}; "
                         "use the run's own embeddings or train anew with --fresh")
     return best
 
@@ -995,9 +998,12 @@ def read_search_space(path, tuning):
             space[key] = [common.typed({key: choice}, schema, where)[key] for choice in spec]
         elif isinstance(spec, dict) and {"low", "high"} <= set(spec) <= {"low", "high", "log"}:
             low, high = (common.typed({key: spec[end]}, schema, where)[key] for end in ("low", "high"))
-            if isinstance(low, str) or not low < high:
+            if not all(type(end) in (int, float) for end in (low, high)) or not low < high:
                 raise UserError(f"{where}: {key}: low must be a number below high, found {spec['low']} and {spec['high']}")
-            space[key] = (low, high, spec.get("log", "false").lower() == "true")
+            log = {"true": True, "false": False}.get(str(spec.get("log", "false")).lower())
+            if log is None or (log and low <= 0):
+                raise UserError(f"{where}: {key}: log must be true (with low above 0) or false, found log: {spec['log']}, low: {spec['low']}")
+            space[key] = (low, high, log)
         else:
             raise UserError(f"{where}: {key}: expected a list of choices or {{low: .., high: .., log: true}}, found {spec!r}")
     if not space:
@@ -1218,8 +1224,12 @@ STAGES = ("all", "split", "train", "evaluate", "compare", "tune")
 @common.exit_codes
 def main(argv):
     args = common.parse_command_line(argv, (Config, TuneConfig), __doc__, STAGES)
-    if args.stage == "tune" or "search_space" in common.read_yaml(args.config):
+    if "search_space" in common.read_yaml(args.config):
+        if args.stage not in ("all", "tune") or args.fresh:
+            raise UserError(f"{args.config} describes a search, not a run: leave --stage and --fresh out (a new study_name= searches anew)")
         return tune(args)
+    if args.stage == "tune":
+        raise UserError(f"{args.config}: has no search_space; tune YAMLs are in configs/tune/")
     cfg = common.load_config(Config, args.config, args.overrides, demo=args.demo)
     if args.stage == "compare":
         return compare(cfg)

@@ -153,7 +153,7 @@ def _convert(value, kind):
 
 
 def flatten(tree, prefix="", leaves=()):
-    """{'a': {'b': 1}} -> {'a.b': 1}, except for the dicts named in leaves."""
+    """{'a': {'b': 1}} -> {'a.b': 1}, except for the dicts named in leaves. Raises: UserError on a key that is there twice, dotted and nested."""
     flat = {}
     for key, value in tree.items():
         nested = isinstance(value, dict) and prefix + key not in leaves
@@ -176,7 +176,10 @@ def config_schema(Config, prefix=""):
 
 
 def typed(flat, schema, where):
-    """A flat {dotted key: raw value} checked and converted against the schema."""
+    """A flat {dotted key: raw value} checked and converted against the schema of `config_schema`.
+
+    Raises: UserError that begins with `where` and names the key: unknown, a section, of a wrong type, out of range.
+    """
     values = {}
     for key, raw in flat.items():
         if key not in schema:
@@ -257,13 +260,6 @@ def load_config(Config, path, overrides=(), demo=False):
 
 def _plain(value):
     return "[" + ",".join(map(_plain, value)) + "]" if isinstance(value, list) else "null" if value is None else str(value)
-
-
-def config_changes(old, new):
-    """['training.learning_rate=0.001 (was 0.0001)', ...] between two config dicts, neutral keys left out."""
-    old, new = flatten(old), flatten(new)
-    keys = [k for k in {**old, **new} if not is_neutral(k)]
-    return [f"{k}={new.get(k)} (was {old.get(k)})" for k in keys if old.get(k) != new.get(k)]
 
 
 def _config_help(section, prefix=""):
@@ -463,7 +459,8 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
     not dropped. chunk_size: rows of logits held at once (default 1024); it changes memory, not the value.
     Returns: scalar, float32 (float64 for float64 input).
     Raises: ValueError on shapes that disagree, ids that are missing, label_smoothing outside [0, 1].
-    Source: van den Oord et al. 2018; the symmetric form of CLIP (Radford et al. 2021). Soft targets as in UniCL (Yang et al. 2022).
+    Source: van den Oord et al. 2018, equation 4; the symmetric form of CLIP (Radford et al. 2021, figure 3). Soft targets as in UniCL
+    (Yang et al. 2022); smoothing of Szegedy et al. 2016, section 7.
     """
     a, b = _check_pairs(a, b, ids, false_negatives)
     if not 0 <= label_smoothing <= 1:
@@ -527,9 +524,10 @@ def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignor
 # -------------------------------------------------------------------------------------------------------------- schedule
 
 def warmup_cosine(step, total_steps, warmup_steps):
-    """Learning-rate factor in [0, 1]: linear 0 -> 1 over warmup_steps, then half a cosine to 0, and 0 ever after.
+    """Learning-rate factor in [0, 1] of a step, counted from 0: linear 0 -> 1 over warmup_steps, then half a cosine to 0 at
+    total_steps, and 0 ever after.
 
-    Source: Loshchilov & Hutter 2017 (SGDR) without restarts; clamped, as an unclamped cosine rises again past its end.
+    Source: Loshchilov & Hutter 2017 (SGDR), equation 5, without restarts; clamped, as an unclamped cosine rises again past its end.
     """
     step = max(step, 0)
     if step < warmup_steps:
@@ -578,8 +576,8 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     queries, gallery = queries.detach().to(device), gallery.detach().to(device)
     gallery_ids, order = gallery_ids.to(device).sort(stable=True)  # own rows of a query become one range
     gallery, query_ids = gallery[order], query_ids.to(device)
-    first, last = torch.searchsorted(gallery_ids, query_ids), torch.searchsorted(gallery_ids, query_ids, right=True)
-    n_own = last - first  # [Q]
+    first = torch.searchsorted(gallery_ids, query_ids)
+    n_own = torch.searchsorted(gallery_ids, query_ids, right=True) - first  # [Q]
     if (n_own == 0).any():
         raise ValueError(f"{int((n_own == 0).sum())} of {len(queries)} queries have no row of their id in the gallery, "
                          f"the first is id {int(query_ids[n_own == 0][0])}")
@@ -595,9 +593,8 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
             torch.mm(queries[rows].float(), gallery32.T, out=scores)
         if not torch.isfinite(torch.stack([scores.amax(), scores.amin()])).all():
             raise ValueError("scores overflow float32; normalise the rows")
-        own_columns = first[rows, None] + offsets  # [q, most own rows of any query]
-        is_own = own_columns < last[rows, None]
-        own_columns = own_columns.clamp(max=len(gallery) - 1)
+        is_own = offsets < n_own[rows, None]  # [q, most own rows of any query]
+        own_columns = first[rows, None] + offsets * is_own  # filled up with the first
         near = None
         if len(offsets) <= 32:
             exact = ((queries[rows].double() * gallery[c].double()).sum(1, keepdim=True).float() for c in own_columns.T)  # [q, 1] each
@@ -622,9 +619,8 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
             else:  # an own row a hair lower: below all rows that tie with it, above all that do not
                 scores, own = scores.double(), own.double()  # so that a hair is less than the gap to the next float32
                 below = torch.nextafter(own, torch.full_like(own, -torch.inf))
-                mine = torch.zeros_like(scores, dtype=torch.bool)
-                mine.scatter_(1, torch.where(is_own, own_columns, first[rows, None]), True)
-                scores.scatter_(1, torch.where(is_own, own_columns, first[rows, None]), torch.where(is_own, below, below[:, :1]))
+                scores.scatter_(1, own_columns, torch.where(is_own, below, below[:, :1]))
+                mine = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, own_columns, True)
                 top = mine.gather(1, scores.topk(min(max(map_ks), len(gallery)), dim=1).indices).double()
                 places = torch.arange(1, top.shape[1] + 1, device=device)
                 precision = top @ (places[:, None] <= places).double() / places  # own rows so far / place
@@ -726,14 +722,6 @@ def save_checkpoint(path, state, keep_previous=True):
     atomic_write(path, lambda file: torch.save(state, file), keep_previous)
 
 
-def _read_checkpoint(path):
-    with zipfile.ZipFile(path) as archive:  # torch.load does not check the CRCs it writes
-        damaged = archive.testzip()
-    if damaged:
-        raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def load_checkpoint(path):
     """The dict that `save_checkpoint` wrote, on the CPU (weights_only=True). A missing or damaged file falls back to
     `<path>.previous`, where there is one, with a warning.
@@ -743,7 +731,10 @@ def load_checkpoint(path):
     path, problems = Path(path), []
     for candidate in (path, _previous(path)):
         try:
-            state = _read_checkpoint(candidate)
+            with zipfile.ZipFile(candidate) as archive:  # torch.load does not check the CRCs it writes
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             continue
         except Exception as error:  # zipfile, pickle and torch each raise their own kinds on a damaged file
@@ -760,7 +751,7 @@ def load_checkpoint(path):
 # ------------------------------------------------------------------------------------------------------- the run's folder
 
 def write_json(path, value):
-    """Write JSON atomically; a non-finite number becomes null."""
+    """Write JSON atomically; a non-finite number becomes null. Raises: OSError naming the path."""
     def plain(v):
         if isinstance(v, dict):
             return {str(k): plain(x) for k, x in v.items()}
@@ -816,7 +807,8 @@ def check_run(cfg, fresh=False):
     folder = Path(cfg.output_dir)
     config_file = folder / "config.yaml"
     if config_file.exists() and not fresh:
-        changes = config_changes(_run_config(folder), dataclasses.asdict(cfg))
+        old, new = flatten(_run_config(folder)), flatten(dataclasses.asdict(cfg))
+        changes = [f"{k}={new.get(k)} (was {old.get(k)})" for k in {**old, **new} if not is_neutral(k) and old.get(k) != new.get(k)]
         if changes:
             raise UserError(f"{folder} holds a run of a different config: {', '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}; "
                             "choose another output_dir= or move the old run aside with --fresh")

@@ -51,8 +51,8 @@ from common import UserError, ranged
 class DataConfig:
     dir: str = "pretrain_encoded"  # folder of the {name}_image_embeddings.pt, _text_embeddings.pt and _metadata.json files
     name: str = "train2017"  # the files that are split by image
-    train: int | float | str = "auto"  # share or number of images; rest: all that is left; auto: 0.8, or rest with a test file
-    val: int | float | str = "auto"  # share or number of images; auto: 1%, but at least min(10%, 1,000 images)
+    train: int | float | Literal["auto", "rest"] = "auto"  # share or number of images; rest: all that is left; auto: 0.8, or rest with a test file
+    val: int | float | Literal["auto"] = "auto"  # share or number of images; auto: 1%, but at least min(10%, 1,000 images)
     test: int | float | str = 0.04  # share or number of images; or a held-out file's name (val2017); or karpathy
     karpathy_ids: str = ""  # with test=karpathy: JSON list or text file of the test images' COCO image ids or caption ids
     split_seed: int = ranged(42, ">= 0", "< 4294967296")  # of the split by image; the same for every `seed`, so that runs share their test set
@@ -151,6 +151,7 @@ class Data:
 
 
 def embedding_files(folder, name):
+    """The three paths of a set: image embeddings, text embeddings, metadata."""
     return [Path(folder) / f"{name}_{part}" for part in ("image_embeddings.pt", "text_embeddings.pt", "metadata.json")]
 
 
@@ -219,7 +220,7 @@ def load_embeddings(folder, name, device):
     unique = {image: row for row, image in enumerate(dict.fromkeys(ids))}  # in order of first appearance
     image_index = torch.tensor([unique[i] for i in ids])  # [P]
     first = torch.full((len(unique),), len(ids)).scatter_reduce(0, image_index, torch.arange(len(ids)), "amin")  # [M] a caption of each image
-    rows, clash = metadata.get("image_index"), None
+    rows = metadata.get("image_index")
     if len(images) == len(ids) and (rows is None or len(unique) < len(ids)):  # a row per caption
         clash = first_clash(images, first[image_index])
         if clash is None:
@@ -269,10 +270,6 @@ def read_karpathy(path, image_ids, caption_ids):
 def load_data(cfg):
     """Read the files of cfg.data, put them on the device and split them by image. Raises: UserError in one line."""
     device, d = common.pick_device(cfg.device), cfg.data
-    for split, words in (("train", ("auto", "rest")), ("val", ("auto",))):
-        amount = getattr(d, split)
-        if isinstance(amount, str) and amount not in words:
-            raise UserError(f"data.{split}={amount}: expected a share such as 0.1, a number of images, or {' or '.join(words)}")
     names = [d.name]
     if d.test == "karpathy":
         if not d.karpathy_ids:
@@ -332,7 +329,7 @@ def split_off(pool, amount, n, split):
 
 
 def write_splits(folder, cfg, data):
-    """splits.json, written once: image ids of each split, seed, fingerprint. UserError if it holds another split."""
+    """splits.json, written once: image ids of each split, seed, fingerprint. Raises: UserError if it holds another split."""
     ids = {split: [data.image_ids[i] for i in data.image_index[rows].unique().tolist()] for split, rows in data.splits.items()}
     path = folder / "splits.json"
     record = {"split_seed": cfg.data.split_seed, "data_fingerprint": data.fingerprint, "image_ids": ids}
@@ -394,21 +391,14 @@ def epoch_batches(data, cfg, epoch):
 
 # ----------------------------------------------------------------------------------------------------------------- model
 
-SCALE_RANGE = {"clip": (1, 100), "align": (1e-3, 100), "blip": (2, 1000)}  # of the learnt logit scale, 1 / temperature; others as clip
+SCALE_RANGE = {"clip": (1, 100), "siglip": (1, 100), "align": (1e-3, 100), "queue": (1, 100), "blip": (2, 1000)}  # of the learnt 1 / temperature
 TRAINING_ONLY = ("momentum_heads.", "queue", "steps")  # parts of the state that best_model.pt does without
 
 
-class MLPHead(nn.Module):
-    """Linear(-norm)-GELU-Dropout-Linear(-norm): [B, input_dim] -> [B, output_dim]; each norm may be None."""
-
-    def __init__(self, input_dim, hidden_dim, output_dim, dropout, hidden_norm=None, output_norm=None):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(input_dim, hidden_dim), hidden_norm(hidden_dim) if hidden_norm else nn.Identity(), nn.GELU(), nn.Dropout(dropout),
-            nn.Linear(hidden_dim, output_dim), output_norm(output_dim) if output_norm else nn.Identity())
-
-    def forward(self, x):
-        return self.layers(x)
+def mlp(input_dim, hidden_dim, output_dim, dropout, hidden_norm=nn.Identity, output_norm=nn.Identity):
+    """Linear-norm-GELU-Dropout-Linear-norm: [B, input_dim] -> [B, output_dim]."""
+    return nn.Sequential(nn.Linear(input_dim, hidden_dim), hidden_norm(hidden_dim), nn.GELU(), nn.Dropout(dropout),
+                         nn.Linear(hidden_dim, output_dim), output_norm(output_dim))
 
 
 class AttentionHead(nn.Module):
@@ -448,7 +438,7 @@ class CrossModalHead(nn.Module):
         self.embed, self.norm = nn.Linear(input_dim, hidden_dim), nn.LayerNorm(hidden_dim)
         self.query, self.key, self.value = (nn.Linear(hidden_dim, hidden_dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
-        self.output = MLPHead(hidden_dim, hidden_dim, output_dim, dropout)
+        self.output = mlp(hidden_dim, hidden_dim, output_dim, dropout)
 
     def forward(self, x):
         x = self.embed(x)
@@ -458,35 +448,26 @@ class CrossModalHead(nn.Module):
         return self.output(x + torch.einsum("bhs,shd->bhd", self.dropout(weights), value).flatten(1))
 
 
-class SigLIPHead(nn.Module):
-    """LayerNorm-Linear: [B, input_dim] -> [B, output_dim]."""
-
-    def __init__(self, input_dim, output_dim):
-        super().__init__()
-        self.norm = nn.LayerNorm(input_dim)
-        self.output = nn.Linear(input_dim, output_dim)
-
-    def forward(self, x):
-        return self.output(self.norm(x))
-
-
 def make_heads(model, input_dims):
-    """[image head, text head] for the widths of the embeddings."""
+    """[image head, text head], modules [B, width] -> [B, output_dim], for the two widths of the embeddings.
+
+    Raises: UserError if hidden_dim cannot be divided among the heads and tokens of attention or cross_modal.
+    """
     hidden = model.hidden_dim or {"align": 2048}.get(model.type, 1024)
     memory = nn.Parameter(torch.randn(64, hidden) / hidden**0.5) if model.type == "cross_modal" else None
 
     def make(width):
         if model.type == "siglip":
-            return SigLIPHead(width, model.output_dim)
+            return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, model.output_dim))
         if model.type in ("attention", "transformer"):
             return AttentionHead(width, hidden, model.output_dim, model.num_heads, model.num_layers, model.dropout)
         if model.type == "cross_modal":
             return CrossModalHead(width, hidden, model.output_dim, model.num_heads, model.dropout, memory)
         if model.type == "clip":
-            return MLPHead(width, model.hidden_dim or width // 2, model.output_dim, model.dropout)
+            return mlp(width, model.hidden_dim or width // 2, model.output_dim, model.dropout)
         if model.type == "align":
-            return MLPHead(width, hidden, model.output_dim, model.dropout, hidden_norm=nn.BatchNorm1d if model.use_bn else nn.LayerNorm)
-        return MLPHead(width, hidden, model.output_dim, model.dropout, output_norm=nn.LayerNorm)  # mlp, blip
+            return mlp(width, hidden, model.output_dim, model.dropout, hidden_norm=nn.BatchNorm1d if model.use_bn else nn.LayerNorm)
+        return mlp(width, hidden, model.output_dim, model.dropout, output_norm=nn.LayerNorm)  # mlp, blip
     return [make(width) for width in input_dims]
 
 
@@ -508,7 +489,7 @@ class ProjectionModel(nn.Module):
         self.label_smoothing = loss.label_smoothing if loss.label_smoothing is not None else 0.1 * (loss.type == "align")
         temperature = loss.temperature or {"siglip": 0.1, "align": 1.0}.get(loss.type, 0.07)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=model.learnable_temp)
-        self.log_scale_range = [math.log(s) for s in SCALE_RANGE.get(loss.type, SCALE_RANGE["clip"])]
+        self.log_scale_range = [math.log(s) for s in SCALE_RANGE[loss.type]]
         bias = -math.log(batch_size - 1) if loss.logit_bias == "auto" else float(loss.logit_bias)
         self.logit_bias = nn.Parameter(torch.tensor(bias), requires_grad=model.learnable_temp) if loss.type == "siglip" else None
         self.uses_queue = loss.type in ("queue", "blip")
@@ -556,8 +537,9 @@ class ProjectionModel(nn.Module):
     def queue_loss(self, z_image, z_text, keys, ids):
         """Cross-entropy of each z over the momentum keys of the batch and the filled part of the queue, mean of both directions.
 
-        queue: one positive, the own partner's key (MoCo, He et al. 2020). blip: soft targets, alpha of the momentum model's own
-        softmax and 1 - alpha of the positives (ALBEF, Li et al. 2021; BLIP, Li et al. 2022).
+        z_image, z_text [B, D], keys (image, text) [B, D], all L2-normalised; ids [B]. queue: one positive, the own partner's key (MoCo, He et
+        al. 2020, equation 1). blip: soft targets, alpha of the momentum model's own softmax and 1 - alpha of the positives (ALBEF, Li et al.
+        2021, equation 6; BLIP, Li et al. 2022).
         """
         scale, n = self.log_scale.exp(), len(ids)
         all_ids = torch.cat([ids, self.queue_ids])
@@ -582,7 +564,7 @@ class ProjectionModel(nn.Module):
 
     @torch.no_grad()
     def finish_step(self, keys=None, ids=None):
-        """After an optimizer step: clamp the scale; move the momentum copies (parameters and BatchNorm buffers); enqueue the batch's keys."""
+        """After an optimizer step: clamp the scale; move the momentum copies (MoCo, equation 2; BatchNorm buffers too); enqueue the batch's keys."""
         self.log_scale.clamp_(*self.log_scale_range)
         if keys is None:
             return
@@ -615,7 +597,7 @@ def build_model(cfg, data):
         raise UserError(f"loss.label_smoothing={cfg.loss.label_smoothing} works with loss.type=clip or align, not {cfg.loss.type}")
     if cfg.loss.queue_size and cfg.loss.type not in ("queue", "blip"):
         raise UserError(f"loss.queue_size={cfg.loss.queue_size} works with loss.type=queue or blip, not {cfg.loss.type}")
-    low, high = SCALE_RANGE.get(cfg.loss.type, SCALE_RANGE["clip"])
+    low, high = SCALE_RANGE[cfg.loss.type]
     if cfg.loss.temperature and not low <= 1 / cfg.loss.temperature <= high:
         raise UserError(f"loss.temperature={cfg.loss.temperature}: must lie in [{1 / high:g}, {1 / low:g}] with loss.type={cfg.loss.type}")
     heads = make_heads(cfg.model, [data.images.shape[1], data.texts.shape[1]])
@@ -655,6 +637,7 @@ def train_step(model, batch, optimizer):
 
 
 def logit_parameters(model):
+    """{logit_scale[, logit_bias]}: 0-d tensors, detached."""
     scalars = {"logit_scale": model.log_scale.detach().exp()}
     return scalars if model.logit_bias is None else {**scalars, "logit_bias": model.logit_bias.detach().clone()}
 
@@ -887,6 +870,7 @@ def learning_rate(training, step, total_steps):
 
 
 def set_learning_rate(optimizer, rate):
+    """The same rate in every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -911,8 +895,7 @@ def train(cfg, data=None):
         losses[:first_step] = position["losses"]
         common.set_rng_state(state["rng"])
         print(f"{folder}: training is complete" if finished else f"resuming {folder} at epoch {epoch + 1}, step {first_step}")
-    steps_per_epoch = len(losses)
-    last_step = steps_per_epoch * t.num_epochs
+    steps_per_epoch, last_step = len(losses), total_steps(cfg, data)
 
     def rate(step):
         return learning_rate(t, epoch * steps_per_epoch + step, last_step)
@@ -981,6 +964,7 @@ def write_history(folder, log, history):
 # ---------------------------------------------------------------------------------------------------------------- tuning
 
 def import_optuna():
+    """The optional package. Raises: UserError with the pip command."""
     try:
         import optuna
     except ImportError:
@@ -1012,10 +996,12 @@ def read_search_space(path, tuning):
 
 
 def trial_config(base, overrides, params, demo):
+    """The run config `base` with a trial's parameters {config key: value}. Raises: UserError if they are out of range."""
     return common.load_config(Config, base, [*overrides, *(f"{k}={'null' if v is None else v}" for k, v in params.items())], demo=demo)
 
 
 def open_study(tuning, name):
+    """The Optuna study of that name, made if it is not there. Raises: UserError if the storage cannot be opened."""
     optuna = import_optuna()
     try:
         if "://" in tuning.storage:
@@ -1157,6 +1143,7 @@ def mark(title, synthetic):
 
 
 def plot_training(folder, cfg, history, synthetic):
+    """training_curves.png: loss, recalls and logit scale by epoch, the chosen one marked."""
     chosen = max(history, key=lambda row: monitored(row, cfg.training.monitor))
     panels = {f"{cfg.loss.type} loss": {"train": [r["train_loss"] for r in history], "validation": [r["val_loss"] for r in history]},
               "validation R@1 [%]": {"image to text": [r["val_i2t_R1"] for r in history], "text to image": [r["val_t2i_R1"] for r in history]},
@@ -1241,22 +1228,19 @@ def main(argv):
         cfg.data.dir = demo_data.write_coco("data/demo/coco_heads")
     common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
     data = load_data(cfg)
-    if args.stage == "evaluate":
-        read_best(Path(cfg.output_dir), data)
-    folder = common.open_run(cfg, args.fresh)
+    if args.fresh:
+        common.open_run(cfg, fresh=True)
     for split, rows in data.splits.items():
         print(f"{split:5} {len(data.image_index[rows].unique()):7,} images {len(rows):8,} captions")
     if args.stage == "split":
-        start(cfg, data)
-        print(folder / "splits.json")
+        return print(start(cfg, data)[0] / "splits.json")
     if args.stage in ("all", "train"):
         history = train(cfg, data)
         if cfg.evaluation.plots:
-            plot_training(folder, cfg, history, data.synthetic)
+            plot_training(Path(cfg.output_dir), cfg, history, data.synthetic)
     if args.stage in ("all", "evaluate"):
         print(f"\n{report(evaluate(cfg, data))}")
-    if args.stage != "split":
-        print(f"files: {folder}/ (results.json, metrics.csv, best_model.pt, evaluation_results/)")
+    print(f"files: {cfg.output_dir}/ (results.json, metrics.csv, best_model.pt, evaluation_results/)")
 
 
 if __name__ == "__main__":

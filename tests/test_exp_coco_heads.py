@@ -598,7 +598,7 @@ def test_same_seed_same_bits_other_seed_other_bits(tmp_path, coco_demo):
         exp.train(cfg)
         weights.append(common.load_checkpoint(tmp_path / str(n) / "best_model.pt")["model_state_dict"])
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    assert not torch.equal(weights[0]["heads.0.output.weight"], weights[2]["heads.0.output.weight"])
+    assert not torch.equal(weights[0]["heads.0.1.weight"], weights[2]["heads.0.1.weight"])
 
 
 def test_evaluating_an_unfinished_run_leaves_no_stale_result(tmp_path, coco_demo, monkeypatch):
@@ -859,7 +859,7 @@ def test_leaking_held_out_file_and_clashing_widths(tmp_path, coco_demo):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["data.test=0.999"], "data.val=40: asks for 40 images, 0 of 300 are left"), (["data.test=1000"], "asks for 1000 images, 300 of 300"),
-    (["data.test=1"], "the test split has 1 of 300 images"), (["data.val=most"], "data.val=most: expected a share such as 0.1"),
+    (["data.test=1"], "the test split has 1 of 300 images"), (["data.val=most"], "data.val: expected .* one of auto, found 'most'"),
     (["data.test=val2014"], "val2014_image_embeddings.pt: no such file"), (["data.test=karpathy"], "needs data.karpathy_ids"),
     (["data.train=-0.5"], "asks for -150 images")])
 def test_bad_splits(tmp_path, coco_demo, overrides, message):

@@ -111,7 +111,7 @@ def _describe(kind):
 
 
 def _convert(value, kind):
-    """A YAML string, list or already typed default as `kind`; ValueError if it is not one."""
+    """What YAML gave, a string, list or dict, as `kind`; ValueError if it is not one."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         for option in sorted(args, key=lambda k: k is str):  # str takes anything: last
@@ -121,31 +121,24 @@ def _convert(value, kind):
                 pass
         raise ValueError
     if origin is list or kind is list:
-        if not isinstance(value, (list, tuple)):
+        if not isinstance(value, list):
             raise ValueError
         return [_convert(v, args[0] if args else str) for v in value]
     if kind is dict and isinstance(value, dict):
         return value
-    if kind is dict or isinstance(value, (list, dict)):
+    if kind is dict or not isinstance(value, str):
         raise ValueError
-    if isinstance(value, str):
-        value = re.sub(r'^\\"(.*)\\"$', r"\1", value.strip())  # \"siglip\": quotes escaped by a Markdown editor
+    value, words = re.sub(r'^\\"(.*)\\"$', r"\1", value.strip()), None  # \"siglip\": quotes escaped by a Markdown editor
     if origin is typing.Literal:
-        for option in args:
-            if str(value) == str(option):
-                return option
-        raise ValueError
-    if kind is type(None):
-        if value is None or value in ("", "~", "null", "Null", "NULL", "None"):
-            return None
-        raise ValueError
-    if kind is bool:
-        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-        if str(value).lower() in words:
-            return words[str(value).lower()]
-        raise ValueError
-    if value is None or isinstance(value, bool):
-        raise ValueError
+        words = {str(option): option for option in args}
+    elif kind is type(None):
+        words = dict.fromkeys(("", "~", "null", "Null", "NULL", "None"))
+    elif kind is bool:
+        value, words = value.lower(), {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if words is not None:
+        if value not in words:
+            raise ValueError
+        return words[value]
     number = kind(value)  # int("512"), float("1e-4"), str("no")
     if kind is float and not math.isfinite(number):
         raise ValueError
@@ -188,7 +181,7 @@ def typed(flat, schema, where):
             hint = f"; did you mean {same_leaf[0]}?" if same_leaf else _nearest(key, known)
             raise UserError(f"{where}: unknown key {key}{hint} (-h lists every key)")
         if schema[key] is None:  # a section: `training:` with nothing under it is fine, a value is not
-            if raw in ("", None):
+            if raw == "":
                 continue
             raise UserError(f"{where}: {key} is a section; set {key}.<key> instead of {key}={raw}")
         field, kind = schema[key]

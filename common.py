@@ -825,7 +825,7 @@ def open_run(cfg, fresh=False):
         print(f"moved the earlier run to {folder.with_name(f'{folder.name}.old-{n}')}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / ".writable", lambda file: None)
+        (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"the output folder {folder} cannot be written ({error.strerror or error}); set output_dir=") from None

@@ -536,6 +536,14 @@ def test_open_run_protects_other_folders(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_written_is_one_short_line(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "touch", refused)
+    with pytest.raises(UserError, match=r"run cannot be written \(Permission denied\); set output_dir=$"):
+        common.open_run(load(tmp_path, "", f"output_dir={tmp_path / 'run'}"))
+
+
 def test_data_fingerprint_is_checked(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"1")
     one = common.fingerprint([tmp_path / "a.bin"])

@@ -410,9 +410,7 @@ class AttentionHead(nn.Module):
 
     def __init__(self, input_dim, hidden_dim, output_dim, num_heads, num_layers, dropout):
         super().__init__()
-        width, rest = divmod(hidden_dim, self.N_TOKENS)
-        if rest or width % num_heads:
-            raise UserError(f"model.hidden_dim={hidden_dim} must be a multiple of {self.N_TOKENS} tokens x model.num_heads={num_heads}")
+        width = hidden_dim // self.N_TOKENS
         self.tokens = nn.Linear(input_dim, hidden_dim)
         self.position = nn.Parameter(0.02 * torch.randn(self.N_TOKENS, width))
         layer = nn.TransformerEncoderLayer(width, num_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
@@ -432,8 +430,6 @@ class CrossModalHead(nn.Module):
 
     def __init__(self, input_dim, hidden_dim, output_dim, num_heads, dropout, memory):
         super().__init__()
-        if hidden_dim % num_heads:
-            raise UserError(f"model.hidden_dim={hidden_dim} must be a multiple of model.num_heads={num_heads}")
         self.memory, self.num_heads = memory, num_heads
         self.embed, self.norm = nn.Linear(input_dim, hidden_dim), nn.LayerNorm(hidden_dim)
         self.query, self.key, self.value = (nn.Linear(hidden_dim, hidden_dim) for _ in range(3))
@@ -449,10 +445,7 @@ class CrossModalHead(nn.Module):
 
 
 def make_heads(model, input_dims):
-    """[image head, text head], modules [B, width] -> [B, output_dim], for the two widths of the embeddings.
-
-    Raises: UserError if hidden_dim cannot be divided among the heads and tokens of attention or cross_modal.
-    """
+    """[image head, text head], modules [B, width] -> [B, output_dim], for the two widths of the embeddings."""
     hidden = model.hidden_dim or {"align": 2048}.get(model.type, 1024)
     memory = nn.Parameter(torch.randn(64, hidden) / hidden**0.5) if model.type == "cross_modal" else None
 
@@ -591,8 +584,13 @@ def feature_statistics(data, standardize, chunk=16384):
     return out
 
 
-def build_model(cfg, data):
-    """ProjectionModel on the data's device; the widths are the data's. Raises: UserError on settings that do not go together."""
+def check_settings(cfg):
+    """Raises: UserError on settings of model and loss that do not go together."""
+    hidden, heads = cfg.model.hidden_dim or 1024, cfg.model.num_heads
+    if cfg.model.type in ("attention", "transformer") and hidden % (AttentionHead.N_TOKENS * heads):
+        raise UserError(f"model.hidden_dim={hidden} must be a multiple of {AttentionHead.N_TOKENS} tokens x model.num_heads={heads}")
+    if cfg.model.type == "cross_modal" and hidden % heads:
+        raise UserError(f"model.hidden_dim={hidden} must be a multiple of model.num_heads={heads}")
     if cfg.loss.label_smoothing and cfg.loss.type not in ("clip", "align"):
         raise UserError(f"loss.label_smoothing={cfg.loss.label_smoothing} works with loss.type=clip or align, not {cfg.loss.type}")
     if cfg.loss.queue_size and cfg.loss.type not in ("queue", "blip"):
@@ -600,6 +598,11 @@ def build_model(cfg, data):
     low, high = SCALE_RANGE[cfg.loss.type]
     if cfg.loss.temperature and not low <= 1 / cfg.loss.temperature <= high:
         raise UserError(f"loss.temperature={cfg.loss.temperature}: must lie in [{1 / high:g}, {1 / low:g}] with loss.type={cfg.loss.type}")
+
+
+def build_model(cfg, data):
+    """ProjectionModel on the data's device; the widths are the data's. Raises: UserError on settings that do not go together."""
+    check_settings(cfg)
     heads = make_heads(cfg.model, [data.images.shape[1], data.texts.shape[1]])
     model = ProjectionModel(heads, feature_statistics(data, cfg.model.standardize), cfg.model, cfg.loss, cfg.training.batch_size,
                             len(data.splits["train"]), len(epoch_batches(data, cfg, 0))).to(data.images.device)
@@ -1226,6 +1229,7 @@ def main(argv):
         if any(override.startswith("data.dir=") for override in args.overrides):
             raise UserError("--demo brings its own data; leave one of --demo and data.dir= out")
         cfg.data.dir = demo_data.write_coco("data/demo/coco_heads")
+    check_settings(cfg)
     common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
     data = load_data(cfg)
     if args.fresh:

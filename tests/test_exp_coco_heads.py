@@ -641,7 +641,11 @@ def test_a_failed_start_leaves_no_folder_and_moves_no_run(tmp_path, coco_demo):
     base = [ROOT / "configs/siglip.yaml", f"output_dir={tmp_path / 'run'}", *SMALL, "training.num_epochs=1", "evaluation.plots=false"]
     assert run(*base, f"data.dir={tmp_path / 'nowhere'}", check=False).returncode == 2
     assert not (tmp_path / "run").exists()
-    run(*base, f"data.dir={coco_demo}")
+    for _ in range(2):  # settings that do not go together are found before anything is written, or moved
+        assert run(*base, f"data.dir={coco_demo}", "loss.label_smoothing=0.1", "--fresh", check=False).returncode == 2
+        assert (tmp_path / "run").exists() == (tmp_path / "run/results.json").exists()
+        run(*base, f"data.dir={coco_demo}")
+    assert not list(tmp_path.glob("*.old-*"))
     assert run(*base, f"data.dir={tmp_path / 'nowhere'}", "--fresh", check=False).returncode == 2
     assert run(*base, f"data.dir={coco_demo}", "--fresh", "--stage", "evaluate", check=False).returncode == 2
     assert (tmp_path / "run/results.json").exists()

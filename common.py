@@ -19,6 +19,7 @@ import importlib.metadata
 import inspect
 import json
 import math
+import operator
 import os
 import platform
 import random
@@ -110,7 +111,7 @@ def _describe(kind):
 
 
 def _convert(value, kind):
-    """A YAML string, list or already typed default as `kind`; ValueError if it is not one."""
+    """What YAML gave, a string, list or dict, as `kind`; ValueError if it is not one."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         for option in sorted(args, key=lambda k: k is str):  # str takes anything: last
@@ -120,31 +121,24 @@ def _convert(value, kind):
                 pass
         raise ValueError
     if origin is list or kind is list:
-        if not isinstance(value, (list, tuple)):
+        if not isinstance(value, list):
             raise ValueError
         return [_convert(v, args[0] if args else str) for v in value]
     if kind is dict and isinstance(value, dict):
         return value
-    if kind is dict or isinstance(value, (list, dict)):
+    if kind is dict or not isinstance(value, str):
         raise ValueError
-    if isinstance(value, str):
-        value = re.sub(r'^\\"(.*)\\"$', r"\1", value.strip())  # \"siglip\": quotes escaped by a Markdown editor
+    value, words = re.sub(r'^\\"(.*)\\"$', r"\1", value.strip()), None  # \"siglip\": quotes escaped by a Markdown editor
     if origin is typing.Literal:
-        for option in args:
-            if str(value) == str(option):
-                return option
-        raise ValueError
-    if kind is type(None):
-        if value is None or value in ("", "~", "null", "Null", "NULL", "None"):
-            return None
-        raise ValueError
-    if kind is bool:
-        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-        if str(value).lower() in words:
-            return words[str(value).lower()]
-        raise ValueError
-    if value is None or isinstance(value, bool):
-        raise ValueError
+        words = {str(option): option for option in args}
+    elif kind is type(None):
+        words = dict.fromkeys(("", "~", "null", "Null", "NULL", "None"))
+    elif kind is bool:
+        value, words = value.lower(), {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if words is not None:
+        if value not in words:
+            raise ValueError
+        return words[value]
     number = kind(value)  # int("512"), float("1e-4"), str("no")
     if kind is float and not math.isfinite(number):
         raise ValueError
@@ -152,7 +146,7 @@ def _convert(value, kind):
 
 
 def flatten(tree, prefix="", leaves=()):
-    """{'a': {'b': 1}} -> {'a.b': 1}, except for the dicts named in leaves."""
+    """{'a': {'b': 1}} -> {'a.b': 1}, except for the dicts named in leaves. Raises: UserError on a key that is there twice, dotted and nested."""
     flat = {}
     for key, value in tree.items():
         nested = isinstance(value, dict) and prefix + key not in leaves
@@ -175,7 +169,10 @@ def config_schema(Config, prefix=""):
 
 
 def typed(flat, schema, where):
-    """A flat {dotted key: raw value} checked and converted against the schema."""
+    """A flat {dotted key: raw value} checked and converted against the schema of `config_schema`.
+
+    Raises: UserError that begins with `where` and names the key: unknown, a section, of a wrong type, out of range.
+    """
     values = {}
     for key, raw in flat.items():
         if key not in schema:
@@ -184,7 +181,7 @@ def typed(flat, schema, where):
             hint = f"; did you mean {same_leaf[0]}?" if same_leaf else _nearest(key, known)
             raise UserError(f"{where}: unknown key {key}{hint} (-h lists every key)")
         if schema[key] is None:  # a section: `training:` with nothing under it is fine, a value is not
-            if raw in ("", None):
+            if raw == "":
                 continue
             raise UserError(f"{where}: {key} is a section; set {key}.<key> instead of {key}={raw}")
         field, kind = schema[key]
@@ -196,8 +193,8 @@ def typed(flat, schema, where):
         for bound in field.metadata.get("bounds", ()):
             op, limit = bound.split()
             numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
-            compare = {">": float.__gt__, ">=": float.__ge__, "<": float.__lt__, "<=": float.__le__}[op]
-            if not all(compare(float(v), float(limit)) for v in numbers):
+            compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}[op]
+            if not all(compare(v, float(limit)) for v in numbers):
                 raise UserError(f"{where}: {key}: must be {bound}, found {raw}")
         values[key] = value
     return values
@@ -235,11 +232,10 @@ def load_config(Config, path, overrides=(), demo=False):
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"{item!r}: an override is written key=value, e.g. seed=1")
-        try:
-            parsed = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError:
-            parsed = text
-        changed[key.strip()] = "" if parsed is None else parsed
+        changed[key.strip()] = value = text.strip()
+        if value.startswith(("[", "{", '"', "'")):  # the rest stays as it is: a path may hold ` #` or `: `
+            with contextlib.suppress(yaml.YAMLError):
+                changed[key.strip()] = yaml.load(value, Loader=_StrictLoader)
     values.update(typed(changed, schema, "command line"))
     if "output_dir" in schema and values.get("output_dir", "") in ("", "null", "~"):
         stem = Path(path).stem if path is not None else cfg.experiment
@@ -257,13 +253,6 @@ def load_config(Config, path, overrides=(), demo=False):
 
 def _plain(value):
     return "[" + ",".join(map(_plain, value)) + "]" if isinstance(value, list) else "null" if value is None else str(value)
-
-
-def config_changes(old, new):
-    """['training.learning_rate=0.001 (was 0.0001)', ...] between two config dicts, neutral keys left out."""
-    old, new = flatten(old), flatten(new)
-    keys = [k for k in {**old, **new} if not is_neutral(k)]
-    return [f"{k}={new.get(k)} (was {old.get(k)})" for k in keys if old.get(k) != new.get(k)]
 
 
 def _config_help(section, prefix=""):
@@ -333,9 +322,9 @@ def pick_device(name="auto"):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    kind, _, index = name.partition(":")
+    kind = name.partition(":")[0]
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not available.get(kind, False) or not (index == "" or (index.isdigit() and int(index) < count)):
+    if not available.get(kind, False) or name not in (kind, *(f"{kind}:{i}" for i in range(count))):
         raise UserError(f"device={name} is not available here; use one of auto, {', '.join(k for k in available if available[k])}")
     torch.set_float32_matmul_precision("high")
     return torch.device(name)
@@ -434,9 +423,8 @@ def _check_pairs(a, b, ids, false_negatives):
         raise ValueError(f"false_negatives={false_negatives!r} needs ids [N]; without ids use 'ignore'")
     if ids is not None and ids.shape != a.shape[:1]:
         raise ValueError(f"ids must be [{len(a)}], found {list(ids.shape)}")
-    if a.dtype != torch.float64:  # logits in float32 also under autocast
-        a, b = a.float(), b.float()
-    return a, b
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)  # logits in float32 also under autocast
+    return a.to(dtype), b.to(dtype)
 
 
 def _groups(ids):
@@ -463,10 +451,13 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
     positives (soft targets, each row normalised). label_smoothing: eps spread evenly over the columns of a row that are
     not dropped. chunk_size: rows of logits held at once (default 1024); it changes memory, not the value.
     Returns: scalar, float32 (float64 for float64 input).
-    Raises: ValueError on shapes that disagree or ids that are missing.
-    Source: van den Oord et al. 2018; the symmetric form of CLIP (Radford et al. 2021). Soft targets as in UniCL (Yang et al. 2022).
+    Raises: ValueError on shapes that disagree, ids that are missing, label_smoothing outside [0, 1].
+    Source: van den Oord et al. 2018, equation 4; the symmetric form of CLIP (Radford et al. 2021, figure 3). Soft targets as in UniCL
+    (Yang et al. 2022); smoothing of Szegedy et al. 2016, section 7.
     """
     a, b = _check_pairs(a, b, ids, false_negatives)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], found {label_smoothing}")
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
     dropped = torch.finfo(a.dtype).min / 4  # finite: a block may drop all of a column, and -inf - -inf is nan
     with torch.autocast(a.device.type, enabled=False):
@@ -526,12 +517,14 @@ def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignor
 # -------------------------------------------------------------------------------------------------------------- schedule
 
 def warmup_cosine(step, total_steps, warmup_steps):
-    """Learning-rate factor in [0, 1]: linear 0 -> 1 over warmup_steps, then half a cosine to 0, and 0 ever after.
+    """Learning-rate factor in [0, 1] of a step, counted from 0: linear 0 -> 1 over warmup_steps, then half a cosine to 0 at
+    total_steps, and 0 ever after.
 
-    Source: Loshchilov & Hutter 2017 (SGDR) without restarts; clamped, as an unclamped cosine rises again past its end.
+    Source: Loshchilov & Hutter 2017 (SGDR), equation 5, without restarts; clamped, as an unclamped cosine rises again past its end.
     """
+    step = max(step, 0)
     if step < warmup_steps:
-        return max(step, 0) / warmup_steps
+        return step / warmup_steps
     if step >= total_steps:
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
@@ -576,8 +569,8 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     queries, gallery = queries.detach().to(device), gallery.detach().to(device)
     gallery_ids, order = gallery_ids.to(device).sort(stable=True)  # own rows of a query become one range
     gallery, query_ids = gallery[order], query_ids.to(device)
-    first, last = torch.searchsorted(gallery_ids, query_ids), torch.searchsorted(gallery_ids, query_ids, right=True)
-    n_own = last - first  # [Q]
+    first = torch.searchsorted(gallery_ids, query_ids)
+    n_own = torch.searchsorted(gallery_ids, query_ids, right=True) - first  # [Q]
     if (n_own == 0).any():
         raise ValueError(f"{int((n_own == 0).sum())} of {len(queries)} queries have no row of their id in the gallery, "
                          f"the first is id {int(query_ids[n_own == 0][0])}")
@@ -593,20 +586,18 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
             torch.mm(queries[rows].float(), gallery32.T, out=scores)
         if not torch.isfinite(torch.stack([scores.amax(), scores.amin()])).all():
             raise ValueError("scores overflow float32; normalise the rows")
-        own_columns = first[rows, None] + offsets  # [q, most own rows of any query]
-        is_own = own_columns < last[rows, None]
-        own_columns = own_columns.clamp(max=len(gallery) - 1)
-        own = torch.stack([(queries[rows].double() * gallery[c].double()).sum(1) for c in own_columns.T], dim=1).float()
-        near = functools.reduce(torch.logical_or, [torch.sub(scores, column[:, None], out=work).abs_() <= tolerance[rows] for column in own.T])
-        near = near.nonzero()
-        if len(near) * 16 > scores.numel():  # a collapsed model: all are near
+        is_own = offsets < n_own[rows, None]  # [q, most own rows of any query]
+        own_columns = first[rows, None] + offsets * is_own  # filled up with the first
+        near = None
+        if len(offsets) <= 32:
+            exact = ((queries[rows].double() * gallery[c].double()).sum(1, keepdim=True).float() for c in own_columns.T)  # [q, 1] each
+            near = functools.reduce(torch.logical_or, (torch.sub(scores, own, out=work).abs_() <= tolerance[rows] for own in exact)).nonzero()
+        if near is None or len(near) * 16 > scores.numel():  # many own rows, or a collapsed model: all are near
             scores = (queries[rows].double() @ gallery.double().T).float()
-            own = scores.gather(1, own_columns)
         else:
             for part in near.split(65536):
                 scores[part[:, 0], part[:, 1]] = (queries[i + part[:, 0]].double() * gallery[part[:, 1]].double()).sum(1).float()
-            own = scores.gather(1, own_columns)
-        own = own.masked_fill(~is_own, -torch.inf)
+        own = scores.gather(1, own_columns).masked_fill(~is_own, -torch.inf)
         best = own.amax(1, keepdim=True)
         level = (own == best).sum(1)  # m, own rows at the best own score
         better = torch.gt(scores, best, out=work).sum(1).long()  # b; a float sum is several times faster and exact to 2^24
@@ -621,9 +612,8 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
             else:  # an own row a hair lower: below all rows that tie with it, above all that do not
                 scores, own = scores.double(), own.double()  # so that a hair is less than the gap to the next float32
                 below = torch.nextafter(own, torch.full_like(own, -torch.inf))
-                mine = torch.zeros_like(scores, dtype=torch.bool)
-                mine.scatter_(1, torch.where(is_own, own_columns, first[rows, None]), True)
-                scores.scatter_(1, torch.where(is_own, own_columns, first[rows, None]), torch.where(is_own, below, below[:, :1]))
+                scores.scatter_(1, own_columns, torch.where(is_own, below, below[:, :1]))
+                mine = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, own_columns, True)
                 top = mine.gather(1, scores.topk(min(max(map_ks), len(gallery)), dim=1).indices).double()
                 places = torch.arange(1, top.shape[1] + 1, device=device)
                 precision = top @ (places[:, None] <= places).double() / places  # own rows so far / place
@@ -656,8 +646,8 @@ def multilabel_metrics(logits, targets, threshold=0.5):
     Raises: ValueError on shapes that disagree, non-finite logits, targets other than 0/1, a threshold outside (0, 1).
     Definitions as in scikit-learn, which the tests compare with.
     """
-    if logits.ndim != 2 or logits.shape != targets.shape or not len(logits):
-        raise ValueError(f"logits and targets must be equal [N, C] with N > 0, found {list(logits.shape)} and {list(targets.shape)}")
+    if logits.ndim != 2 or logits.shape != targets.shape or not logits.numel():
+        raise ValueError(f"logits and targets must be equal [N, C] with N, C > 0, found {list(logits.shape)} and {list(targets.shape)}")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie in (0, 1), found {threshold}")
     x, y = logits.detach().cpu().double().numpy(), targets.detach().cpu().double().numpy()
@@ -725,14 +715,6 @@ def save_checkpoint(path, state, keep_previous=True):
     atomic_write(path, lambda file: torch.save(state, file), keep_previous)
 
 
-def _read_checkpoint(path):
-    with zipfile.ZipFile(path) as archive:  # torch.load does not check the CRCs it writes
-        damaged = archive.testzip()
-    if damaged:
-        raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def load_checkpoint(path):
     """The dict that `save_checkpoint` wrote, on the CPU (weights_only=True). A missing or damaged file falls back to
     `<path>.previous`, where there is one, with a warning.
@@ -742,7 +724,10 @@ def load_checkpoint(path):
     path, problems = Path(path), []
     for candidate in (path, _previous(path)):
         try:
-            state = _read_checkpoint(candidate)
+            with zipfile.ZipFile(candidate) as archive:  # torch.load does not check the CRCs it writes
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             continue
         except Exception as error:  # zipfile, pickle and torch each raise their own kinds on a damaged file
@@ -759,7 +744,7 @@ def load_checkpoint(path):
 # ------------------------------------------------------------------------------------------------------- the run's folder
 
 def write_json(path, value):
-    """Write JSON atomically; a non-finite number becomes null."""
+    """Write JSON atomically; a non-finite number becomes null. Raises: OSError naming the path."""
     def plain(v):
         if isinstance(v, dict):
             return {str(k): plain(x) for k, x in v.items()}
@@ -799,15 +784,24 @@ def fingerprint(paths, whole=1 << 31, blocks=512):
     return digest.hexdigest()[:16]
 
 
+def _run_config(folder):
+    """The config dict that a run's folder holds."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.yaml'} is damaged; choose another output_dir= or move the run aside with --fresh")
+    return config
+
+
 def check_run(cfg, fresh=False):
     """Raise UserError if cfg.output_dir holds a run of another config (unless `fresh`) or something else. Writes nothing."""
     folder = Path(cfg.output_dir)
     config_file = folder / "config.yaml"
     if config_file.exists() and not fresh:
-        try:
-            changes = config_changes(yaml.safe_load(config_file.read_text()), dataclasses.asdict(cfg))
-        except (OSError, AttributeError, yaml.YAMLError):
-            raise UserError(f"{config_file} is damaged; choose another output_dir= or move the run aside with --fresh") from None
+        old, new = flatten(_run_config(folder)), flatten(dataclasses.asdict(cfg))
+        changes = [f"{k}={new.get(k)} (was {old.get(k)})" for k in {**old, **new} if not is_neutral(k) and old.get(k) != new.get(k)]
         if changes:
             raise UserError(f"{folder} holds a run of a different config: {', '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}; "
                             "choose another output_dir= or move the old run aside with --fresh")
@@ -831,7 +825,7 @@ def open_run(cfg, fresh=False):
         print(f"moved the earlier run to {folder.with_name(f'{folder.name}.old-{n}')}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / ".writable", lambda file: None)
+        (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"the output folder {folder} cannot be written ({error.strerror or error}); set output_dir=") from None
@@ -918,7 +912,7 @@ def finished_runs(items):
             raise UserError(f"{pieces[0].strip()}/results.json: no such file; compare takes folders of finished runs")
         folders |= {Path(match).resolve(): Path(match) for match in matches}
         pieces = pieces[n:]
-    return [(folder, read_json(folder / "results.json"), yaml.safe_load((folder / "config.yaml").read_text())) for folder in folders.values()]
+    return [(folder, read_json(folder / "results.json"), _run_config(folder)) for folder in folders.values()]
 
 
 def runs_by_seed(items, experiment):

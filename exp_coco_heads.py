@@ -51,8 +51,8 @@ from common import UserError, ranged
 class DataConfig:
     dir: str = "pretrain_encoded"  # folder of the {name}_image_embeddings.pt, _text_embeddings.pt and _metadata.json files
     name: str = "train2017"  # the files that are split by image
-    train: int | float | str = "auto"  # share or number of images; rest: all that is left; auto: 0.8, or rest with a test file
-    val: int | float | str = "auto"  # share or number of images; auto: 1%, but at least min(10%, 1,000 images)
+    train: int | float | Literal["auto", "rest"] = "auto"  # share or number of images; rest: all that is left; auto: 0.8, or rest with a test file
+    val: int | float | Literal["auto"] = "auto"  # share or number of images; auto: 1%, but at least min(10%, 1,000 images)
     test: int | float | str = 0.04  # share or number of images; or a held-out file's name (val2017); or karpathy
     karpathy_ids: str = ""  # with test=karpathy: JSON list or text file of the test images' COCO image ids or caption ids
     split_seed: int = ranged(42, ">= 0", "< 4294967296")  # of the split by image; the same for every `seed`, so that runs share their test set
@@ -151,6 +151,7 @@ class Data:
 
 
 def embedding_files(folder, name):
+    """The three paths of a set: image embeddings, text embeddings, metadata."""
     return [Path(folder) / f"{name}_{part}" for part in ("image_embeddings.pt", "text_embeddings.pt", "metadata.json")]
 
 
@@ -164,7 +165,8 @@ def load_tensor(path):
     except Exception as error:  # zip, pickle and torch raise kinds of their own on a damaged file
         raise UserError(f"{path}: not a readable .pt file ({type(error).__name__}: {str(error).splitlines()[0]}); "
                         "copy or encode it again") from None
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or not tensor.is_floating_point() or tensor.layout != torch.strided:
+    if not (isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] and tensor.is_floating_point()
+            and tensor.layout == torch.strided):
         found = f"{tensor.layout} {tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise UserError(f"{path}: expected a float tensor [rows, dim], found {found}")
     return tensor.detach()
@@ -202,7 +204,7 @@ def load_embeddings(folder, name, device):
             raise UserError(f"{path}: no such file; put the encoded embeddings there (README, 'Data'), point data.dir= at them, "
                             "or try --demo, which needs no data")
     metadata = common.read_json(metadata_file)
-    ids = metadata.get("image_ids") if isinstance(metadata, dict) else None
+    ids = metadata.get("image_ids")
     if not isinstance(ids, list) or not ids:
         raise UserError(f"{metadata_file}: expected a list image_ids with one id a caption row, found {type(ids).__name__}; "
                         "without it captions of one image cannot be kept in one split")
@@ -218,7 +220,7 @@ def load_embeddings(folder, name, device):
     unique = {image: row for row, image in enumerate(dict.fromkeys(ids))}  # in order of first appearance
     image_index = torch.tensor([unique[i] for i in ids])  # [P]
     first = torch.full((len(unique),), len(ids)).scatter_reduce(0, image_index, torch.arange(len(ids)), "amin")  # [M] a caption of each image
-    rows, clash = metadata.get("image_index"), None
+    rows = metadata.get("image_index")
     if len(images) == len(ids) and (rows is None or len(unique) < len(ids)):  # a row per caption
         clash = first_clash(images, first[image_index])
         if clash is None:
@@ -268,10 +270,6 @@ def read_karpathy(path, image_ids, caption_ids):
 def load_data(cfg):
     """Read the files of cfg.data, put them on the device and split them by image. Raises: UserError in one line."""
     device, d = common.pick_device(cfg.device), cfg.data
-    for split, words in (("train", ("auto", "rest")), ("val", ("auto",))):
-        amount = getattr(d, split)
-        if isinstance(amount, str) and amount not in words:
-            raise UserError(f"data.{split}={amount}: expected a share such as 0.1, a number of images, or {' or '.join(words)}")
     names = [d.name]
     if d.test == "karpathy":
         if not d.karpathy_ids:
@@ -331,7 +329,7 @@ def split_off(pool, amount, n, split):
 
 
 def write_splits(folder, cfg, data):
-    """splits.json, written once: image ids of each split, seed, fingerprint. UserError if it holds another split."""
+    """splits.json, written once: image ids of each split, seed, fingerprint. Raises: UserError if it holds another split."""
     ids = {split: [data.image_ids[i] for i in data.image_index[rows].unique().tolist()] for split, rows in data.splits.items()}
     path = folder / "splits.json"
     record = {"split_seed": cfg.data.split_seed, "data_fingerprint": data.fingerprint, "image_ids": ids}
@@ -387,26 +385,20 @@ def epoch_batches(data, cfg, epoch):
         images, order = data.image_index[rows].sort(stable=True)
         first = torch.cat([images.new_ones(1, dtype=torch.bool), images[1:] != images[:-1]])
         rows = rows[order[first].sort().values]
-    return rows.tensor_split(max(1, math.ceil(len(rows) / cfg.training.batch_size)))
+    n = min(math.ceil(len(rows) / cfg.training.batch_size), len(rows) // 2)  # one pair alone has no negatives, and no BatchNorm
+    return rows.tensor_split(max(1, n))
 
 
 # ----------------------------------------------------------------------------------------------------------------- model
 
-SCALE_RANGE = {"clip": (1, 100), "align": (1e-3, 100), "blip": (2, 1000)}  # of the learnt logit scale, 1 / temperature; others as clip
+SCALE_RANGE = {"clip": (1, 100), "siglip": (1, 100), "align": (1e-3, 100), "queue": (1, 100), "blip": (2, 1000)}  # of the learnt 1 / temperature
 TRAINING_ONLY = ("momentum_heads.", "queue", "steps")  # parts of the state that best_model.pt does without
 
 
-class MLPHead(nn.Module):
-    """Linear(-norm)-GELU-Dropout-Linear(-norm): [B, input_dim] -> [B, output_dim]; each norm may be None."""
-
-    def __init__(self, input_dim, hidden_dim, output_dim, dropout, hidden_norm=None, output_norm=None):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(input_dim, hidden_dim), hidden_norm(hidden_dim) if hidden_norm else nn.Identity(), nn.GELU(), nn.Dropout(dropout),
-            nn.Linear(hidden_dim, output_dim), output_norm(output_dim) if output_norm else nn.Identity())
-
-    def forward(self, x):
-        return self.layers(x)
+def mlp(input_dim, hidden_dim, output_dim, dropout, hidden_norm=nn.Identity, output_norm=nn.Identity):
+    """Linear-norm-GELU-Dropout-Linear-norm: [B, input_dim] -> [B, output_dim]."""
+    return nn.Sequential(nn.Linear(input_dim, hidden_dim), hidden_norm(hidden_dim), nn.GELU(), nn.Dropout(dropout),
+                         nn.Linear(hidden_dim, output_dim), output_norm(output_dim))
 
 
 class AttentionHead(nn.Module):
@@ -418,9 +410,7 @@ class AttentionHead(nn.Module):
 
     def __init__(self, input_dim, hidden_dim, output_dim, num_heads, num_layers, dropout):
         super().__init__()
-        width, rest = divmod(hidden_dim, self.N_TOKENS)
-        if rest or width % num_heads:
-            raise UserError(f"model.hidden_dim={hidden_dim} must be a multiple of {self.N_TOKENS} tokens x model.num_heads={num_heads}")
+        width = hidden_dim // self.N_TOKENS
         self.tokens = nn.Linear(input_dim, hidden_dim)
         self.position = nn.Parameter(0.02 * torch.randn(self.N_TOKENS, width))
         layer = nn.TransformerEncoderLayer(width, num_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
@@ -440,13 +430,11 @@ class CrossModalHead(nn.Module):
 
     def __init__(self, input_dim, hidden_dim, output_dim, num_heads, dropout, memory):
         super().__init__()
-        if hidden_dim % num_heads:
-            raise UserError(f"model.hidden_dim={hidden_dim} must be a multiple of model.num_heads={num_heads}")
         self.memory, self.num_heads = memory, num_heads
         self.embed, self.norm = nn.Linear(input_dim, hidden_dim), nn.LayerNorm(hidden_dim)
         self.query, self.key, self.value = (nn.Linear(hidden_dim, hidden_dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
-        self.output = MLPHead(hidden_dim, hidden_dim, output_dim, dropout)
+        self.output = mlp(hidden_dim, hidden_dim, output_dim, dropout)
 
     def forward(self, x):
         x = self.embed(x)
@@ -456,35 +444,23 @@ class CrossModalHead(nn.Module):
         return self.output(x + torch.einsum("bhs,shd->bhd", self.dropout(weights), value).flatten(1))
 
 
-class SigLIPHead(nn.Module):
-    """LayerNorm-Linear: [B, input_dim] -> [B, output_dim]."""
-
-    def __init__(self, input_dim, output_dim):
-        super().__init__()
-        self.norm = nn.LayerNorm(input_dim)
-        self.output = nn.Linear(input_dim, output_dim)
-
-    def forward(self, x):
-        return self.output(self.norm(x))
-
-
 def make_heads(model, input_dims):
-    """[image head, text head] for the widths of the embeddings."""
+    """[image head, text head], modules [B, width] -> [B, output_dim], for the two widths of the embeddings."""
     hidden = model.hidden_dim or {"align": 2048}.get(model.type, 1024)
     memory = nn.Parameter(torch.randn(64, hidden) / hidden**0.5) if model.type == "cross_modal" else None
 
     def make(width):
         if model.type == "siglip":
-            return SigLIPHead(width, model.output_dim)
+            return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, model.output_dim))
         if model.type in ("attention", "transformer"):
             return AttentionHead(width, hidden, model.output_dim, model.num_heads, model.num_layers, model.dropout)
         if model.type == "cross_modal":
             return CrossModalHead(width, hidden, model.output_dim, model.num_heads, model.dropout, memory)
         if model.type == "clip":
-            return MLPHead(width, model.hidden_dim or width // 2, model.output_dim, model.dropout)
+            return mlp(width, model.hidden_dim or width // 2, model.output_dim, model.dropout)
         if model.type == "align":
-            return MLPHead(width, hidden, model.output_dim, model.dropout, hidden_norm=nn.BatchNorm1d if model.use_bn else nn.LayerNorm)
-        return MLPHead(width, hidden, model.output_dim, model.dropout, output_norm=nn.LayerNorm)  # mlp, blip
+            return mlp(width, hidden, model.output_dim, model.dropout, hidden_norm=nn.BatchNorm1d if model.use_bn else nn.LayerNorm)
+        return mlp(width, hidden, model.output_dim, model.dropout, output_norm=nn.LayerNorm)  # mlp, blip
     return [make(width) for width in input_dims]
 
 
@@ -494,7 +470,7 @@ class ProjectionModel(nn.Module):
     forward(image [B, D_img], text [B, D_txt]) -> (z_image, z_text), both [B, D], L2-normalised.
     """
 
-    def __init__(self, heads, statistics, model, loss, batch_size, n_train, output_dim):
+    def __init__(self, heads, statistics, model, loss, batch_size, n_train, steps_per_epoch):
         super().__init__()
         self.heads = nn.ModuleList(heads)  # image, text
         for name, (mean, deviation) in zip(("image", "text"), statistics, strict=True):  # fixed, and saved with the weights
@@ -506,18 +482,18 @@ class ProjectionModel(nn.Module):
         self.label_smoothing = loss.label_smoothing if loss.label_smoothing is not None else 0.1 * (loss.type == "align")
         temperature = loss.temperature or {"siglip": 0.1, "align": 1.0}.get(loss.type, 0.07)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=model.learnable_temp)
-        self.log_scale_range = [math.log(s) for s in SCALE_RANGE.get(loss.type, SCALE_RANGE["clip"])]
+        self.log_scale_range = [math.log(s) for s in SCALE_RANGE[loss.type]]
         bias = -math.log(batch_size - 1) if loss.logit_bias == "auto" else float(loss.logit_bias)
         self.logit_bias = nn.Parameter(torch.tensor(bias), requires_grad=model.learnable_temp) if loss.type == "siglip" else None
         self.uses_queue = loss.type in ("queue", "blip")
         if self.uses_queue:
             self.momentum_heads = copy.deepcopy(self.heads).requires_grad_(False)  # together: a memory that the heads share stays shared
             size = min(loss.queue_size or {"queue": 4096, "blip": 57_600}[loss.type], n_train)
-            self.register_buffer("queue", torch.zeros(2, size, output_dim))  # momentum keys: image, text
+            self.register_buffer("queue", torch.zeros(2, size, model.output_dim))  # momentum keys: image, text
             self.register_buffer("queue_ids", torch.full((size,), -1))  # -1: not filled yet, never a negative
             self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-            self.ramp_steps = math.ceil(n_train / batch_size)
+            self.ramp_steps = steps_per_epoch
         self.train()
         self.finish_step()
 
@@ -554,8 +530,9 @@ class ProjectionModel(nn.Module):
     def queue_loss(self, z_image, z_text, keys, ids):
         """Cross-entropy of each z over the momentum keys of the batch and the filled part of the queue, mean of both directions.
 
-        queue: one positive, the own partner's key (MoCo, He et al. 2020). blip: soft targets, alpha of the momentum model's own
-        softmax and 1 - alpha of the positives (ALBEF, Li et al. 2021; BLIP, Li et al. 2022).
+        z_image, z_text [B, D], keys (image, text) [B, D], all L2-normalised; ids [B]. queue: one positive, the own partner's key (MoCo, He et
+        al. 2020, equation 1). blip: soft targets, alpha of the momentum model's own softmax and 1 - alpha of the positives (ALBEF, Li et al.
+        2021, equation 6; BLIP, Li et al. 2022).
         """
         scale, n = self.log_scale.exp(), len(ids)
         all_ids = torch.cat([ids, self.queue_ids])
@@ -580,11 +557,12 @@ class ProjectionModel(nn.Module):
 
     @torch.no_grad()
     def finish_step(self, keys=None, ids=None):
-        """After an optimizer step: clamp the scale; move the momentum copies (parameters and BatchNorm buffers); enqueue the batch's keys."""
+        """After an optimizer step: clamp the scale; move the momentum copies (MoCo, equation 2; BatchNorm buffers too); enqueue the batch's keys."""
         self.log_scale.clamp_(*self.log_scale_range)
         if keys is None:
             return
-        for mine, live in zip(self.momentum_heads.state_dict().values(), self.heads.state_dict().values(), strict=True):
+        copies, live_heads = ([*m.parameters(), *m.buffers()] for m in (self.momentum_heads, self.heads))  # each once: a memory is shared
+        for mine, live in zip(copies, live_heads, strict=True):
             mine.lerp_(live, 1 - self.momentum) if mine.is_floating_point() else mine.copy_(live)
         size = len(self.queue_ids)
         keys, ids = torch.stack(keys)[:, -size:], ids[-size:]  # a batch larger than the queue leaves its last rows
@@ -606,18 +584,28 @@ def feature_statistics(data, standardize, chunk=16384):
     return out
 
 
-def build_model(cfg, data):
-    """ProjectionModel on the data's device; the widths are the data's. Raises: UserError on settings that do not go together."""
+def check_settings(cfg):
+    """Raises: UserError on settings of model and loss that do not go together."""
+    hidden, heads = cfg.model.hidden_dim or 1024, cfg.model.num_heads
+    if cfg.model.type in ("attention", "transformer") and hidden % (AttentionHead.N_TOKENS * heads):
+        raise UserError(f"model.hidden_dim={hidden} must be a multiple of {AttentionHead.N_TOKENS} tokens x model.num_heads={heads}")
+    if cfg.model.type == "cross_modal" and hidden % heads:
+        raise UserError(f"model.hidden_dim={hidden} must be a multiple of model.num_heads={heads}")
     if cfg.loss.label_smoothing and cfg.loss.type not in ("clip", "align"):
         raise UserError(f"loss.label_smoothing={cfg.loss.label_smoothing} works with loss.type=clip or align, not {cfg.loss.type}")
     if cfg.loss.queue_size and cfg.loss.type not in ("queue", "blip"):
         raise UserError(f"loss.queue_size={cfg.loss.queue_size} works with loss.type=queue or blip, not {cfg.loss.type}")
-    low, high = SCALE_RANGE.get(cfg.loss.type, SCALE_RANGE["clip"])
+    low, high = SCALE_RANGE[cfg.loss.type]
     if cfg.loss.temperature and not low <= 1 / cfg.loss.temperature <= high:
         raise UserError(f"loss.temperature={cfg.loss.temperature}: must lie in [{1 / high:g}, {1 / low:g}] with loss.type={cfg.loss.type}")
+
+
+def build_model(cfg, data):
+    """ProjectionModel on the data's device; the widths are the data's. Raises: UserError on settings that do not go together."""
+    check_settings(cfg)
     heads = make_heads(cfg.model, [data.images.shape[1], data.texts.shape[1]])
     model = ProjectionModel(heads, feature_statistics(data, cfg.model.standardize), cfg.model, cfg.loss, cfg.training.batch_size,
-                            len(data.splits["train"]), cfg.model.output_dim).to(data.images.device)
+                            len(data.splits["train"]), len(epoch_batches(data, cfg, 0))).to(data.images.device)
     if cfg.training.compile:
         model.compile()
     return model
@@ -652,6 +640,7 @@ def train_step(model, batch, optimizer):
 
 
 def logit_parameters(model):
+    """{logit_scale[, logit_bias]}: 0-d tensors, detached."""
     scalars = {"logit_scale": model.log_scale.detach().exp()}
     return scalars if model.logit_bias is None else {**scalars, "logit_bias": model.logit_bias.detach().clone()}
 
@@ -774,8 +763,8 @@ def read_best(folder, data):
         raise UserError(f"{path}: no such file; train first (without --stage evaluate; if the run is complete, anew with --fresh)")
     best = common.load_checkpoint(path)
     widths = [data.images.shape[1], data.texts.shape[1]]
-    if best["input_dims"] != widths:
-        raise UserError(f"{path}: trained on image and text widths {best['input_dims']}, the data have {widths}; "
+    if best.get("input_dims") != widths:
+        raise UserError(f"{path}: trained on image and text widths {best.get('input_dims')}, the data have {widths}; "
                         "use the run's own embeddings or train anew with --fresh")
     return best
 
@@ -884,6 +873,7 @@ def learning_rate(training, step, total_steps):
 
 
 def set_learning_rate(optimizer, rate):
+    """The same rate in every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -908,8 +898,7 @@ def train(cfg, data=None):
         losses[:first_step] = position["losses"]
         common.set_rng_state(state["rng"])
         print(f"{folder}: training is complete" if finished else f"resuming {folder} at epoch {epoch + 1}, step {first_step}")
-    steps_per_epoch = len(losses)
-    last_step = steps_per_epoch * t.num_epochs
+    steps_per_epoch, last_step = len(losses), total_steps(cfg, data)
 
     def rate(step):
         return learning_rate(t, epoch * steps_per_epoch + step, last_step)
@@ -978,6 +967,7 @@ def write_history(folder, log, history):
 # ---------------------------------------------------------------------------------------------------------------- tuning
 
 def import_optuna():
+    """The optional package. Raises: UserError with the pip command."""
     try:
         import optuna
     except ImportError:
@@ -995,9 +985,12 @@ def read_search_space(path, tuning):
             space[key] = [common.typed({key: choice}, schema, where)[key] for choice in spec]
         elif isinstance(spec, dict) and {"low", "high"} <= set(spec) <= {"low", "high", "log"}:
             low, high = (common.typed({key: spec[end]}, schema, where)[key] for end in ("low", "high"))
-            if isinstance(low, str) or not low < high:
+            if not all(type(end) in (int, float) for end in (low, high)) or not low < high:
                 raise UserError(f"{where}: {key}: low must be a number below high, found {spec['low']} and {spec['high']}")
-            space[key] = (low, high, spec.get("log", "false").lower() == "true")
+            log = {"true": True, "false": False}.get(str(spec.get("log", "false")).lower())
+            if log is None or (log and low <= 0):
+                raise UserError(f"{where}: {key}: log must be true (with low above 0) or false, found log: {spec['log']}, low: {spec['low']}")
+            space[key] = (low, high, log)
         else:
             raise UserError(f"{where}: {key}: expected a list of choices or {{low: .., high: .., log: true}}, found {spec!r}")
     if not space:
@@ -1006,10 +999,12 @@ def read_search_space(path, tuning):
 
 
 def trial_config(base, overrides, params, demo):
+    """The run config `base` with a trial's parameters {config key: value}. Raises: UserError if they are out of range."""
     return common.load_config(Config, base, [*overrides, *(f"{k}={'null' if v is None else v}" for k, v in params.items())], demo=demo)
 
 
 def open_study(tuning, name):
+    """The Optuna study of that name, made if it is not there. Raises: UserError if the storage cannot be opened."""
     optuna = import_optuna()
     try:
         if "://" in tuning.storage:
@@ -1151,6 +1146,7 @@ def mark(title, synthetic):
 
 
 def plot_training(folder, cfg, history, synthetic):
+    """training_curves.png: loss, recalls and logit scale by epoch, the chosen one marked."""
     chosen = max(history, key=lambda row: monitored(row, cfg.training.monitor))
     panels = {f"{cfg.loss.type} loss": {"train": [r["train_loss"] for r in history], "validation": [r["val_loss"] for r in history]},
               "validation R@1 [%]": {"image to text": [r["val_i2t_R1"] for r in history], "text to image": [r["val_t2i_R1"] for r in history]},
@@ -1218,8 +1214,12 @@ STAGES = ("all", "split", "train", "evaluate", "compare", "tune")
 @common.exit_codes
 def main(argv):
     args = common.parse_command_line(argv, (Config, TuneConfig), __doc__, STAGES)
-    if args.stage == "tune" or "search_space" in common.read_yaml(args.config):
+    if "search_space" in common.read_yaml(args.config):
+        if args.stage not in ("all", "tune") or args.fresh:
+            raise UserError(f"{args.config} describes a search, not a run: leave --stage and --fresh out (a new study_name= searches anew)")
         return tune(args)
+    if args.stage == "tune":
+        raise UserError(f"{args.config}: has no search_space; tune YAMLs are in configs/tune/")
     cfg = common.load_config(Config, args.config, args.overrides, demo=args.demo)
     if args.stage == "compare":
         return compare(cfg)
@@ -1229,24 +1229,22 @@ def main(argv):
         if any(override.startswith("data.dir=") for override in args.overrides):
             raise UserError("--demo brings its own data; leave one of --demo and data.dir= out")
         cfg.data.dir = demo_data.write_coco("data/demo/coco_heads")
+    check_settings(cfg)
     common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
     data = load_data(cfg)
-    if args.stage == "evaluate":
-        read_best(Path(cfg.output_dir), data)
-    folder = common.open_run(cfg, args.fresh)
+    if args.fresh:
+        common.open_run(cfg, fresh=True)
     for split, rows in data.splits.items():
         print(f"{split:5} {len(data.image_index[rows].unique()):7,} images {len(rows):8,} captions")
     if args.stage == "split":
-        start(cfg, data)
-        print(folder / "splits.json")
+        return print(start(cfg, data)[0] / "splits.json")
     if args.stage in ("all", "train"):
         history = train(cfg, data)
         if cfg.evaluation.plots:
-            plot_training(folder, cfg, history, data.synthetic)
+            plot_training(Path(cfg.output_dir), cfg, history, data.synthetic)
     if args.stage in ("all", "evaluate"):
         print(f"\n{report(evaluate(cfg, data))}")
-    if args.stage != "split":
-        print(f"files: {folder}/ (results.json, metrics.csv, best_model.pt, evaluation_results/)")
+    print(f"files: {cfg.output_dir}/ (results.json, metrics.csv, best_model.pt, evaluation_results/)")
 
 
 if __name__ == "__main__":

@@ -147,8 +147,17 @@ def test_losses_are_float32_under_autocast_and_finite_at_the_largest_scale():
             assert torch.isfinite(loss)
 
 
+def test_the_wider_of_two_dtypes_decides():
+    a, b = sine_pairs()
+    for loss in (lambda *pair: info_nce(*pair, 5.0), lambda *pair: sigmoid_loss(*pair, 5.0, -5.0)):
+        for pair in ((a, b.float()), (a.float(), b)):
+            assert loss(*pair).dtype == torch.float64
+            assert loss(*pair).item() == pytest.approx(loss(a, b).item(), abs=1e-6)
+        assert loss(a.half(), b.bfloat16()).dtype == torch.float32
+
+
 @pytest.mark.parametrize(("kwargs", "message"), [({"false_negatives": "mask"}, "needs ids"), ({"false_negatives": "drop"}, "must be ignore"),
-                                                 ({"ids": torch.arange(3)}, "ids must be")])
+                                                 ({"ids": torch.arange(3)}, "ids must be"), ({"label_smoothing": 1.5}, "label_smoothing must")])
 def test_loss_argument_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         info_nce(*sine_pairs(), 1.0, **kwargs)
@@ -170,6 +179,7 @@ def test_warmup_cosine():
     assert common.warmup_cosine(0, 10, 0) == 1.0
     assert common.warmup_cosine(3, 2, 5) == 0.6  # warm-up longer than the run
     assert common.warmup_cosine(5, 5, 5) == 0.0
+    assert (common.warmup_cosine(-1, 5, 0), common.warmup_cosine(-1, 5, 2)) == (1.0, 0.0)
 
 
 # --------------------------------------------------------------------------------------------------------------- metrics
@@ -248,6 +258,20 @@ def test_ties_against_random_orders(chunk_size):
         assert m[f"mAP@{k}"] == pytest.approx(ap, abs=1e-12)
 
 
+def test_many_own_rows_count_as_few_do():
+    """Classes instead of pairs: with more own rows than are compared one by one, every number is that of the naive loop."""
+    g = torch.Generator().manual_seed(4)
+    gallery, queries = (torch.randint(0, 3, (n, 3), generator=g).float() for n in (120, 20))
+    gallery_ids, query_ids = torch.randint(0, 2, (120,), generator=g), torch.randint(0, 2, (20,), generator=g)
+    assert gallery_ids.bincount().max() > 32
+    hit, rank, ap = naive_retrieval(queries, gallery, query_ids, gallery_ids, 10)
+    m = retrieval_metrics(queries, gallery, query_ids, gallery_ids, chunk_size=7)
+    assert (m["R@10"], m["mean_rank"]) == (pytest.approx(hit, abs=0.02), pytest.approx(rank, abs=0.1))
+    assert m["mAP@10"] == pytest.approx(ap, abs=1e-12)
+    everything = retrieval_metrics(queries, gallery, query_ids * 0, gallery_ids * 0)  # all rows are own
+    assert [everything[k] for k in ("R@1", "mean_rank", "MRR", "mAP@10")] == [1, 1, 1, 1]
+
+
 def test_hit_probability_closed_form():
     for better, tied, own, k in ((0, 4, 2, 3), (2, 5, 1, 5), (3, 0, 1, 3), (0, 0, 3, 1), (7, 2, 2, 5), (1, 9, 4, 10)):
         r = min(max(k - better, 0), tied + own)
@@ -311,7 +335,8 @@ def test_multilabel_metrics_edge_cases():
     m = common.multilabel_metrics(logits, torch.tensor([[0, 1, 0], [1, 1, 0]]))  # one class without negatives, one without positives
     assert (m["roc_auc"], m["mAP"]) == (1.0, 1.0)
     assert math.isnan(common.multilabel_metrics(logits, torch.zeros(2, 3))["mAP"])
-    for args, message in (((logits, torch.zeros(2, 2)), "equal"), ((logits * math.nan, torch.zeros(2, 3)), "non-finite"),
+    for args, message in (((logits, torch.zeros(2, 2)), "equal"), ((logits[:, :0], logits[:, :0]), "C > 0"),
+                          ((logits * math.nan, torch.zeros(2, 3)), "non-finite"),
                           ((logits, torch.full((2, 3), 0.5)), "0 or 1"), ((logits, torch.zeros(2, 3), 1.5), "threshold")):
         with pytest.raises(ValueError, match=message):
             common.multilabel_metrics(*args)
@@ -417,6 +442,7 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path):
     ("training:\n  batch_size: [3]", "expected a whole number"),
     ("training:\n  batch_size:", "expected a whole number"),
     ("training:\n  batch_size: 1", "must be >= 2, found 1"),
+    (f"training:\n  batch_size: -{'9' * 400}", "must be >= 2, found -999"),  # beyond the range of a float
     ("training:\n  learning_rate: -1e-3", "must be > 0"),
     ("training:\n  learning_rate: nan", "expected a number"),
     ("training:\n  bn: maybe", "expected true or false"),
@@ -440,6 +466,15 @@ def test_config_errors_are_one_line(tmp_path, text, message):
 def test_override_errors(tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, "", override)
+
+
+def test_an_override_is_taken_as_it_stands_unless_quoted_or_a_list(tmp_path):
+    for text in ("/my data #1", "a: b", "- a", "!a b", "*a", "# a"):
+        assert load(tmp_path, "", f"training.note={text}").training.note == text
+    assert load(tmp_path, "", "training.note='a: b'", "training.betas=[1e-1, 0.2]").training.betas == [0.1, 0.2]
+    assert load(tmp_path, "", "training.note='a: b'").training.note == "a: b"
+    assert load(tmp_path, "", "training.note=").training.note == ""
+    assert load(tmp_path, "", "training.hidden=null").training.hidden is None
 
 
 def test_missing_config_names_the_nearest(tmp_path):
@@ -479,6 +514,19 @@ def test_open_run_refuses_another_run_and_fresh_moves_it(tmp_path):
     assert not (tmp_path / "run" / "checkpoint_latest.pt").exists()
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [1", b"- a", b""])
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path, content):
+    cfg = load(tmp_path, "", f"output_dir={tmp_path / 'run'}")
+    folder = common.open_run(cfg)
+    (folder / "config.yaml").write_bytes(content)
+    (folder / "results.json").write_text("{}")
+    for opened in (lambda: common.open_run(cfg), lambda: common.finished_runs([str(folder)])):
+        with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+            opened()
+    common.open_run(cfg, fresh=True)
+    assert (tmp_path / "run.old-1" / "results.json").exists()
+
+
 def test_open_run_protects_other_folders(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no run"):
@@ -486,6 +534,14 @@ def test_open_run_protects_other_folders(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         common.open_run(load(tmp_path, "", f"output_dir={tmp_path / 'thesis.txt'}"))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_one_short_line(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "touch", refused)
+    with pytest.raises(UserError, match=r"run cannot be written \(Permission denied\); set output_dir=$"):
+        common.open_run(load(tmp_path, "", f"output_dir={tmp_path / 'run'}"))
 
 
 def test_data_fingerprint_is_checked(tmp_path):
@@ -564,7 +620,7 @@ def test_format_table():
 def test_pick_device():
     assert common.pick_device("cpu").type == "cpu"
     assert common.pick_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("tpu", "cpu:x", "cuda:99"):
+    for name in ("tpu", "cpu:x", "cpu:", "cpu:00", "cuda:99"):
         with pytest.raises(UserError, match=f"device={name}"):
             common.pick_device(name)
 

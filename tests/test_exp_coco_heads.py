@@ -149,6 +149,10 @@ def test_an_epoch_is_a_pure_function_of_seed_and_epoch(tmp_path, coco_demo):
     assert {len(b) for b in batches} <= {125, 126}  # 1,000 pairs in 8 batches of at most 128: none is short
     assert torch.equal(torch.cat(exp.epoch_batches(data, cfg, 1)), torch.cat(batches))
     assert not torch.equal(torch.cat(exp.epoch_batches(data, cfg, 2)), torch.cat(batches))
+    data.splits["train"] = data.splits["train"][:21]
+    pairs = exp.epoch_batches(data, config(tmp_path, coco_demo, "training.batch_size=2"), 1)
+    assert sorted(map(len, pairs)) == [2] * 9 + [3]  # a pair alone would have no negative
+    data = exp.load_data(cfg)
     once = torch.cat(exp.epoch_batches(data, config(tmp_path, coco_demo, "training.one_caption_per_image=true"), 1))
     assert len(once) == 200 == len(data.image_index[once].unique())
 
@@ -302,8 +306,16 @@ def test_queue_wraps_around_and_takes_batches_of_any_size(tmp_path, coco_demo):
     assert sorted(model.queue_ids.tolist()) == list(range(15, 25))
 
 
-def test_momentum_copies_follow_parameters_and_batchnorm_and_drop_nothing(tmp_path, coco_demo):
-    cfg = config(tmp_path, coco_demo, "model.type=align", "loss.type=queue", "model.momentum=0.9", "model.dropout=0.5")
+def test_the_soft_targets_ramp_over_the_first_epoch_however_long_it_is(tmp_path, coco_demo):
+    for one, steps in (("false", 8), ("true", 2)):  # 1,000 captions of 200 images in batches of 128
+        cfg = config(tmp_path, coco_demo, "loss.type=blip", f"training.one_caption_per_image={one}")
+        data = exp.load_data(cfg)
+        assert exp.build_model(cfg, data).ramp_steps == len(exp.epoch_batches(data, cfg, 0)) == steps
+
+
+@pytest.mark.parametrize("head", ["align", "cross_modal"])  # cross_modal: a memory that both heads share must not move twice
+def test_momentum_copies_follow_parameters_and_batchnorm_and_drop_nothing(tmp_path, coco_demo, head):
+    cfg = config(tmp_path, coco_demo, f"model.type={head}", "loss.type=queue", "model.momentum=0.9", "model.dropout=0.5")
     data = exp.load_data(cfg)
     model = exp.build_model(cfg, data)
     before = {k: v.clone() for k, v in model.momentum_heads.state_dict().items()}
@@ -311,11 +323,11 @@ def test_momentum_copies_follow_parameters_and_batchnorm_and_drop_nothing(tmp_pa
     assert all(torch.equal(one, other) for one, other in zip(*(model.momentum_keys(batch["image"], batch["text"]) for _ in range(2)), strict=True))
     exp.train_step(model, batch, exp.build_optimizer(cfg, model))
     live, after = model.heads.state_dict(), model.momentum_heads.state_dict()
-    assert any("running_var" in k for k in after)
+    assert any("running_var" in k for k in after) == (head == "align")
     for k, v in after.items():
         expected = 0.9 * before[k] + 0.1 * live[k] if v.is_floating_point() else live[k]
         torch.testing.assert_close(v, expected)
-    assert not torch.equal(live["0.layers.0.weight"], after["0.layers.0.weight"])
+    assert not all(torch.equal(live[k], after[k]) for k in after)
     assert all(not p.requires_grad for p in model.momentum_heads.parameters())
 
 
@@ -586,7 +598,7 @@ def test_same_seed_same_bits_other_seed_other_bits(tmp_path, coco_demo):
         exp.train(cfg)
         weights.append(common.load_checkpoint(tmp_path / str(n) / "best_model.pt")["model_state_dict"])
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    assert not torch.equal(weights[0]["heads.0.output.weight"], weights[2]["heads.0.output.weight"])
+    assert not torch.equal(weights[0]["heads.0.1.weight"], weights[2]["heads.0.1.weight"])
 
 
 def test_evaluating_an_unfinished_run_leaves_no_stale_result(tmp_path, coco_demo, monkeypatch):
@@ -629,7 +641,11 @@ def test_a_failed_start_leaves_no_folder_and_moves_no_run(tmp_path, coco_demo):
     base = [ROOT / "configs/siglip.yaml", f"output_dir={tmp_path / 'run'}", *SMALL, "training.num_epochs=1", "evaluation.plots=false"]
     assert run(*base, f"data.dir={tmp_path / 'nowhere'}", check=False).returncode == 2
     assert not (tmp_path / "run").exists()
-    run(*base, f"data.dir={coco_demo}")
+    for _ in range(2):  # settings that do not go together are found before anything is written, or moved
+        assert run(*base, f"data.dir={coco_demo}", "loss.label_smoothing=0.1", "--fresh", check=False).returncode == 2
+        assert (tmp_path / "run").exists() == (tmp_path / "run/results.json").exists()
+        run(*base, f"data.dir={coco_demo}")
+    assert not list(tmp_path.glob("*.old-*"))
     assert run(*base, f"data.dir={tmp_path / 'nowhere'}", "--fresh", check=False).returncode == 2
     assert run(*base, f"data.dir={coco_demo}", "--fresh", "--stage", "evaluate", check=False).returncode == 2
     assert (tmp_path / "run/results.json").exists()
@@ -760,10 +776,21 @@ def test_nan_trials_fail_and_count(tmp_path, coco_demo):
 @pytest.mark.parametrize(("space", "message"), [
     ({"training.learnig_rate": ["1e-3"]}, "did you mean training.learning_rate"), ({"model.type": "mlp"}, "expected a list of choices"),
     ({"model.dropout": {"low": "0.5", "high": "0.1"}}, "low must be a number below high"), ({"model.dropout": ["1.5"]}, "must be < 1"),
+    ({"model.hidden_dim": {"low": "64", "high": "null"}}, "low must be a number"),
+    ({"model.use_bn": {"low": "false", "high": "true"}}, "low must be a number"),
+    ({"training.weight_decay": {"low": "0", "high": "1", "log": "true"}}, r"log must be true \(with low above 0\) or false"),
+    ({"model.dropout": {"low": "0.1", "high": "0.5", "log": "yes"}}, "found log: yes"),
     ({}, "no search_space")])
 def test_bad_search_spaces(tmp_path, space, message):
     with pytest.raises(UserError, match=message):
         exp.read_search_space("tune.yaml", exp.TuneConfig(search_space=space))
+
+
+@pytest.mark.parametrize("args", [["--stage", "evaluate"], ["--stage", "compare"], ["--fresh"]])
+def test_a_search_is_not_started_by_another_stage(args):
+    result = run(ROOT / "configs/tune/siglip.yaml", *args, check=False)
+    assert result.returncode == 2
+    assert "describes a search, not a run" in result.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/tune").glob("*.yaml")), ids=lambda p: p.stem)
@@ -799,6 +826,7 @@ BAD_DATA = {
     "corrupt": (lambda f: {"train2017_image_embeddings": b"PK\x03\x04 not a checkpoint"}, r"train2017_image_embeddings.pt: not a readable .pt file"),
     "not a float tensor": (lambda f: {"train2017_image_embeddings": torch.arange(6)},
                            r"expected a float tensor \[rows, dim\], found torch.strided torch.int64 \[6\]"),
+    "no columns": (lambda f: {"train2017_text_embeddings": torch.zeros(1500, 0)}, r"expected a float tensor .*\[1500, 0\]"),
     "sparse": (lambda f: {"train2017_text_embeddings": torch.eye(1500).to_sparse()}, "expected a float tensor .*torch.sparse_coo"),
     "constant": (lambda f: {"train2017_text_embeddings": torch.ones(1500, 32)}, "train2017_text_embeddings.pt: rows all alike"),
     "huge": (lambda f: {"train2017_text_embeddings": torch.randn(1500, 32) * 1e30}, "values out of range"),
@@ -835,7 +863,7 @@ def test_leaking_held_out_file_and_clashing_widths(tmp_path, coco_demo):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["data.test=0.999"], "data.val=40: asks for 40 images, 0 of 300 are left"), (["data.test=1000"], "asks for 1000 images, 300 of 300"),
-    (["data.test=1"], "the test split has 1 of 300 images"), (["data.val=most"], "data.val=most: expected a share such as 0.1"),
+    (["data.test=1"], "the test split has 1 of 300 images"), (["data.val=most"], "data.val: expected .* one of auto, found 'most'"),
     (["data.test=val2014"], "val2014_image_embeddings.pt: no such file"), (["data.test=karpathy"], "needs data.karpathy_ids"),
     (["data.train=-0.5"], "asks for -150 images")])
 def test_bad_splits(tmp_path, coco_demo, overrides, message):
@@ -858,6 +886,7 @@ def test_checkpoint_of_other_widths(tmp_path, coco_demo):
     (["data.dir=nowhere"], r"nowhere/train2017_image_embeddings.pt: no such file; .*--demo"),
     (["--stage", "evaluate"], "best_model.pt: no such file; train first"), (["--stage", "compare"], "needs compare="),
     (["--stage", "compare", "compare=[nowhere]"], "nowhere/results.json: no such file"),
+    (["--stage", "tune"], r"siglip.yaml: has no search_space; tune YAMLs are in configs/tune/"),
     (["output_dir=/proc/none"], "the output folder /proc/none cannot be written"), (["device=cuda:7"], "device=cuda:7 is not available")])
 def test_user_errors_exit_2_with_one_line(tmp_path, coco_demo, args, message):
     if "cuda:7" in args[0] and torch.cuda.is_available():

@@ -160,7 +160,7 @@ def log_mel(waveform):
 
 
 def read_wav(raw):
-    """[n] float32 at 16 kHz of a file's bytes: stereo is mixed down, other rates are resampled. Raises: ValueError if it holds less than 25 ms.
+    """[n] float32 at 16 kHz of a file's bytes: stereo is mixed down, other rates are resampled. Raises: ValueError on less than 25 ms, or NaN.
 
     A 16-bit file is read here, since a header may state a wrong length: then the samples go to the end of the file. soundfile reads all others.
     """
@@ -171,7 +171,7 @@ def read_wav(raw):
             kind = struct.unpack("<HHIIHH", raw[at + 8:at + 24])  # format, channels, rate, .., bits
         if name == b"data":
             after = raw[at + 8 + size + size % 2:][:4]  # the name of another chunk, if the length is right
-            data = raw[at + 8:at + 8 + size] if size and (not after or (len(after) == 4 and after.isalnum())) else raw[at + 8:]
+            data = raw[at + 8:at + 8 + size] if size and (not after or (len(after) == 4 and after.replace(b" ", b"").isalnum())) else raw[at + 8:]
             break
         at += 8 + size + size % 2
     if kind and data is not None and kind[0] == 1 and kind[5] == 16:
@@ -183,6 +183,8 @@ def read_wav(raw):
     wave = torch.from_numpy(wave.mean(1))
     if len(wave) * RATE < 400 * rate:
         raise ValueError(f"{len(wave)} samples at {rate} Hz, less than 25 ms")
+    if not torch.isfinite(wave).all():
+        raise ValueError("NaN or infinite samples")
     if rate != RATE:  # band-limited, by the spectrum of the whole recording
         n = round(len(wave) * RATE / rate)
         wave = torch.fft.irfft(torch.fft.rfft(wave)[:n // 2 + 1], n=n) * (n / len(wave))
@@ -242,6 +244,10 @@ class Data:
         return MODALITIES if len(self.mels) else MODALITIES[:2]
 
 
+def first_line(error):
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+
+
 def decoded(folder, name, paths, decode, shape, dtype, workers):
     """Every file decoded once: (mapped rows [R, *shape], rows of each file [N], {file: why it could not be read}, fingerprint of the contents).
 
@@ -251,11 +257,17 @@ def decoded(folder, name, paths, decode, shape, dtype, workers):
         return (path.name, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (path.name,)
 
     def read(path):
+        nothing = np.empty((0, *shape), dtype), b""
         try:
             raw = path.read_bytes()
+        except FileNotFoundError:  # any other OSError ends the run: it may pass, and the cache would keep it
+            return *nothing, "no such file"
+        try:
             return decode(raw), hashlib.sha256(raw).digest(), None
+        except (MemoryError, torch.OutOfMemoryError, ImportError):
+            raise
         except Exception as error:  # PIL and soundfile raise kinds of their own
-            return np.empty((0, *shape), dtype), b"", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'}"
+            return *nothing, first_line(error)
     key = hashlib.sha256(json.dumps([name, shape, str(np.dtype(dtype)), [about(path) for path in paths]]).encode()).hexdigest()[:16]
     folder = Path(folder)
     data_file, index_file = folder / f"{name}_{key}.bin", folder / f"{name}_{key}.json"
@@ -308,7 +320,7 @@ def find(root, *names):
 
 def read_lines(path):
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()  # without the mark that some editors put at the start
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
@@ -318,10 +330,11 @@ def read_captions(root):
     path = find(root, "Flickr8k_text/Flickr8k.token.txt", "Flickr8k.token.txt", "captions.txt", "Flickr8k_text/captions.txt")
     captions = {}
     if path.name == "captions.txt":
-        for number, row in enumerate(csv.reader(read_lines(path)), 1):
-            if len(row) != 2:
-                raise UserError(f"{path}: line {number}: expected image,caption, found {len(row)} fields")
-            if number > 1 or row[0] != "image":
+        for number, line in enumerate(read_lines(path), 1):
+            row = next(csv.reader([line]), [])
+            if line and (len(row) != 2 or line.count('"') % 2):  # a quote that is not closed would hide the lines after it
+                raise UserError(f"{path}: line {number}: expected image,caption or image,\"caption, with commas\", found {line[:60]!r}")
+            if line and (number > 1 or row[0] != "image"):
                 of_photo = captions.setdefault(row[0].strip(), {})
                 of_photo[len(of_photo)] = row[1].strip()
     else:
@@ -348,8 +361,12 @@ def read_speech_list(root):
     return speech, path
 
 
-def read_features(path, names):
-    """[N, D] float32 features of the named photos, from a .pt dict: feats [N, D] (of [N, layers, D] the last), ids [N]. Raises: UserError."""
+def read_features(path, photos):
+    """(features [R, D] float32, whether each of the files `photos` has some [N], {file name: why it has none}).
+
+    path: a .pt dict of feats [N, D] (of [N, layers, D] the last layer's) and ids [N], file names.
+    Raises: UserError on a file of another kind, non-finite features, or a photo that can be read but has none (encode.py leaves out the others).
+    """
     if not path:
         raise UserError("model.image_encoder=cached needs data.image_features_file=, a .pt with feats [N, D] and ids, the photos' file names")
     try:
@@ -358,16 +375,22 @@ def read_features(path, names):
         if feats.ndim == 3:
             feats = feats[:, -1, :content["dims"][-1] if "dims" in content else None]
     except Exception as error:  # torch, pickle and zipfile raise kinds of their own
-        raise UserError(f"{path}: cannot be read as a dict of feats and ids ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as a dict of feats and ids ({first_line(error)})") from None
     row_of = {name: i for i, name in enumerate(ids)}
     if feats.ndim != 2 or len(feats) != len(ids) or len(row_of) != len(ids):
         raise UserError(f"{path}: expected feats [N, D] with N different ids, found {list(feats.shape)}, {len(row_of)} different of {len(ids)} ids")
-    if missing := [name for name in names if Path(name).stem not in row_of]:
-        raise UserError(f"{path}: no features of {len(missing)} of {len(names)} photos, the first is {missing[0]}")
-    feats = feats[[row_of[Path(name).stem] for name in names]].float()
+    missing, problems = [photo for photo in photos if photo.stem not in row_of], {}
+    for photo in missing:
+        try:
+            decode_photo(photo.read_bytes(), 8)
+        except Exception as error:
+            problems[photo.name] = first_line(error)
+        else:
+            raise UserError(f"{path}: no features of {len(missing)} of {len(photos)} photos, such as {photo.name}; encode the photos again")
+    feats = feats[[row_of[photo.stem] for photo in photos if photo.stem in row_of]].float()
     if not torch.isfinite(feats).all():
         raise UserError(f"{path}: NaN or infinite features; encode the photos again")
-    return feats
+    return feats, torch.tensor([photo.stem in row_of for photo in photos]), problems
 
 
 def load_data(cfg):
@@ -385,30 +408,30 @@ def load_data(cfg):
             if name in seen:
                 raise UserError(f"{files[-1]}: {name} is in {seen[name]} too; a photo belongs to one split, once")
             seen[name] = split
-    everything = list(seen)
-    size, cached_features = -(-cfg.model.image_size * 8 // 7), cfg.model.image_encoder == "cached"
-    if cached_features:
-        photos = read_features(cfg.data.image_features_file, everything)
-        readable, problems, fingerprint = dict.fromkeys(everything, True), {}, common.fingerprint([cfg.data.image_features_file])
+    files_of_photos, size = [photo_dir / name for name in seen], -(-cfg.model.image_size * 8 // 7)
+    if cfg.model.image_encoder == "cached":
+        photos, found, problems = read_features(cfg.data.image_features_file, files_of_photos)
+        fingerprint = common.fingerprint([cfg.data.image_features_file])
     else:
-        photos, found, problems, fingerprint = decoded(cfg.data.cache_dir, f"photos{size}", [photo_dir / name for name in everything],
-                                                       lambda raw: decode_photo(raw, size), (3, size, size), np.uint8, cfg.num_workers)
-        readable = dict(zip(everything, found.bool().tolist(), strict=True))
-    row_of = {name: i for i, name in enumerate(name for name in everything if readable[name])}
-    items = [(split, name, k) for split in names for name in names[split] if readable[name] for k in sorted(captions.get(name, {}))]
+        photos, found, problems, fingerprint = decoded(cfg.data.cache_dir, f"photos{size}", files_of_photos, lambda raw: decode_photo(raw, size),
+                                                   (3, size, size), np.uint8, cfg.num_workers)
+    row_of = {name: i for i, name in enumerate(itertools.compress(seen, found.tolist()))}
+    items = [(split, name, k) for name, split in seen.items() if name in row_of for k in sorted(captions.get(name, {}))]
     splits = {split: torch.tensor([i for i, item in enumerate(items) if item[0] == split]) for split in names}
-    for split, rows in splits.items():
-        if len(rows) < 2:
-            why = f" ({next(iter(problems.items()))})" if problems else ""
-            raise UserError(f"{root}: {len(rows)} captions of readable {split} photos, of {len(names[split])} listed photos{why}; check the folders")
+    for split, listed in names.items():
+        if (n := len({item[1] for item in items if item[0] == split})) < 2:
+            why = f" (the first that cannot be read: {': '.join(next(iter(problems.items())))})" if problems else ""
+            raise UserError(f"{root}: {n} of {len(listed)} listed {split} photos can be read and have captions{why}; check the folders")
     wavs = [spoken.get((name, k)) for _, name, k in items]
     there = [path for path in wavs if path]
     mels, frames, broken, content = decoded(cfg.data.cache_dir, "mels", there, lambda raw: decode_speech(raw, device), (N_MELS,), np.float16,
                                             cfg.num_workers if device.type == "cpu" else 1)
-    if there and not len(mels):
-        raise UserError(f"{root / 'flickr_audio'}: none of {len(there)} recordings can be read, the first: {next(iter(broken.items()))}")
     speech = torch.zeros(len(items), 2, dtype=torch.int64)
     speech[[i for i, path in enumerate(wavs) if path]] = torch.stack([frames.cumsum(0) - frames, frames], dim=1)
+    if speech_file and (speech[splits["train"], 1] > 0).sum() < 2:
+        why = f" (the first that cannot be read: {': '.join(next(iter(broken.items())))})" if broken else ""
+        raise UserError(f"{speech_file}: fewer than 2 of its {len(spoken)} recordings are readable and of a caption of a training photo{why}; "
+                        "check flickr_audio, or move it away to run on image and text alone")
     text = [captions[name][k] for _, name, k in items]
     counts = {"photos missing or broken": len(problems), "photos without captions": sum(name not in captions for name in row_of),
               "captions not spoken": len(items) - len(there), "recordings missing or broken": len(broken)}
@@ -731,6 +754,8 @@ class MultiModalMemoryNetwork(nn.Module):
 def build_model(cfg, data):
     """MultiModalMemoryNetwork for the data's vocabulary, features and modalities, on their device. Raises: UserError on sizes that do not fit."""
     m = cfg.model
+    if not m.audio_channels:
+        raise UserError("model.audio_channels=[] leaves no convolution; give one number of channels or more")
     if m.latent_dim % m.num_heads:
         raise UserError(f"model.latent_dim={m.latent_dim} must be a multiple of model.num_heads={m.num_heads}")
     if m.image_size % m.patch_size:

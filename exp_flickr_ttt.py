@@ -647,8 +647,8 @@ def memory_write(slots, x, topk, lr):
 class SlotMemory(nn.Module):
     """LayerNorm(x + attention(x; slots)) [B, D]; multi-head, x asks, M learned slots are keys and values.
 
-    With `enable_ttt_updates` in eval mode slots move towards what they are asked. `ttt_mode` "online": the shared slots, after the answer.
-    "episodic": every row has slots of its own, written before the answer and gone after it.
+    Two ways to adapt: with `enable_ttt_updates`, in eval mode, the slots that all rows share move towards what they were asked, after the answer
+    (online). With episodic=True every row has slots of its own, written before the answer and gone after it.
     """
 
     def __init__(self, dim, n_slots, n_heads, ttt_topk, ttt_lr, enable_ttt_updates=False):
@@ -656,19 +656,19 @@ class SlotMemory(nn.Module):
         self.slots, self.norm = nn.Parameter(0.02 * torch.randn(n_slots, dim)), nn.LayerNorm(dim)
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         self.n_heads, self.ttt_topk, self.ttt_lr = n_heads, min(ttt_topk, n_slots), ttt_lr
-        self.enable_ttt_updates, self.ttt_mode = enable_ttt_updates, "online"
+        self.enable_ttt_updates = enable_ttt_updates
 
-    def adapt(self, x, episodic=None):
-        """(lr * a [B, M], x) if each row is to have slots of its own, else None. episodic: True, False, or None: as the memory is set."""
-        set_so = self.enable_ttt_updates and self.ttt_mode == "episodic" and not self.training
-        if not (set_so if episodic is None else episodic):
-            return None
+    def adapt(self, x):
+        """(lr * a [B, M], x [B, D]), which say how each row's own slots differ from the shared ones."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.detach().to(self.slots.dtype)
             return self.ttt_lr * slot_weights(self.slots, x, self.ttt_topk)[0], x
 
     def read(self, x, adapted=None):
-        """Row b's slots are m_k + w_bk (x_b - m_k). Keys and values are affine in the slots, so these are never formed: O(B M), not O(B M D^2)."""
+        """[B, D]. adapted: (w, x) of `adapt`, then row b's slots are m_k + w_bk (x_b - m_k).
+
+        Keys and values are affine in the slots, so these are never formed: O(B M), not O(B M D^2).
+        """
         q, k, v = (y.view(len(y), self.n_heads, -1) for y in (self.query(x), self.key(self.slots), self.value(self.slots)))  # [B or M, heads, d]
         logits = torch.einsum("bhd,mhd->bhm", q, k)
         if adapted is not None:
@@ -683,12 +683,12 @@ class SlotMemory(nn.Module):
 
     def write(self, x):
         """The online write, where it is switched on."""
-        if self.enable_ttt_updates and self.ttt_mode == "online" and not self.training:
+        if self.enable_ttt_updates and not self.training:
             with torch.no_grad():
                 self.slots.copy_(memory_write(self.slots, x, self.ttt_topk, self.ttt_lr))
 
-    def forward(self, x, episodic=None):
-        y = self.read(x, self.adapt(x, episodic))
+    def forward(self, x, episodic=False):
+        y = self.read(x, self.adapt(x) if episodic else None)
         self.write(x)
         return y
 
@@ -722,13 +722,13 @@ class MultiModalMemoryNetwork(nn.Module):
         self.fusion = nn.Sequential(nn.Linear(len(MODALITIES) * (dim + 1), 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim))
         self.feedback = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
-    def encode(self, modality, *inputs, episodic=None):
+    def encode(self, modality, *inputs, episodic=False):
         """[B, D] of one modality, after its memory."""
         if modality not in self.encoders:
             raise ValueError(f"this model was trained without {modality}; it has {', '.join(self.encoders)}")
         return self.memories[modality](self.standardise[modality](self.encoders[modality](*inputs)), episodic)
 
-    def fuse_modalities(self, encodings, episodic=None):
+    def fuse_modalities(self, encodings, episodic=False):
         """Latent [B, D] of {modality: [B, D]}; a modality that is not there is zeros plus its type embedding, with presence bit 0."""
         if not encodings:
             raise ValueError("nothing to fuse: give at least one of text, image and audio")
@@ -736,13 +736,13 @@ class MultiModalMemoryNetwork(nn.Module):
         parts = [encodings.get(m, torch.zeros_like(x)) + self.modality_type_embeddings[i] for i, m in enumerate(MODALITIES)]
         presence = x.new_tensor([float(m in encodings) for m in MODALITIES]).expand(len(x), -1)
         fused = z = self.fusion(torch.cat([*parts, presence], dim=1))
-        adapted = self.central.adapt(fused, episodic)
+        adapted = self.central.adapt(fused) if episodic else None
         for _ in range(self.feedback_steps):
             z = self.central.read(z + self.feedback(z), adapted)
         self.central.write(fused)
         return z
 
-    def forward(self, text=None, image=None, audio=None, audio_frames=None, episodic=None):
+    def forward(self, text=None, image=None, audio=None, audio_frames=None, episodic=False):
         given = {"text": (text,), "image": (image,)}
         if audio is not None:
             audio = audio.flatten(0, 1) if audio.ndim == 4 else audio
@@ -850,7 +850,7 @@ N_DIRECTIONS = 6  # of `directions` that the protocol uses, as far as they are t
 
 
 @torch.no_grad()
-def embed(model, data, modalities, items, batch_size, raw=None):
+def embed(model, data, modalities, items, batch_size, raw=None, episodic=False):
     """[N, D] float32, L2-normalised, of items (photos if the modality is the image alone, else captions), or of raw items given for them."""
     model.eval()
     n = len(items)
@@ -864,12 +864,19 @@ def embed(model, data, modalities, items, batch_size, raw=None):
             rows = data.photo_of[items[part]] if m == "image" and len(modalities) > 1 else items[part]
             inputs |= as_input(data, m, take(raw, part) if raw is not None else raw_items(data, m, rows))
         with common.full_precision():
-            z = F.normalize(model(**inputs)["central_latent"].float(), dim=1)
+            z = F.normalize(model(**inputs, episodic=episodic)["central_latent"].float(), dim=1)
         out = z.new_empty(n, z.shape[1]) if out is None else out
         out[part.to(z.device)] = z
     if not torch.isfinite(out).all():
         raise FloatingPointError("non-finite embeddings: the weights have overflowed; lower training.learning_rate")
     return out
+
+
+def embedded(model, data, tasks, batch_size):
+    """({modality: items}, function (modality, items) -> [n, D]) of all that the galleries of tasks hold, each modality embedded once."""
+    items = {d.gallery: d.gallery_items for d in tasks}
+    z = {m: embed(model, data, (m,), rows, batch_size) for m, rows in items.items()}
+    return items, lambda m, rows: z[m][torch.searchsorted(items[m], rows).to(z[m].device)]
 
 
 def take(raw, rows):
@@ -912,31 +919,32 @@ def read_best(folder, data, cfg):
 
 
 def evaluate(cfg, data=None):
-    """Retrieval on the test photos by the best model: writes results.json, results.txt and retrieval.png; returns the results."""
+    """Retrieval on the test photos by the best model: writes results.json, results.txt; returns the results. What is there is read back."""
     folder, data = start(cfg, data)
     model, epoch = read_best(folder, data, cfg)
     file, settings = folder / "results.json", {"n_bootstrap": cfg.evaluation.n_bootstrap}
-    if file.exists() and (known := common.read_json(file)).get("evaluation") == settings and known["epoch"] == epoch:
+    known = common.read_json(file) if file.exists() else {}
+    known = known if known.get("epoch") == epoch else {}
+    if known.get("evaluation") == settings:
         return known
-    embedded = functools.cache(lambda m: embed(model, data, (m,), gallery_items[m], cfg.evaluation.batch_size))
-    tasks = directions(data, "test")
-    gallery_items, table = {d.gallery: d.gallery_items for d in tasks}, []
+    tasks, table = directions(data, "test"), []
+    _, z = embedded(model, data, tasks, cfg.evaluation.batch_size)
     for d in tasks:
-        q = ranks(d, embed(model, data, d.query, d.items, cfg.evaluation.batch_size), embedded(d.gallery))
+        queries = z(*d.query, d.items) if len(d.query) == 1 else embed(model, data, d.query, d.items, cfg.evaluation.batch_size)
+        q, photos = ranks(d, queries, z(d.gallery, d.gallery_items)), photo_groups(data, d)
         table.append({"direction": d.name, "n_queries": len(d.ids), "n_gallery": len(d.gallery_ids),
                       **{f"R@{k}": q[f"hit@{k}"].mean().item() for k in (1, 5, 10)}, "median_rank": float(np.median(q["rank"].numpy())),
-                      **{f"R@{k}_95%": interval(q[f"hit@{k}"].numpy(), photo_groups(data, d), cfg.evaluation.n_bootstrap, cfg.seed) for k in (1, 10)},
+                      **{f"R@{k}_95%": interval(q[f"hit@{k}"].numpy(), photos, cfg.evaluation.n_bootstrap, cfg.seed) for k in (1, 10)},
                       **{f"chance_R@{k}": q[f"chance@{k}"].mean().item() for k in (1, 5, 10)}})
     results = {"experiment": cfg.experiment, "seed": cfg.seed, "synthetic": data.synthetic, "data_fingerprint": data.fingerprint, "epoch": epoch,
                "parameters": sum(p.numel() for p in model.parameters()), "counts": data.counts, "evaluation": settings,
                "n_photos": {split: len(data.photo_of[rows].unique()) for split, rows in data.splits.items()}, "retrieval": table}
-    save_results(cfg, folder, results)
-    if cfg.evaluation.plots:
-        plot_retrieval(folder / "retrieval.png", results)
+    results = known | results  # other settings here leave what `test_time` found
+    save_results(folder, results)
     return results
 
 
-def save_results(cfg, folder, results):
+def save_results(folder, results):
     common.write_json(folder / "results.json", results)
     common.atomic_write(folder / "results.txt", lambda file: file.write(f"{report(results)}\n".encode()))
 
@@ -1011,12 +1019,11 @@ def corrupted_items(data, modality, items, kind, amount, seed):
     return [log_mel(corrupt_speech(wave, kind, amount, g).to(data.device)).T[:MAX_FRAMES].half().cpu() for wave, g in zip(waves, draws, strict=True)]
 
 
-def set_memories(model, mode=None, lr=None):
-    """Switch every memory to "episodic" or "online" writes of step lr, or off."""
+def set_memories(model, online, lr):
+    """Switch every memory's online writes on or off, and set the step of its writes."""
     for module in model.modules():
-        if hasattr(module, "enable_ttt_updates"):
-            module.enable_ttt_updates, module.ttt_mode = mode is not None, mode or "online"
-            module.ttt_lr = module.ttt_lr if lr is None else lr
+        if isinstance(module, SlotMemory):
+            module.enable_ttt_updates, module.ttt_lr = online, lr
 
 
 def entropy_loss(z, gallery, temperature, filtered=False, memory=None):
@@ -1047,23 +1054,19 @@ def respond(model, data, modality, raw, gallery, method, lr, order, temperature,
     none, memory-episodic: whatever the order. memory-online, tent, eata, random: `stream_batch` at a time, answered before the step they cause.
     random: tent's step with every gradient replaced by a random one of the same norm.
     """
-    everything = torch.arange(len(raw))
+    trained = model.central.ttt_lr
+    set_memories(model, method == "memory-online", lr if "memory" in method else trained)
     if method in ("none", "memory-episodic"):
-        trained = model.central.ttt_lr
-        set_memories(model, "episodic" if method != "none" else None, lr)
-        z = embed(model, data, (modality,), everything, batch_size, raw)
-        set_memories(model, None, trained)
+        z = embed(model, data, (modality,), torch.arange(len(raw)), batch_size, raw, episodic=method != "none")
+        set_memories(model, False, trained)
         return z, float(method != "none")
-    saved, trained = {name: value.clone() for name, value in model.state_dict().items()}, model.central.ttt_lr
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
     out, shares, memory = torch.empty(len(raw), gallery.shape[1], device=data.device), [], []
     affine = [p for m in model.encoders[modality].modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()]
     generator = torch.Generator().manual_seed(int(order[0]))
     model.eval().requires_grad_(False)
-    if method == "memory-online":
-        set_memories(model, "online", lr)
-    else:
-        for p in affine:
-            p.requires_grad_(True)
+    for p in affine if method != "memory-online" else ():
+        p.requires_grad_(True)
     optimizer = torch.optim.Adam(affine, lr=lr)
     for part in order.split(stream_batch):
         with common.full_precision(), torch.set_grad_enabled(method != "memory-online"):
@@ -1082,7 +1085,7 @@ def respond(model, data, modality, raw, gallery, method, lr, order, temperature,
                 direction = torch.randn(p.shape, generator=generator).to(p.device)
                 p.grad = direction * (p.grad.norm() / direction.norm())
         optimizer.step()
-    set_memories(model, None, trained)
+    set_memories(model, False, trained)
     model.requires_grad_(True)
     model.load_state_dict(saved)
     if not torch.isfinite(out).all():
@@ -1097,11 +1100,12 @@ def digest(x):
 def choose_steps(cfg, model, data):
     """{method: step size with the best mean MRR on dev under the held-out corruptions}, and all scores."""
     e, tasks, scores = cfg.evaluation, directions(data, "dev")[:N_DIRECTIONS], {}
+    _, z_of = embedded(model, data, tasks, e.batch_size)
     for d in tasks:
         (modality,), (kind, amount) = d.query, HELD_OUT[d.query[0]]
         if modality == "image" and data.photos.ndim == 2:
             continue
-        gallery = embed(model, data, (d.gallery,), d.gallery_items, e.batch_size)
+        gallery = z_of(d.gallery, d.gallery_items)
         raw = corrupted_items(data, modality, d.items, kind, amount, cfg.seed)
         order = torch.randperm(len(d.items), generator=torch.Generator().manual_seed(cfg.seed))
         for method, lr in [("none", None), *((method, lr) for method, steps in STEPS.items() for lr in steps)]:
@@ -1122,53 +1126,54 @@ def test_time(cfg, data=None):
     model, _ = read_best(folder, data, cfg)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     steps, dev_scores = choose_steps(cfg, model, data)
-    conditions, summary, galleries = [], [], {}
-    tasks = directions(data, "test")[:N_DIRECTIONS]
-    for modality in common.progress(data.modalities, "test-time training"):
-        mine, hits = [d for d in tasks if d.query == (modality,)], {}
+    tasks, conditions, hits = sorted(directions(data, "test")[:N_DIRECTIONS], key=lambda d: MODALITIES.index(*d.query)), [], {}
+    _, z_of = embedded(model, data, tasks, e.batch_size)
+    galleries = {d.name: z_of(d.gallery, d.gallery_items) for d in tasks}
+    frozen = {name: digest(gallery) for name, gallery in galleries.items()}
+    for (modality,), group in common.progress(itertools.groupby(tasks, key=lambda d: d.query), "test-time training"):
+        mine = list(group)
         kinds = CORRUPTIONS[modality] if modality != "image" or data.photos.ndim == 4 else {}
-        setting = [("clean", 0, None), *((kind, i + 1, a) for kind, amounts in kinds.items() for i, a in enumerate(amounts[:e.n_severities]))]
-        for d in mine:
-            galleries[d.name] = embed(model, data, (d.gallery,), d.gallery_items, e.batch_size)
-        frozen = {d.name: digest(galleries[d.name]) for d in mine}
-        for kind, level, amount in setting:
+        levels = [(kind, i + 1, amount) for kind, amounts in kinds.items() for i, amount in enumerate(amounts[:e.n_severities])]
+        for kind, level, amount in [("clean", 0, None), *levels]:
             raw_all = corrupted_items(data, modality, mine[0].items, kind, amount, cfg.seed)  # mine[0] has the items of the others too
-            for d in mine:
-                raw, gallery = take(raw_all, torch.searchsorted(mine[0].items, d.items)), galleries[d.name]
-                for method in ("none", *METHODS):
-                    runs = []
-                    for i in range(1 if method in ("none", "memory-episodic") else e.n_orders):
-                        order = torch.randperm(len(d.items), generator=torch.Generator().manual_seed(cfg.seed + i))
-                        z, share = respond(model, data, modality, raw, gallery, method, steps.get(method), order, cfg.losses.temperature,
-                                           e.batch_size, e.stream_batch)
-                        q = ranks(d, z, gallery)
-                        runs.append({"R@1": q["hit@1"].numpy(), "R@10": q["hit@10"].numpy(), "rank": q["rank"].numpy(), "share": share})
-                    mean = {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]}
-                    conditions.append({"direction": d.name, "corruption": kind, "severity": level, "amount": amount, "method": method,
-                                       "R@1": mean["R@1"].mean(), "R@10": mean["R@10"].mean(), "mean_rank": mean["rank"].mean(),
-                                       "adapted_share": mean["share"], "sd_over_orders_R@10": float(np.std([run["R@10"].mean() for run in runs]))})
-                    hits.setdefault((d.name, method, kind != "clean"), []).append(mean)
-        for d in mine:
-            assert digest(galleries[d.name]) == frozen[d.name] == digest(embed(model, data, (d.gallery,), d.gallery_items, e.batch_size))
-            chance = ranks(d, torch.ones(len(d.ids), 1), torch.ones(len(d.gallery_ids), 1))
-            for method in ("none", *METHODS):
-                row = {"direction": d.name, "method": method, **{f"chance_{m}": chance[f"chance@{m[2:]}"].mean().item() for m in ("R@1", "R@10")}}
-                for on, corrupted in (("clean", False), ("corrupted", True)):
-                    for m in ("R@1", "R@10") if (d.name, method, corrupted) in hits else ():
-                        mine_, none = (np.mean([h[m] for h in hits[d.name, which, corrupted]], axis=0) for which in (method, "none"))
-                        row |= {f"{on}_{m}": mine_.mean(), f"{on}_{m}_change": (mine_ - none).mean(),
-                                f"{on}_{m}_95%": interval(mine_ - none, photo_groups(data, d), e.n_bootstrap, cfg.seed)}
-                summary.append(row)
+            for d, method in itertools.product(mine, ("none", *METHODS)):
+                raw, runs = take(raw_all, torch.searchsorted(mine[0].items, d.items)), []
+                for i in range(1 if method in ("none", "memory-episodic") else e.n_orders):
+                    order = torch.randperm(len(d.items), generator=torch.Generator().manual_seed(cfg.seed + i))
+                    z, share = respond(model, data, modality, raw, galleries[d.name], method, steps.get(method), order, cfg.losses.temperature,
+                                       e.batch_size, e.stream_batch)
+                    q = ranks(d, z, galleries[d.name])
+                    runs.append({"R@1": q["hit@1"].numpy(), "R@10": q["hit@10"].numpy(), "rank": q["rank"].numpy(), "share": share})
+                mean = {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]}
+                conditions.append({"direction": d.name, "corruption": kind, "severity": level, "amount": amount, "method": method,
+                                   "R@1": mean["R@1"].mean(), "R@10": mean["R@10"].mean(), "mean_rank": mean["rank"].mean(),
+                                   "adapted_share": mean["share"], "sd_over_orders_R@10": float(np.std([run["R@10"].mean() for run in runs]))})
+                hits.setdefault((d.name, method, "clean" if kind == "clean" else "corrupted"), []).append(mean)
+    for d in tasks:
+        assert digest(galleries[d.name]) == frozen[d.name] == digest(embed(model, data, (d.gallery,), d.gallery_items, e.batch_size))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    results["ttt"] = {"settings": settings, "steps": steps, "dev_MRR_held_out": dev_scores, "summary": summary, "conditions": conditions,
-                      "gallery_sha256": {name: digest(gallery) for name, gallery in galleries.items()}}
-    save_results(cfg, folder, results)
-    results = common.read_json(folder / "results.json")
-    if cfg.evaluation.plots:
-        for metric in ("R@1", "R@10"):
-            plot_severity(folder / f"ttt_{metric.replace('@', '')}.png", results, metric)
-        plot_changes(folder / "ttt_changes.png", results)
-    return results
+    results["ttt"] = {"settings": settings, "steps": steps, "dev_MRR_held_out": dev_scores, "summary": summary_of(cfg, data, tasks, hits),
+                      "conditions": conditions, "gallery_sha256": frozen}
+    save_results(folder, results)
+    return common.read_json(folder / "results.json")
+
+
+def summary_of(cfg, data, tasks, hits):
+    """A row a direction and method: recalls on clean and on corrupted queries (mean over all corruptions), and their change with its paired interval.
+
+    hits: {(direction, method, "clean" or "corrupted"): [{"R@1": [Q], "R@10": [Q]} of a corruption]}.
+    """
+    summary = []
+    for d, method in itertools.product(tasks, ("none", *METHODS)):
+        chance = ranks(d, torch.ones(len(d.ids), 1), torch.ones(len(d.gallery_ids), 1))
+        row = {"direction": d.name, "method": method, **{f"chance_{m}": chance[f"chance@{m[2:]}"].mean().item() for m in ("R@1", "R@10")}}
+        for on, m in itertools.product(("clean", "corrupted"), ("R@1", "R@10")):
+            if (d.name, method, on) in hits:
+                mine, none = (np.mean([h[m] for h in hits[d.name, which, on]], axis=0) for which in (method, "none"))
+                row |= {f"{on}_{m}": mine.mean(), f"{on}_{m}_change": (mine - none).mean(),
+                        f"{on}_{m}_95%": interval(mine - none, photo_groups(data, d), cfg.evaluation.n_bootstrap, cfg.seed)}
+        summary.append(row)
+    return summary
 
 
 def report(r):
@@ -1183,29 +1188,33 @@ def report(r):
             + common.format_table(["query -> gallery", "queries", "gallery", "R@1", "R@5", "R@10", "median rank", "R@1 95%", "R@10 95%"], rows))
     if "ttt" not in r:
         return text
-    rows, helped, harmed, compared, damage = [], [], [], 0, []
+    keys = [f"{on}_{m}" for on in ("clean", "corrupted") for m in ("R@1", "R@10")]
+    rows, helped, helped_random, harmed, damage, compared = [], [], [], [], [], 0
 
     def change(row, key):
         low, high = row[f"{key}_95%"]
         return f"{100 * row[f'{key}_change']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     for row in r["ttt"]["summary"]:
-        keys = [f"{on}_{m}" for on in ("clean", "corrupted") for m in ("R@1", "R@10")]
         if row["method"] == "none":
-            rows.append([row["direction"], *("" for _ in keys)])
-            rows.append(["  chance", *(f"{100 * row[f'chance_{key.split(chr(95))[1]}']:.1f}" for key in keys)])
-            rows.append(["  none", *(f"{100 * row[key]:.1f}" if key in row else "-" for key in keys)])
+            rows += [[row["direction"], *("" for _ in keys)],
+                     ["  chance", *(100 * row[f"chance_{m}"] for m in ("R@1", "R@10") * 2)],
+                     ["  none", *(100 * row[key] if key in row else None for key in keys)]]
             continue
-        rows.append([f"  {row['method']}", *(change(row, key) if key in row else "-" for key in keys)])
-        for key, better, worse in (("corrupted_R@10", helped, harmed), ("clean_R@10", [], damage)):
-            low, high = row.get(f"{key}_95%", (0, 0))
-            compared += key.startswith("corrupted") and row["method"] != "random"
-            (better if low > 0 else worse if high < 0 else []).append(f"{row['method']}, {row['direction']}")
-    helped_random = [name for name in helped if name.startswith("random")]
-    helped = [name for name in helped if name not in helped_random]
+        rows.append([f"  {row['method']}", *(change(row, key) if key in row else None for key in keys)])
+        name, control = f"{row['method']}, {row['direction']}", row["method"] == "random"
+        if row["clean_R@10_95%"][1] < 0:
+            damage.append(name)
+        if "corrupted_R@10" in row:  # precomputed features of photos are not corrupted
+            low, high = row["corrupted_R@10_95%"]
+            compared += not control
+            if low > 0:
+                (helped_random if control else helped).append(name)
+            if high < 0:
+                harmed.append(name)
     text += (f"\n\ntest-time training{marked}: recalls without it (none), changes by it with paired 95% intervals; corrupted: over all corruptions\n"
              + common.format_table(["direction, method", "clean R@1", "clean R@10", "corrupted R@1", "corrupted R@10"], rows)
-             + "\nsteps chosen on dev under held-out corruptions: " + ", ".join(f"{m} {lr:g}" for m, lr in r["ttt"]["steps"].items()))
-    text += f"\ncorrupted R@10: {len(helped)} of {compared} intervals lie above 0 (about {compared * 0.025:.1f} would by chance)"
+             + "\nsteps chosen on dev under held-out corruptions: " + ", ".join(f"{m} {lr:g}" for m, lr in r["ttt"]["steps"].items())
+             + f"\ncorrupted R@10: {len(helped)} of {compared} intervals lie above 0 (about {compared * 0.025:.1f} would by chance)")
     text += f": {'; '.join(helped)}" if helped else ". NULL RESULT: no test-time method helps here"
     text += f"\nbelow 0: {'; '.join(harmed) or 'none'}. The random-direction control above 0: {'; '.join(helped_random) or 'none'}"
     return f"{text}\ndamage to clean queries (R@10 interval below 0): {'; '.join(damage) or 'none'}"
@@ -1214,27 +1223,25 @@ def report(r):
 # -------------------------------------------------------------------------------------------------------------- training
 
 def start(cfg, data=None):
-    """(run folder, data), after the checks that every stage needs: same config, same data as the folder's run."""
+    """(run folder, data), after what every stage needs: same config and same data as the folder's run, seeds, deterministic kernels."""
     data = data or load_data(cfg)
     folder = common.open_run(cfg)
     common.check_same_data(folder, data.fingerprint)
+    common.seed_everything(cfg.seed)
     return folder, data
 
 
 def dev_scores(cfg, model, data):
     """{"dev_loss": InfoNCE over all dev pairs, "dev_recall": mean of R@1, 5, 10 in all directions, in %, and each direction's R@10}."""
-    tasks, recalls, row = directions(data, "dev")[:N_DIRECTIONS], [], {}
-    items = {d.gallery: d.gallery_items for d in tasks}
-    z = {m: embed(model, data, (m,), rows, cfg.evaluation.batch_size) for m, rows in items.items()}
+    tasks, recalls, row, loss = directions(data, "dev")[:N_DIRECTIONS], [], {}, 0.0
+    items, z = embedded(model, data, tasks, cfg.evaluation.batch_size)
     for d in tasks:
-        (m,) = d.query
-        q = ranks(d, z[m][torch.searchsorted(items[m], d.items).to(z[m].device)], z[d.gallery])
+        q = ranks(d, z(*d.query, d.items), z(d.gallery, d.gallery_items))
         recalls += [100 * q[f"hit@{k}"].mean().item() for k in (1, 5, 10)]
         row[f"dev_R@10 {d.name}"] = recalls[-1]
-    loss = 0.0
     for a, b in itertools.combinations(items, 2):
         rows = items["audio"] if "audio" in (a, b) else items["text"]
-        x, y = (z[m][torch.searchsorted(items[m], data.photo_of[rows] if m == "image" else rows).to(data.device)] for m in (a, b))
+        x, y = (z(m, data.photo_of[rows] if m == "image" else rows) for m in (a, b))
         loss += common.info_nce(x, y, 1 / cfg.losses.temperature, data.photo_of[rows].to(data.device), "mask").item()
     return {"dev_loss": loss, "dev_recall": float(np.mean(recalls)), **row}
 
@@ -1243,11 +1250,13 @@ def train(cfg, data=None):
     """Train for training.epochs, resuming exactly; best_model.pt is the epoch with the best dev_recall. Returns the history, one row an epoch."""
     t = cfg.training
     folder, data = start(cfg, data)
-    common.seed_everything(cfg.seed)
     model = build_model(cfg, data)
     optimizer = build_optimizer(cfg, model)
     per_epoch, last_step, step, history, pending = steps_per_epoch(cfg, data), total_steps(cfg, data), 0, [], []
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: common.warmup_cosine(s + 1, last_step + 1, math.ceil(t.warmup * last_step)))
+
+    def factor(s):  # of the learning rate, after s steps
+        return common.warmup_cosine(s + 1, last_step + 1, math.ceil(t.warmup * last_step))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     latest = folder / "checkpoint_latest.pt"
     if latest.exists() or latest.with_name(f"{latest.name}.previous").exists():
         state = common.load_checkpoint(latest)
@@ -1288,9 +1297,9 @@ def train(cfg, data=None):
                 continue
             losses = {name: torch.stack([taken[name] for taken in pending if name in taken] or [torch.tensor(math.nan)]).cpu() for name in names}
             if len(bad := (~torch.isfinite(losses["loss"])).nonzero()[:, 0]):  # the host waits for the device only here
-                taken = pending[int(bad[0])]
-                raise FloatingPointError(f"non-finite {' and '.join(n for n, v in taken.items() if not math.isfinite(v))} in step "
-                                         f"{step - len(pending) + 1 + int(bad[0])}, learning rate {rate:g}; lower training.learning_rate")
+                taken, bad_step = pending[int(bad[0])], step - len(pending) + 1 + int(bad[0])
+                raise FloatingPointError(f"non-finite {' and '.join(n for n, v in taken.items() if not math.isfinite(v))} in step {bad_step}, "
+                                         f"learning rate {t.learning_rate * factor(bad_step - 1):g}; lower training.learning_rate")
             if ends:
                 means = {name: values.mean().item() for name, values in losses.items()}
                 row = {"epoch": epoch + 1, "step": step, **{n: v if math.isfinite(v) else None for n, v in means.items()},
@@ -1322,18 +1331,14 @@ def mark(title, synthetic):
     return f"{title} (synthetic data)" if synthetic else title
 
 
-def plot_training(folder, history, synthetic):
-    names = [n for n in history[0] if n.startswith("dev_R@10 ")]
+def plot_training(path, history, synthetic):
+    """Losses and dev recalls by epoch, from the rows of metrics.csv."""
     losses = [n for n in ("loss", "text_image", "text_audio", "image_audio", "fused") if n in history[0]]
-    panels = {"training loss": {n: [row[n] for row in history] for n in losses},
-              "dev loss": {"three pairs": [row["dev_loss"] for row in history]},
-              "dev R@10 (%)": {"mean of R@1, 5, 10": [row["dev_recall"] for row in history],
-                               **{n.removeprefix("dev_R@10 "): [row[n] for row in history] for n in names}}}
-    for lines in panels.values():
-        for label in lines:
-            lines[label] = [math.nan if v is None else v for v in lines[label]]
-    chosen = 1 + max(range(len(history)), key=lambda i: (history[i]["dev_recall"], -i))
-    common.plot_curves(folder / "training_curves.png", panels, mark=chosen, title=mark("training", synthetic))
+    recalls = {"mean of R@1, 5, 10": "dev_recall", **{n.removeprefix("dev_R@10 "): n for n in history[0] if n.startswith("dev_R@10 ")}}
+    panels = {"training loss": {n: [row[n] for row in history] for n in losses}, "dev loss": {"three pairs": [row["dev_loss"] for row in history]},
+              "dev R@10 (%)": {label: [row[n] for row in history] for label, n in recalls.items()}}
+    chosen = 1 + max(range(len(history)), key=lambda i: history[i]["dev_recall"])
+    common.plot_curves(path, panels, mark=chosen, title=mark("training", synthetic))
 
 
 def plot_retrieval(path, r):
@@ -1365,7 +1370,7 @@ def plot_severity(path, r, metric):
         axis.axhline(100 * chance, color="grey", linestyle=":", label="chance")
         axis.set(xlabel="severity of the query's corruption", ylabel=f"{metric} (%)", title=name, ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(mark("test-time training", r["synthetic"]))
     common.save_figure(figure, path)
 
@@ -1386,9 +1391,17 @@ def plot_changes(path, r):
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.set(xlabel="change of R@10 (points), paired 95%", title=f"{on} queries")
-    axes[0].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(mark("test-time training against none", r["synthetic"]))
     common.save_figure(figure, path)
+
+
+def plot_results(folder, r):
+    plot_retrieval(folder / "retrieval.png", r)
+    if "ttt" in r:
+        plot_severity(folder / "ttt_R1.png", r, "R@1")
+        plot_severity(folder / "ttt_R10.png", r, "R@10")
+        plot_changes(folder / "ttt_changes.png", r)
 
 
 def compare(cfg):
@@ -1455,9 +1468,12 @@ def main(argv):
     if args.stage in ("all", "train"):
         history = train(cfg, data)
         if cfg.evaluation.plots:
-            plot_training(folder, history, data.synthetic)
+            plot_training(folder / "training_curves.png", history, data.synthetic)
     if args.stage != "train":
-        print(f"\n{report(evaluate(cfg, data) if args.stage == 'evaluate' else test_time(cfg, data))}")
+        results = evaluate(cfg, data) if args.stage == "evaluate" else test_time(cfg, data)
+        if cfg.evaluation.plots:
+            plot_results(folder, results)
+        print(f"\n{report(results)}")
     print(f"files: {folder}/ (results.json, metrics.csv, best_model.pt, *.png)")
 
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import shutil
 import signal
 import struct
@@ -664,6 +665,39 @@ def test_a_null_result_is_called_one(whole):
     assert "NULL RESULT" not in exp.report(results)
 
 
+def test_features_that_cannot_be_corrupted_are_not_compared(whole):
+    results = common.read_json(whole / "results.json")
+    for row in results["ttt"]["summary"]:
+        if row["direction"].startswith("image"):
+            for key in [key for key in row if key.startswith("corrupted")]:
+                del row[key]
+    assert "0 of 16 intervals" in exp.report({**results, "ttt": {**results["ttt"], "summary": [
+        row if "corrupted_R@10" not in row else row | {"corrupted_R@10_95%": [-1, 1]} for row in results["ttt"]["summary"]]}})
+
+
+def test_evaluating_again_keeps_the_protocol_and_draws_what_is_missing(whole, tree, cache, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = common.read_json(tmp_path / "run/results.json")
+    for name in ("ttt_changes.png", "retrieval.png"):  # a kill came before them
+        (tmp_path / f"run/{name}").unlink()
+    assert cli(tmp_path, tree, cache) == 0
+    assert (tmp_path / "run/ttt_changes.png").exists()
+    assert cli(tmp_path, tree, cache, "--stage", "evaluate", "evaluation.n_bootstrap=200") == 0
+    after = common.read_json(tmp_path / "run/results.json")
+    assert after["evaluation"] == {"n_bootstrap": 200}
+    assert after["ttt"] == before["ttt"]
+    assert (tmp_path / "run/retrieval.png").exists()
+
+
+def test_photos_of_test_without_speech(tmp_path, tree):
+    root = copy_tree(tree, tmp_path / "tree")
+    names = (root / "Flickr8k_text/Flickr_8k.testImages.txt").read_text()
+    path = root / "flickr_audio/wav2capt.txt"
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if line.split()[1] not in names))
+    assert cli(tmp_path, root, tmp_path / "cache", "training.epochs=1", "evaluation.n_orders=1", "evaluation.plots=false") == 0
+    assert {row["direction"] for row in common.read_json(tmp_path / "run/results.json")["ttt"]["summary"]} == {"text -> image", "image -> text"}
+
+
 def test_compare_averages_seeds(whole, tree, cache, tmp_path, capsys):
     results = common.read_json(whole / "results.json")
     assert cli(tmp_path, tree, cache, "--stage", "compare") == 2
@@ -833,7 +867,9 @@ def test_mistakes_in_the_command(tmp_path, tree, cache, capsys):
         assert message in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
     assert cli(tmp_path, tree, cache, "training.learning_rate=1e30") == 1
-    assert "non-finite" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    step, rate = re.search(r"non-finite loss .* in step (\d+), learning rate (\S+);", error).groups()
+    assert float(rate) == pytest.approx(1e30 * common.warmup_cosine(int(step), 10, 1), rel=1e-4)  # of that very step
 
 
 def test_flops_of_the_documents_config(monkeypatch, tmp_path):

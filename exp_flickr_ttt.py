@@ -36,6 +36,7 @@ import os
 import re
 import struct
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -287,7 +288,9 @@ def decoded(folder, name, paths, decode, shape, dtype, workers):
                         if problem:
                             problems[path.name] = problem
                         file.write(np.ascontiguousarray(rows, dtype).tobytes())
-        common.atomic_write(data_file, write)
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # runs that start together decode twice, but never into one file
+            common.atomic_write(Path(own, data_file.name), write)
+            os.replace(Path(own, data_file.name), data_file)
         common.write_json(index_file, {"counts": counts, "problems": problems, "fingerprint": digest.hexdigest()[:16]})
     index = common.read_json(index_file)
     n = sum(index["counts"])
@@ -496,12 +499,13 @@ def as_input(data, modality, raw):
 
 def spec_augment(audio, frames, draws):
     """Zeroes (the mean) in every row of audio [A, 80, T] two bands of up to 12 mels and two spans of up to 15% of its frames (Park et al. 2019)."""
-    n, where = len(audio), audio.device
-    start, width = torch.from_numpy(draws.random((2, n, 2, 1)).astype(np.float32)).to(where)
-    mel, frame, length = torch.arange(N_MELS, device=where), torch.arange(audio.shape[2], device=where), frames[:, None, None]
-    band = ((mel >= (start * N_MELS).floor()) & (mel < (start * N_MELS).floor() + (width * 13).floor())).any(1)  # [A, 80]
-    start, width = torch.from_numpy(draws.random((2, n, 2, 1)).astype(np.float32)).to(where)
-    span = ((frame >= (start * length).floor()) & (frame < (start * length).floor() + (width * 0.15 * length).floor())).any(1)  # [A, T]
+    def any_of(length, widest, places):
+        """[A, places] bool: in one of two spans of up to `widest` places, anywhere in length [A, 1, 1] or a number."""
+        start, width = torch.from_numpy(draws.random((2, len(audio), 2, 1)).astype(np.float32)).to(audio.device)
+        place, first = torch.arange(places, device=audio.device), (start * length).floor()
+        return ((place >= first) & (place < first + (width * widest).floor())).any(1)
+    length = frames[:, None, None]
+    band, span = any_of(N_MELS, 13, N_MELS), any_of(length, 0.15 * length, audio.shape[2])
     return audio * ~(band[:, :, None] | span[:, None])
 
 
@@ -705,16 +709,15 @@ class MultiModalMemoryNetwork(nn.Module):
                  ttt_lr=0.1):
         super().__init__()
         dim = latent_dim
-        encoders = {"text": lambda: TextEncoder(vocab_size, dim, num_heads, num_layers, dropout),
-                    "image": lambda: ImageEncoder(image_size, patch_size, dim, num_heads, num_layers, dropout),
-                    "audio": lambda: AudioEncoder(audio_channels, dim, dropout)}
-        if image_features:
-            encoders["image"] = lambda: nn.Sequential(nn.LayerNorm(image_features), nn.Dropout(dropout), nn.Linear(image_features, dim),
-                                                      nn.LayerNorm(dim))
+        text = TextEncoder(vocab_size, dim, num_heads, num_layers, dropout)
+        image = (nn.Sequential(nn.LayerNorm(image_features), nn.Dropout(dropout), nn.Linear(image_features, dim), nn.LayerNorm(dim)) if image_features
+                 else ImageEncoder(image_size, patch_size, dim, num_heads, num_layers, dropout))
+        self.encoders = nn.ModuleDict({"text": text, "image": image})
+        if "audio" in modalities:
+            self.encoders["audio"] = AudioEncoder(audio_channels, dim, dropout)
 
         def memory(n, topk):
             return SlotMemory(dim, n, num_heads, topk, ttt_lr, enable_ttt_updates)
-        self.encoders = nn.ModuleDict({m: encoders[m]() for m in modalities})
         self.standardise = nn.ModuleDict({m: nn.BatchNorm1d(dim) for m in modalities})  # else what is hard to match collapses into one point
         self.memories = nn.ModuleDict({m: memory(memory_size // 2, max(1, ttt_topk // 2)) for m in modalities})
         self.central, self.feedback_steps = memory(memory_size, ttt_topk), feedback_steps
@@ -853,20 +856,18 @@ N_DIRECTIONS = 6  # of `directions` that the protocol uses, as far as they are t
 def embed(model, data, modalities, items, batch_size, raw=None, episodic=False):
     """[N, D] float32, L2-normalised, of items (photos if the modality is the image alone, else captions), or of raw items given for them."""
     model.eval()
-    n = len(items)
-    order = torch.arange(n)
+    order = torch.arange(len(items))
     if "audio" in modalities:  # neighbours of similar length need little padding
         order = torch.tensor([len(x) for x in raw]).argsort(stable=True) if raw is not None else data.speech[items, 1].argsort(stable=True)
-    out = None
+    found = []
     for part in order.split(batch_size):
         inputs = {}
         for m in modalities:
             rows = data.photo_of[items[part]] if m == "image" and len(modalities) > 1 else items[part]
             inputs |= as_input(data, m, take(raw, part) if raw is not None else raw_items(data, m, rows))
         with common.full_precision():
-            z = F.normalize(model(**inputs, episodic=episodic)["central_latent"].float(), dim=1)
-        out = z.new_empty(n, z.shape[1]) if out is None else out
-        out[part.to(z.device)] = z
+            found.append(F.normalize(model(**inputs, episodic=episodic)["central_latent"].float(), dim=1))
+    out = torch.cat(found)[order.argsort().to(data.device)]
     if not torch.isfinite(out).all():
         raise FloatingPointError("non-finite embeddings: the weights have overflowed; lower training.learning_rate")
     return out
@@ -1295,14 +1296,13 @@ def train(cfg, data=None):
             ends = place == per_epoch - 1
             if not ends and not stop.signum:
                 continue
-            losses = {name: torch.stack([taken[name] for taken in pending if name in taken] or [torch.tensor(math.nan)]).cpu() for name in names}
+            losses = {name: torch.stack(values).cpu() for name in names if (values := [taken[name] for taken in pending if name in taken])}
             if len(bad := (~torch.isfinite(losses["loss"])).nonzero()[:, 0]):  # the host waits for the device only here
                 taken, bad_step = pending[int(bad[0])], step - len(pending) + 1 + int(bad[0])
                 raise FloatingPointError(f"non-finite {' and '.join(n for n, v in taken.items() if not math.isfinite(v))} in step {bad_step}, "
                                          f"learning rate {t.learning_rate * factor(bad_step - 1):g}; lower training.learning_rate")
             if ends:
-                means = {name: values.mean().item() for name, values in losses.items()}
-                row = {"epoch": epoch + 1, "step": step, **{n: v if math.isfinite(v) else None for n, v in means.items()},
+                row = {"epoch": epoch + 1, "step": step, **{name: losses[name].mean().item() if name in losses else None for name in names},
                        **dev_scores(cfg, model, data), "learning_rate": rate}
                 better = all(row["dev_recall"] > earlier["dev_recall"] for earlier in history)
                 history.append(row)
@@ -1411,17 +1411,18 @@ def compare(cfg):
     def cell(values, sign=""):
         return f"{100 * np.mean(values):{sign}.1f}" + (f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "") if values else "-"
     recalls, changes = [], []
-    for first in runs[0][1][0]["retrieval"]:
-        recalls += [[first["direction"], "", *("" for _ in range(3))], ["  chance", "", *(f"{100 * first[f'chance_R@{k}']:.1f}" for k in (1, 5, 10))]]
+    every = {row["direction"]: row for _, found in runs for r in found for row in r["retrieval"]}  # one may have had no speech
+    for direction, first in every.items():
+        recalls += [[direction, *[""] * 4], ["  chance", "", *(100 * first[f"chance_R@{k}"] for k in (1, 5, 10))]]
         for name, found in runs:
-            rows = [row for r in found for row in r["retrieval"] if row["direction"] == first["direction"]]
+            rows = [row for r in found for row in r["retrieval"] if row["direction"] == direction]
             recalls.append([f"  {name}", len(rows), *(cell([row[f"R@{k}"] for row in rows]) for k in (1, 5, 10))])
     for name, found in runs:
-        for row in found[0].get("ttt", {}).get("summary", ()):
-            same = [s for r in found if "ttt" in r for s in r["ttt"]["summary"] if (s["direction"], s["method"]) == (row["direction"], row["method"])]
-            cells = (cell([s[f"{on}_R@10_change"] for s in same if f"{on}_R@10_change" in s], "+") for on in ("clean", "corrupted"))
-            if row["method"] != "none":
-                changes.append([name, row["direction"], row["method"], len(same), *cells])
+        changed = [row for r in found if "ttt" in r for row in r["ttt"]["summary"] if row["method"] != "none"]
+        for direction, method in dict.fromkeys((row["direction"], row["method"]) for row in changed):
+            same = [row for row in changed if (row["direction"], row["method"]) == (direction, method)]
+            cells = (cell([row[f"{on}_R@10_change"] for row in same if f"{on}_R@10_change" in row], "+") for on in ("clean", "corrupted"))
+            changes.append([name, direction, method, len(same), *cells])
     text = "recalls in %\n" + common.format_table(["query -> gallery", "seeds", "R@1", "R@5", "R@10"], recalls)
     if changes:
         text += "\n\nchange of R@10 by test-time training, in points\n"

@@ -233,6 +233,20 @@ def test_what_may_pass_is_not_kept_as_a_broken_file(tmp_path, tree, monkeypatch)
     assert exp.decoded(tmp_path, "photos4", paths, *decode)[1].tolist() == [1, 1, 1]
 
 
+def test_two_runs_may_decode_at_the_same_time(tmp_path, tree):
+    paths, again = sorted(Path(tree, "Flickr8k_Dataset").iterdir())[:3], []
+
+    def other_run(raw):
+        if not again:
+            again.append(True)
+            again[0] = exp.decoded(tmp_path, "photos4", paths, *decode)[0]
+        return decode[0](raw)
+    decode = (lambda raw: exp.decode_photo(raw, 4), (3, 4, 4), np.uint8, 1)
+    first = exp.decoded(tmp_path, "photos4", paths, other_run, *decode[1:])[0]
+    assert torch.equal(first, again[0])
+    assert len(list(tmp_path.iterdir())) == 2  # nothing is left over
+
+
 def test_files_are_decoded_once_and_again_when_they_change(tmp_path, tree, monkeypatch):
     root, cache = copy_tree(tree, tmp_path / "tree"), tmp_path / "cache"
     first = exp.load_data(config(tmp_path, root, cache))
@@ -718,6 +732,12 @@ def test_compare_averages_seeds(whole, tree, cache, tmp_path, capsys):
     line = next(line for line in text.splitlines() if exp.METHODS[0] in line)  # only one of the two ran the protocol
     assert line.split()[-3:] == ["1", f"{100 * first['clean_R@10_change']:+.1f}", f"{100 * first['corrupted_R@10_change']:+.1f}"]
     assert text.endswith("[SYNTHETIC demo data]\n")
+    other["retrieval"] = other["retrieval"][:2]  # a run without speech or protocol, named first, hides nothing of the others
+    common.write_json(tmp_path / "1/run/results.json", other)
+    assert cli(tmp_path, tree, cache, "--stage", "compare", f"compare=[{tmp_path / '1/run'}, {whole}]", f"output_dir={tmp_path / 'out'}") == 0
+    text = (tmp_path / "out/compare.txt").read_text()
+    assert "audio -> text" in text.split("change of R@10")[0]
+    assert exp.METHODS[0] in text
 
 
 @pytest.mark.parametrize("step", [2, 3, 7])

@@ -138,7 +138,7 @@ class Config:
 
 @functools.lru_cache
 def mel_filters(device):
-    """[201, 80] triangles, evenly spaced on the HTK mel scale from 0 to 8 kHz, peak 1, float32."""
+    """[201, 80] float32 triangles of peak 1 (no area norm), evenly spaced from 0 to 8 kHz on HTK's scale, mel(f) = 2595 log10(1 + f / 700 Hz)."""
     mels = torch.linspace(0, 2595 * math.log10(1 + 8000 / 700), N_MELS + 2)
     edges = 700 * (10 ** (mels / 2595) - 1)
     slopes = edges - torch.linspace(0, 8000, 201)[:, None]  # [201, 82], of each frequency to each edge
@@ -147,7 +147,11 @@ def mel_filters(device):
 
 
 def mel_spectrogram(waveform):
-    """Power mel spectrogram [.., 80, 1 + n // 160] of a 16 kHz waveform [.., n] float in [-1, 1], n > 200: windows of 25 ms every 10 ms."""
+    """Power mel spectrogram: periodic Hann windows of 25 ms every 10 ms, centred, the ends reflected.
+
+    waveform: [.., n] float32 or float64 in [-1, 1], 16 kHz, n > 200. Returns: [.., 80, 1 + n // 160] >= 0, of the same type.
+    Raises: RuntimeError (torch.stft) if n is too short to be reflected. Values: librosa's with htk=True, norm=None.
+    """
     window = torch.hann_window(400, device=waveform.device, dtype=waveform.dtype)
     flat = waveform.reshape(-1, waveform.shape[-1])
     spectrum = torch.stft(flat, 400, 160, window=window, center=True, pad_mode="reflect", return_complex=True)
@@ -156,7 +160,7 @@ def mel_spectrogram(waveform):
 
 
 def log_mel(waveform):
-    """log(mel + 1e-6) [.., 80, frames] of a waveform [.., samples]."""
+    """Natural log(mel + 1e-6) [.., 80, frames] of a waveform [.., samples]; see `mel_spectrogram`."""
     return torch.log(mel_spectrogram(waveform) + 1e-6)
 
 
@@ -206,7 +210,10 @@ def build_vocabulary(captions):
 
 
 def tokenise(captions, vocabulary, spell=0.0, draws=None):
-    """[B, L <= 77] int64, padded with 0. Words that the vocabulary lacks, and with `draws` a share `spell` of the others, are read by character."""
+    """[B, L <= 77] int64 token ids of B captions, padded with 0; an empty caption is one unknown character.
+
+    Words that the vocabulary lacks, and with `draws` (a NumPy generator) a share `spell` of the others, are read by their characters.
+    """
     rows = []
     for caption in captions:
         words, ids = words_of(caption), []
@@ -397,7 +404,11 @@ def read_features(path, photos):
 
 
 def load_data(cfg):
-    """Data of cfg; photos and speech are decoded into the cache the first time. Raises: UserError naming file, expected and found."""
+    """`Data` of cfg; photos and speech are decoded into the cache the first time. Vocabulary and mel statistics come from the training split alone.
+
+    Raises: UserError naming the file, what was expected and found: missing or unreadable lists, a photo in two splits, fewer than two photos with
+    captions in a split, speech for fewer than two training captions, precomputed features that do not fit.
+    """
     device, root = common.pick_device(cfg.device), Path(cfg.data.dir)
     photo_dir = find(root, "Flickr8k_Dataset", "Flicker8k_Dataset", "Images")
     captions, caption_file = read_captions(root)
@@ -462,26 +473,25 @@ def random_data(cfg):
                 (torch.zeros(N_MELS, 1, device=device), torch.ones(N_MELS, 1, device=device)), cfg.model.image_size, {}, device, "random", True)
 
 
-def raw_photos(data, photos, draws=None):
-    """[n, 3, S, S] uint8 crops of photos, from the middle, or with `draws` from anywhere and half of them mirrored; features as they are."""
-    if data.photos.ndim == 2:
-        return data.photos[photos.to(data.photos.device)]
-    side, margin = data.image_size, data.photos.shape[-1] - data.image_size
-    corners = draws.integers(margin + 1, size=(len(photos), 2)) if draws is not None else np.full((len(photos), 2), margin // 2)
-    crops = torch.stack([data.photos[p, :, y:y + side, x:x + side] for p, (y, x) in zip(photos.tolist(), corners.tolist(), strict=True)])
-    if draws is not None:
-        mirrored = torch.from_numpy(draws.random(len(photos)) < 0.5).nonzero()[:, 0].to(crops.device)
-        crops[mirrored] = crops[mirrored].flip(3)
-    return crops
+def raw_items(data, modality, items, draws=None):
+    """What is queried with, before it becomes the model's input: captions, photos [n, 3, S, S] uint8 (or features [n, D]), or log mels [T, 80] each.
 
-
-def raw_items(data, modality, items):
-    """What is queried with, before it becomes the model's input: captions, photos, or log mels [T, 80] (items: rows of photos, else of captions)."""
-    if modality == "image":
-        return raw_photos(data, items)
+    items: [n] rows of photos for modality image, else of captions. Photos are cropped in the middle, or with `draws` (a NumPy generator) anywhere and
+    half of them mirrored.
+    """
     if modality == "text":
         return [data.captions[i] for i in items.tolist()]
-    return [data.mels[first:first + n] for first, n in data.speech[items].tolist()]
+    if modality == "audio":
+        return [data.mels[first:first + n] for first, n in data.speech[items].tolist()]
+    if data.photos.ndim == 2:
+        return data.photos[items.to(data.photos.device)]
+    side, margin = data.image_size, data.photos.shape[-1] - data.image_size
+    corners = draws.integers(margin + 1, size=(len(items), 2)) if draws is not None else np.full((len(items), 2), margin // 2)
+    crops = torch.stack([data.photos[p, :, y:y + side, x:x + side] for p, (y, x) in zip(items.tolist(), corners.tolist(), strict=True)])
+    if draws is not None:
+        mirrored = torch.from_numpy(draws.random(len(items)) < 0.5).nonzero()[:, 0].to(crops.device)
+        crops[mirrored] = crops[mirrored].flip(3)
+    return crops
 
 
 def as_input(data, modality, raw):
@@ -513,8 +523,8 @@ def make_batch(data, indices, draws=None, spell=0.0):
     """Model input of caption rows [B]: text [B, L], image [B, ...], photo [B] ids; and of the A spoken ones audio [A, 80, T], audio_frames [A],
     audio_rows [A] (their places in the batch). draws: a NumPy generator for augmentation."""
     photos, spoken = data.photo_of[indices], data.speech[indices, 1].nonzero()[:, 0]
-    text = tokenise([data.captions[i] for i in indices.tolist()], data.vocabulary, spell, draws)
-    batch = {"text": text.to(data.device, non_blocking=True), **as_input(data, "image", raw_photos(data, photos, draws)),
+    text = tokenise(raw_items(data, "text", indices), data.vocabulary, spell, draws)
+    batch = {"text": text.to(data.device, non_blocking=True), **as_input(data, "image", raw_items(data, "image", photos, draws)),
              "photo": photos.to(data.device, non_blocking=True)}
     if len(spoken):
         batch |= {**as_input(data, "audio", raw_items(data, "audio", indices[spoken])), "audio_rows": spoken.to(data.device, non_blocking=True)}
@@ -541,6 +551,7 @@ def epoch_batches(data, cfg, epoch):
 
 
 def steps_per_epoch(cfg, data):
+    """Batches of an epoch; the last rows are spread over all of them."""
     rows = data.splits["train"]
     n = len(data.photo_of[rows].unique()) if cfg.data.captions == "one" else len(rows)
     return max(1, min(-(-n // cfg.training.batch_size), n // 2))  # no batch of one row
@@ -589,7 +600,7 @@ class TextEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Pixels [B, 3, S, S] -> the class token of a vision transformer [B, D]."""
+    """Normalised pixels [B, 3, S, S] -> the class token of a vision transformer [B, D] (Dosovitskiy et al. 2021)."""
 
     def __init__(self, image_size, patch_size, dim, n_heads, n_layers, dropout):
         super().__init__()
@@ -631,16 +642,19 @@ class AudioEncoder(nn.Module):
 
 
 def slot_weights(slots, x, topk):
-    """a [B, M]: softmax of x . slots / sqrt(D) over each row's top-k slots, 0 elsewhere; and whether a slot is among them [B, M]."""
+    """(a, chosen), both [B, M], of slots [M, D] and x [B, D]: a is the softmax of x . slots / sqrt(D) over a row's top-k slots, chosen is 1 there."""
     top = (x @ slots.T / slots.shape[1] ** 0.5).topk(topk, dim=1)
     weights = torch.zeros(len(x), len(slots), device=x.device, dtype=top.values.dtype).scatter(1, top.indices, top.values.softmax(1))
     return weights, torch.zeros_like(weights).scatter(1, top.indices, 1.0)
 
 
 def memory_write(slots, x, topk, lr):
-    """New slots [M, D] after a write of x [B, D]: m_k + lr * mean over the rows that chose k of a_k (x - m_k).
+    """One write into the slots: m_k + lr * mean over the rows b that chose slot k of a_bk (x_b - m_k), a as in `slot_weights`.
 
-    One step of gradient descent on 1/2 sum_k mean_b a_bk |m_k - x_b|^2 with a held fixed. x is detached; slots that no row chose keep their bits.
+    It is a step of gradient descent on 1/2 sum_k mean_b a_bk |m_k - x_b|^2 with a held fixed. Deviation from the recipe: the mean; its sum over b
+    diverges once lr * sum_b a_bk passes 2.
+    slots: [M, D] float. x: [B, D], detached here. topk: slots a row writes to, 1..M. lr: eta in (0, 1].
+    Returns: new slots [M, D]; those that no row chose keep their bits.
     """
     x = x.detach().to(slots.dtype)
     a, chosen = slot_weights(slots, x, topk)
@@ -698,10 +712,12 @@ class SlotMemory(nn.Module):
 
 
 class MultiModalMemoryNetwork(nn.Module):
-    """Text, image and audio, any of them, into one latent.
+    """Text, image and audio, any of them, into one latent: model(text, image, audio, audio_frames, episodic) -> dict with
+    `central_latent` [B, D], not normalised, and `encodings` {modality: [B, D]}.
 
-    model(text=[B, L] tokens, image=[B, 3, S, S] or [B, image_features], audio=[B, 80, T] or [B, 1, 80, T], audio_frames=[B]) -> dict with
-    `central_latent` [B, D] and `encodings` {modality: [B, D]}.
+    text: [B, L <= 77] int64, 0 is padding. image: [B, 3, S, S] normalised pixels, or [B, image_features]. audio: [B, 80, T] or [B, 1, 80, T]
+    standardised log mels; audio_frames: [B] int64, how many of the T are there (default: all). episodic: every row reads slots of its own.
+    Raises: ValueError if nothing is given, or a modality that the model was built without.
     """
 
     def __init__(self, vocab_size=4565, latent_dim=256, memory_size=64, num_heads=4, num_layers=3, image_size=224, patch_size=16, image_features=0,
@@ -726,13 +742,13 @@ class MultiModalMemoryNetwork(nn.Module):
         self.feedback = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
     def encode(self, modality, *inputs, episodic=False):
-        """[B, D] of one modality, after its memory."""
+        """[B, D] of one modality after its memory, from the input of its encoder (audio: mels and frames). Raises: ValueError if it has none."""
         if modality not in self.encoders:
             raise ValueError(f"this model was trained without {modality}; it has {', '.join(self.encoders)}")
         return self.memories[modality](self.standardise[modality](self.encoders[modality](*inputs)), episodic)
 
     def fuse_modalities(self, encodings, episodic=False):
-        """Latent [B, D] of {modality: [B, D]}; a modality that is not there is zeros plus its type embedding, with presence bit 0."""
+        """Latent [B, D] of {modality: [B, D]}; one that is not there is zeros plus its type embedding, presence bit 0. Raises: ValueError if {}."""
         if not encodings:
             raise ValueError("nothing to fuse: give at least one of text, image and audio")
         x = next(iter(encodings.values()))
@@ -769,6 +785,7 @@ def build_model(cfg, data):
 
 
 def build_optimizer(cfg, model):
+    """AdamW (Loshchilov & Hutter 2019) over every parameter."""
     return torch.optim.AdamW(model.parameters(), lr=cfg.training.learning_rate, weight_decay=cfg.training.weight_decay,
                              fused=next(model.parameters()).is_cuda)
 
@@ -776,10 +793,11 @@ def build_optimizer(cfg, model):
 # ------------------------------------------------------------------------------------------------------------- objective
 
 def retrieval_losses(model, batch, temperature=0.07, through_update=True, fused=True):
-    """{"text_image", "text_audio", "image_audio", "fused"}: InfoNCE of the pairs; captions of one photo are no negatives; audio: of spoken rows.
+    """{"text_image", "text_audio", "image_audio", "fused"}: scalars, InfoNCE (van den Oord et al. 2018) of the pairs, audio's over spoken rows.
 
-    Every modality goes through the fusion alone; "fused" is a random pair of modalities against the third. Which encodings are adapted before they
-    are used (through_update) and which pair is fused is drawn from torch's CPU generator.
+    batch: as `make_batch` returns it; with fewer than two spoken rows there is only text_image. Captions of one photo are no negatives. Every
+    modality goes through the fusion alone; "fused" is a random pair of modalities against the third. Which encodings are adapted before they are
+    used (through_update) and which pair is fused is drawn from torch's CPU generator.
     """
     coins = (torch.rand(len(MODALITIES) + 1) < 0.5).tolist()
     adapted = {m: through_update and coin for m, coin in zip((*MODALITIES, "pair"), coins, strict=True)}
@@ -854,7 +872,10 @@ N_DIRECTIONS = 6  # of `directions` that the protocol uses, as far as they are t
 
 @torch.no_grad()
 def embed(model, data, modalities, items, batch_size, raw=None, episodic=False):
-    """[N, D] float32, L2-normalised, of items (photos if the modality is the image alone, else captions), or of raw items given for them."""
+    """[N, D] float32, L2-normalised latents of items [N] (photos if the modality is the image alone, else captions), or of raw items given for them.
+
+    Raises: FloatingPointError if they are not finite.
+    """
     model.eval()
     order = torch.arange(len(items))
     if "audio" in modalities:  # neighbours of similar length need little padding
@@ -889,13 +910,13 @@ def ranks(direction, queries, gallery):
 
 
 def photo_groups(data, direction):
-    """[Q] numbers from 0 of the photo that each query goes with."""
+    """[Q] NumPy ints from 0: which photo a query goes with."""
     photo = direction.items if direction.query == ("image",) else data.photo_of[direction.items]
     return photo.unique(return_inverse=True)[1].numpy()
 
 
 def interval(values, groups, n, seed):
-    """95% bootstrap interval of the mean of values [Q], resampling photos with all of their queries."""
+    """[low, high], the 95% percentile bootstrap interval (Efron 1979) of the mean of values [Q]; n resamples of photos with all of their queries."""
     n_groups = groups.max() + 1
     weights = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n)  # [n, photos]
     means = weights @ np.bincount(groups, values) / (weights @ np.bincount(groups))
@@ -920,7 +941,7 @@ def read_best(folder, data, cfg):
 
 
 def evaluate(cfg, data=None):
-    """Retrieval on the test photos by the best model: writes results.json, results.txt; returns the results. What is there is read back."""
+    """Retrieval on the test photos by the best model: writes results.json; returns the results. What is there is read back."""
     folder, data = start(cfg, data)
     model, epoch = read_best(folder, data, cfg)
     file, settings = folder / "results.json", {"n_bootstrap": cfg.evaluation.n_bootstrap}
@@ -941,13 +962,8 @@ def evaluate(cfg, data=None):
                "parameters": sum(p.numel() for p in model.parameters()), "counts": data.counts, "evaluation": settings,
                "n_photos": {split: len(data.photo_of[rows].unique()) for split, rows in data.splits.items()}, "retrieval": table}
     results = known | results  # other settings here leave what `test_time` found
-    save_results(folder, results)
-    return results
-
-
-def save_results(folder, results):
     common.write_json(folder / "results.json", results)
-    common.atomic_write(folder / "results.txt", lambda file: file.write(f"{report(results)}\n".encode()))
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------- test-time training
@@ -1028,8 +1044,9 @@ def set_memories(model, online, lr):
 
 
 def entropy_loss(z, gallery, temperature, filtered=False, memory=None):
-    """(mean entropy of softmax(z . gallery / temperature), share of the rows [B] it is taken over).
+    """(mean entropy of softmax(z . gallery / temperature), share of the B rows it is taken over); (None, 0) if that is no row.
 
+    z: [B, D], gallery: [G, D], L2-normalised. The objective of TENT (Wang et al. 2021) over a gallery in place of classes, as in TCR (ICLR 2025).
     filtered: EATA's active samples alone, weighted (Niu et al. 2022): entropy below 0.4 ln G, and a cosine below 0.05 between their distribution and
     the running mean of earlier ones, kept in the list `memory`. (Its Fisher regulariser is left out: streams are short and the model is reset.)
     """
@@ -1052,8 +1069,9 @@ def entropy_loss(z, gallery, temperature, filtered=False, memory=None):
 def respond(model, data, modality, raw, gallery, method, lr, order, temperature, batch_size, stream_batch):
     """(embeddings [N, D] of queries that arrive in `order`, share of them that adapted something); afterwards the model is what it was, to the bit.
 
+    raw: N raw items of `modality`. gallery: [G, D], read only. order: a permutation of N.
     none, memory-episodic: whatever the order. memory-online, tent, eata, random: `stream_batch` at a time, answered before the step they cause.
-    random: tent's step with every gradient replaced by a random one of the same norm.
+    random: tent's step with every gradient replaced by a random one of the same norm. Raises: FloatingPointError if a step makes answers non-finite.
     """
     trained = model.central.ttt_lr
     set_memories(model, method == "memory-online", lr if "memory" in method else trained)
@@ -1155,7 +1173,7 @@ def test_time(cfg, data=None):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     results["ttt"] = {"settings": settings, "steps": steps, "dev_MRR_held_out": dev_scores, "summary": summary_of(cfg, data, tasks, hits),
                       "conditions": conditions, "gallery_sha256": frozen}
-    save_results(folder, results)
+    common.write_json(folder / "results.json", results)
     return common.read_json(folder / "results.json")
 
 
@@ -1268,13 +1286,6 @@ def train(cfg, data=None):
         scheduler.load_state_dict(state["scheduler_state_dict"])
         common.set_rng_state(state["rng"])
         print(f"{folder}: training is complete" if step >= last_step else f"resuming {folder} at step {step} of {last_step}")
-
-    def save():
-        common.save_checkpoint(latest, {
-            "epoch": step // per_epoch, "global_step": step, "best_val_loss": min((row["dev_loss"] for row in history), default=None),
-            "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": scheduler.state_dict(),
-            "scaler_state_dict": {}, "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(),
-            "position": {"pending": pending}})
     if step < last_step:
         (folder / "results.json").unlink(missing_ok=True)
     log = common.RunLog(folder, cfg.wandb and step < last_step, dataclasses.asdict(cfg))
@@ -1313,7 +1324,11 @@ def train(cfg, data=None):
                         "mel_statistics": [x.cpu() for x in data.mel_statistics]}, keep_previous=False)
                 print(f"epoch {epoch + 1:3}  loss {row['loss']:.4f}  dev: loss {row['dev_loss']:.4f}  mean recall {row['dev_recall']:.1f}%"
                       f"{' *' if better else ''}", flush=True)
-            save()
+            common.save_checkpoint(latest, {
+                "epoch": step // per_epoch, "global_step": step, "best_val_loss": min((row["dev_loss"] for row in history), default=None),
+                "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
+                "scheduler_state_dict": scheduler.state_dict(), "scaler_state_dict": {}, "history": history, "config": dataclasses.asdict(cfg),
+                "rng": common.rng_state(), "position": {"pending": pending}})
             if history:
                 log.write(history)
             if stop.signum:
@@ -1474,7 +1489,9 @@ def main(argv):
         results = evaluate(cfg, data) if args.stage == "evaluate" else test_time(cfg, data)
         if cfg.evaluation.plots:
             plot_results(folder, results)
-        print(f"\n{report(results)}")
+        text = report(results)
+        common.atomic_write(folder / "results.txt", lambda file: file.write(f"{text}\n".encode()))
+        print(f"\n{text}")
     print(f"files: {folder}/ (results.json, metrics.csv, best_model.pt, *.png)")
 
 

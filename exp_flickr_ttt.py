@@ -282,6 +282,7 @@ def decoded(folder, name, paths, decode, shape, dtype, workers):
     if not index_file.exists():  # written last
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            own = tempfile.TemporaryDirectory(dir=folder)
         except OSError as error:
             raise UserError(f"data.cache_dir={folder} cannot be written ({error.strerror}); choose another") from None
         counts, problems, digest = [], {}, hashlib.sha256()
@@ -295,9 +296,9 @@ def decoded(folder, name, paths, decode, shape, dtype, workers):
                         if problem:
                             problems[path.name] = problem
                         file.write(np.ascontiguousarray(rows, dtype).tobytes())
-        with tempfile.TemporaryDirectory(dir=folder) as own:  # runs that start together decode twice, but never into one file
-            common.atomic_write(Path(own, data_file.name), write)
-            os.replace(Path(own, data_file.name), data_file)
+        with own:  # runs that start together decode twice, but never into one file
+            common.atomic_write(Path(own.name, data_file.name), write)
+            os.replace(Path(own.name, data_file.name), data_file)
         common.write_json(index_file, {"counts": counts, "problems": problems, "fingerprint": digest.hexdigest()[:16]})
     index = common.read_json(index_file)
     n = sum(index["counts"])

@@ -330,31 +330,31 @@ def find(root, *names):
 
 
 def read_lines(path):
+    """[(number from 1, line)] of a text file, blank lines left out. Raises: UserError if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()  # without the mark that some editors put at the start
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # without the mark that some editors put at the start
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def read_captions(root):
     """({photo: {number: caption}}, file) of Flickr8k.token.txt (`name.jpg#k<TAB>caption`), or of Kaggle's captions.txt (CSV: image,caption)."""
     path = find(root, "Flickr8k_text/Flickr8k.token.txt", "Flickr8k.token.txt", "captions.txt", "Flickr8k_text/captions.txt")
-    captions = {}
-    if path.name == "captions.txt":
-        for number, line in enumerate(read_lines(path), 1):
-            row = next(csv.reader([line]), [])
-            if line and (len(row) != 2 or line.count('"') % 2):  # a quote that is not closed would hide the lines after it
+    captions, kaggle = {}, path.name == "captions.txt"
+    for number, line in read_lines(path):
+        if kaggle:
+            row = next(csv.reader([line]))
+            if len(row) != 2 or line.count('"') % 2:  # a quote that is not closed would hide the lines after it
                 raise UserError(f"{path}: line {number}: expected image,caption or image,\"caption, with commas\", found {line[:60]!r}")
-            if line and (number > 1 or row[0] != "image"):
+            if number > 1 or row[0] != "image":
                 of_photo = captions.setdefault(row[0].strip(), {})
                 of_photo[len(of_photo)] = row[1].strip()
-    else:
-        for number, line in enumerate(read_lines(path), 1):
-            found = re.fullmatch(r"(.+)#(\d+)\t(.*)", line.strip())
-            if not found and line.strip():
+        else:
+            found = re.fullmatch(r"(.+)#(\d+)\t(.*)", line)
+            if not found:
                 raise UserError(f"{path}: line {number}: expected name.jpg#k<TAB>caption, found {line[:60]!r}")
-            if found:
-                captions.setdefault(found[1], {})[int(found[2])] = found[3].strip()
+            captions.setdefault(found[1], {})[int(found[2])] = found[3].strip()
     return captions, path
 
 
@@ -363,12 +363,11 @@ def read_speech_list(root):
     if not (root / "flickr_audio").is_dir():
         return {}, None
     path, speech = find(root, "flickr_audio/wav2capt.txt"), {}
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in read_lines(path):
         words = line.split()
-        if words and (len(words) != 3 or not re.fullmatch(r"#?\d+", words[2])):
+        if len(words) != 3 or not re.fullmatch(r"#?\d+", words[2]):
             raise UserError(f"{path}: line {number}: expected <wav> <photo> #k, found {line[:60]!r}")
-        if words:
-            speech[words[1], int(words[2].lstrip("#"))] = root / "flickr_audio/wavs" / words[0]
+        speech[words[1], int(words[2].lstrip("#"))] = root / "flickr_audio/wavs" / words[0]
     return speech, path
 
 
@@ -418,7 +417,7 @@ def load_data(cfg):
     names, seen = {}, {}
     for split in ("train", "dev", "test"):
         files.append(find(root, f"Flickr8k_text/Flickr_8k.{split}Images.txt", f"Flickr_8k.{split}Images.txt"))
-        names[split] = [line.strip() for line in read_lines(files[-1]) if line.strip()]
+        names[split] = [name for _, name in read_lines(files[-1])]
         for name in names[split]:
             if name in seen:
                 raise UserError(f"{files[-1]}: {name} is in {seen[name]} too; a photo belongs to one split, once")

@@ -344,8 +344,8 @@ def read_captions(root):
     captions, kaggle = {}, path.name == "captions.txt"
     for number, line in read_lines(path):
         if kaggle:
-            row = next(csv.reader([line]))
-            if len(row) != 2 or line.count('"') % 2:  # a quote that is not closed would hide the lines after it
+            row = [] if line.count('"') % 2 else next(csv.reader([line]))  # a quote that is not closed would hide the lines after it
+            if len(row) != 2:
                 raise UserError(f"{path}: line {number}: expected image,caption or image,\"caption, with commas\", found {line[:60]!r}")
             if number > 1 or row[0] != "image":
                 of_photo = captions.setdefault(row[0].strip(), {})

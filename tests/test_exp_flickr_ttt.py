@@ -213,7 +213,7 @@ def test_a_text_file_may_start_with_a_mark_and_a_csv_end_with_a_blank_line(tmp_p
     lines = [f"{name},{text}" for name, of in captions.items() for text in of.values()]
     (root / "captions.txt").write_text("\n".join(["image,caption", *lines, "", ""]))
     assert exp.read_captions(root)[0] == captions
-    for bad in ("a.jpg", 'a.jpg,"a quote', "a.jpg,one,two"):
+    for bad in ("a.jpg", 'a.jpg,"a quote', 'a.jpg,"' + "a" * 200000, "a.jpg,one,two"):
         (root / "captions.txt").write_text(f"image,caption\n{bad}\n")
         with pytest.raises(UserError, match="line 2: expected image,caption"):
             exp.read_captions(root)

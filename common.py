@@ -978,7 +978,8 @@ def plot_curves(path, panels, xlabel="epoch", title=None, mark=None):
             axis.axvline(mark, color="grey", linestyle=":", linewidth=1, label="chosen")
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=8)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > 4 else {}  # so many would lie over the lines
+        axis.legend(fontsize=8, **beside)
     if title:
         figure.suptitle(title)
     save_figure(figure, path)

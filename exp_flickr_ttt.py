@@ -36,6 +36,7 @@ import os
 import re
 import struct
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ class Config:
 
 @functools.lru_cache
 def mel_filters(device):
-    """[201, 80] triangles, evenly spaced on the HTK mel scale from 0 to 8 kHz, peak 1, float32."""
+    """[201, 80] float32 triangles of peak 1 (no area norm), evenly spaced from 0 to 8 kHz on HTK's scale, mel(f) = 2595 log10(1 + f / 700 Hz)."""
     mels = torch.linspace(0, 2595 * math.log10(1 + 8000 / 700), N_MELS + 2)
     edges = 700 * (10 ** (mels / 2595) - 1)
     slopes = edges - torch.linspace(0, 8000, 201)[:, None]  # [201, 82], of each frequency to each edge
@@ -146,7 +147,11 @@ def mel_filters(device):
 
 
 def mel_spectrogram(waveform):
-    """Power mel spectrogram [.., 80, 1 + n // 160] of a 16 kHz waveform [.., n] float in [-1, 1], n > 200: windows of 25 ms every 10 ms."""
+    """Power mel spectrogram: periodic Hann windows of 25 ms every 10 ms, centred, the ends reflected.
+
+    waveform: [.., n] float32 or float64 in [-1, 1], 16 kHz, n > 200. Returns: [.., 80, 1 + n // 160] >= 0, of the same type.
+    Raises: RuntimeError (torch.stft) if n is too short to be reflected. Values: librosa's with htk=True, norm=None.
+    """
     window = torch.hann_window(400, device=waveform.device, dtype=waveform.dtype)
     flat = waveform.reshape(-1, waveform.shape[-1])
     spectrum = torch.stft(flat, 400, 160, window=window, center=True, pad_mode="reflect", return_complex=True)
@@ -155,12 +160,12 @@ def mel_spectrogram(waveform):
 
 
 def log_mel(waveform):
-    """log(mel + 1e-6) [.., 80, frames] of a waveform [.., samples]."""
+    """Natural log(mel + 1e-6) [.., 80, frames] of a waveform [.., samples]; see `mel_spectrogram`."""
     return torch.log(mel_spectrogram(waveform) + 1e-6)
 
 
 def read_wav(raw):
-    """[n] float32 at 16 kHz of a file's bytes: stereo is mixed down, other rates are resampled. Raises: ValueError if it holds less than 25 ms.
+    """[n] float32 at 16 kHz of a file's bytes: stereo is mixed down, other rates are resampled. Raises: ValueError on less than 25 ms, or NaN.
 
     A 16-bit file is read here, since a header may state a wrong length: then the samples go to the end of the file. soundfile reads all others.
     """
@@ -171,7 +176,7 @@ def read_wav(raw):
             kind = struct.unpack("<HHIIHH", raw[at + 8:at + 24])  # format, channels, rate, .., bits
         if name == b"data":
             after = raw[at + 8 + size + size % 2:][:4]  # the name of another chunk, if the length is right
-            data = raw[at + 8:at + 8 + size] if size and (not after or (len(after) == 4 and after.isalnum())) else raw[at + 8:]
+            data = raw[at + 8:at + 8 + size] if size and (not after or (len(after) == 4 and after.replace(b" ", b"").isalnum())) else raw[at + 8:]
             break
         at += 8 + size + size % 2
     if kind and data is not None and kind[0] == 1 and kind[5] == 16:
@@ -183,6 +188,8 @@ def read_wav(raw):
     wave = torch.from_numpy(wave.mean(1))
     if len(wave) * RATE < 400 * rate:
         raise ValueError(f"{len(wave)} samples at {rate} Hz, less than 25 ms")
+    if not torch.isfinite(wave).all():
+        raise ValueError("NaN or infinite samples")
     if rate != RATE:  # band-limited, by the spectrum of the whole recording
         n = round(len(wave) * RATE / rate)
         wave = torch.fft.irfft(torch.fft.rfft(wave)[:n // 2 + 1], n=n) * (n / len(wave))
@@ -203,7 +210,10 @@ def build_vocabulary(captions):
 
 
 def tokenise(captions, vocabulary, spell=0.0, draws=None):
-    """[B, L <= 77] int64, padded with 0. Words that the vocabulary lacks, and with `draws` a share `spell` of the others, are read by character."""
+    """[B, L <= 77] int64 token ids of B captions, padded with 0; an empty caption is one unknown character.
+
+    Words that the vocabulary lacks, and with `draws` (a NumPy generator) a share `spell` of the others, are read by their characters.
+    """
     rows = []
     for caption in captions:
         words, ids = words_of(caption), []
@@ -242,6 +252,10 @@ class Data:
         return MODALITIES if len(self.mels) else MODALITIES[:2]
 
 
+def first_line(error):
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+
+
 def decoded(folder, name, paths, decode, shape, dtype, workers):
     """Every file decoded once: (mapped rows [R, *shape], rows of each file [N], {file: why it could not be read}, fingerprint of the contents).
 
@@ -251,17 +265,24 @@ def decoded(folder, name, paths, decode, shape, dtype, workers):
         return (path.name, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (path.name,)
 
     def read(path):
+        nothing = np.empty((0, *shape), dtype), b""
         try:
             raw = path.read_bytes()
+        except FileNotFoundError:  # any other OSError ends the run: it may pass, and the cache would keep it
+            return *nothing, "no such file"
+        try:
             return decode(raw), hashlib.sha256(raw).digest(), None
+        except (MemoryError, torch.OutOfMemoryError, ImportError):
+            raise
         except Exception as error:  # PIL and soundfile raise kinds of their own
-            return np.empty((0, *shape), dtype), b"", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'}"
+            return *nothing, first_line(error)
     key = hashlib.sha256(json.dumps([name, shape, str(np.dtype(dtype)), [about(path) for path in paths]]).encode()).hexdigest()[:16]
     folder = Path(folder)
     data_file, index_file = folder / f"{name}_{key}.bin", folder / f"{name}_{key}.json"
     if not index_file.exists():  # written last
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            own = tempfile.TemporaryDirectory(dir=folder)
         except OSError as error:
             raise UserError(f"data.cache_dir={folder} cannot be written ({error.strerror}); choose another") from None
         counts, problems, digest = [], {}, hashlib.sha256()
@@ -275,7 +296,9 @@ def decoded(folder, name, paths, decode, shape, dtype, workers):
                         if problem:
                             problems[path.name] = problem
                         file.write(np.ascontiguousarray(rows, dtype).tobytes())
-        common.atomic_write(data_file, write)
+        with own:  # runs that start together decode twice, but never into one file
+            common.atomic_write(Path(own.name, data_file.name), write)
+            os.replace(Path(own.name, data_file.name), data_file)
         common.write_json(index_file, {"counts": counts, "problems": problems, "fingerprint": digest.hexdigest()[:16]})
     index = common.read_json(index_file)
     n = sum(index["counts"])
@@ -307,30 +330,31 @@ def find(root, *names):
 
 
 def read_lines(path):
+    """[(number from 1, line)] of a text file, blank lines left out. Raises: UserError if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # without the mark that some editors put at the start
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def read_captions(root):
     """({photo: {number: caption}}, file) of Flickr8k.token.txt (`name.jpg#k<TAB>caption`), or of Kaggle's captions.txt (CSV: image,caption)."""
     path = find(root, "Flickr8k_text/Flickr8k.token.txt", "Flickr8k.token.txt", "captions.txt", "Flickr8k_text/captions.txt")
-    captions = {}
-    if path.name == "captions.txt":
-        for number, row in enumerate(csv.reader(read_lines(path)), 1):
+    captions, kaggle = {}, path.name == "captions.txt"
+    for number, line in read_lines(path):
+        if kaggle:
+            row = [] if line.count('"') % 2 else next(csv.reader([line]))  # a quote that is not closed would hide the lines after it
             if len(row) != 2:
-                raise UserError(f"{path}: line {number}: expected image,caption, found {len(row)} fields")
+                raise UserError(f"{path}: line {number}: expected image,caption or image,\"caption, with commas\", found {line[:60]!r}")
             if number > 1 or row[0] != "image":
                 of_photo = captions.setdefault(row[0].strip(), {})
                 of_photo[len(of_photo)] = row[1].strip()
-    else:
-        for number, line in enumerate(read_lines(path), 1):
-            found = re.fullmatch(r"(.+)#(\d+)\t(.*)", line.strip())
-            if not found and line.strip():
+        else:
+            found = re.fullmatch(r"(.+)#(\d+)\t(.*)", line)
+            if not found:
                 raise UserError(f"{path}: line {number}: expected name.jpg#k<TAB>caption, found {line[:60]!r}")
-            if found:
-                captions.setdefault(found[1], {})[int(found[2])] = found[3].strip()
+            captions.setdefault(found[1], {})[int(found[2])] = found[3].strip()
     return captions, path
 
 
@@ -339,17 +363,20 @@ def read_speech_list(root):
     if not (root / "flickr_audio").is_dir():
         return {}, None
     path, speech = find(root, "flickr_audio/wav2capt.txt"), {}
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in read_lines(path):
         words = line.split()
-        if words and (len(words) != 3 or not re.fullmatch(r"#?\d+", words[2])):
+        if len(words) != 3 or not re.fullmatch(r"#?\d+", words[2]):
             raise UserError(f"{path}: line {number}: expected <wav> <photo> #k, found {line[:60]!r}")
-        if words:
-            speech[words[1], int(words[2].lstrip("#"))] = root / "flickr_audio/wavs" / words[0]
+        speech[words[1], int(words[2].lstrip("#"))] = root / "flickr_audio/wavs" / words[0]
     return speech, path
 
 
-def read_features(path, names):
-    """[N, D] float32 features of the named photos, from a .pt dict: feats [N, D] (of [N, layers, D] the last), ids [N]. Raises: UserError."""
+def read_features(path, photos):
+    """(features [R, D] float32, whether each of the files `photos` has some [N], {file name: why it has none}).
+
+    path: a .pt dict of feats [N, D] (of [N, layers, D] the last layer's) and ids [N], file names.
+    Raises: UserError on a file of another kind, non-finite features, or a photo that can be read but has none (encode.py leaves out the others).
+    """
     if not path:
         raise UserError("model.image_encoder=cached needs data.image_features_file=, a .pt with feats [N, D] and ids, the photos' file names")
     try:
@@ -358,20 +385,30 @@ def read_features(path, names):
         if feats.ndim == 3:
             feats = feats[:, -1, :content["dims"][-1] if "dims" in content else None]
     except Exception as error:  # torch, pickle and zipfile raise kinds of their own
-        raise UserError(f"{path}: cannot be read as a dict of feats and ids ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as a dict of feats and ids ({first_line(error)})") from None
     row_of = {name: i for i, name in enumerate(ids)}
     if feats.ndim != 2 or len(feats) != len(ids) or len(row_of) != len(ids):
         raise UserError(f"{path}: expected feats [N, D] with N different ids, found {list(feats.shape)}, {len(row_of)} different of {len(ids)} ids")
-    if missing := [name for name in names if Path(name).stem not in row_of]:
-        raise UserError(f"{path}: no features of {len(missing)} of {len(names)} photos, the first is {missing[0]}")
-    feats = feats[[row_of[Path(name).stem] for name in names]].float()
+    missing, problems = [photo for photo in photos if photo.stem not in row_of], {}
+    for photo in missing:
+        try:
+            decode_photo(photo.read_bytes(), 8)
+        except Exception as error:
+            problems[photo.name] = first_line(error)
+        else:
+            raise UserError(f"{path}: no features of {len(missing)} of {len(photos)} photos, such as {photo.name}; encode the photos again")
+    feats = feats[[row_of[photo.stem] for photo in photos if photo.stem in row_of]].float()
     if not torch.isfinite(feats).all():
         raise UserError(f"{path}: NaN or infinite features; encode the photos again")
-    return feats
+    return feats, torch.tensor([photo.stem in row_of for photo in photos]), problems
 
 
 def load_data(cfg):
-    """Data of cfg; photos and speech are decoded into the cache the first time. Raises: UserError naming file, expected and found."""
+    """`Data` of cfg; photos and speech are decoded into the cache the first time. Vocabulary and mel statistics come from the training split alone.
+
+    Raises: UserError naming the file, what was expected and found: missing or unreadable lists, a photo in two splits, fewer than two photos with
+    captions in a split, speech for fewer than two training captions, precomputed features that do not fit.
+    """
     device, root = common.pick_device(cfg.device), Path(cfg.data.dir)
     photo_dir = find(root, "Flickr8k_Dataset", "Flicker8k_Dataset", "Images")
     captions, caption_file = read_captions(root)
@@ -380,35 +417,35 @@ def load_data(cfg):
     names, seen = {}, {}
     for split in ("train", "dev", "test"):
         files.append(find(root, f"Flickr8k_text/Flickr_8k.{split}Images.txt", f"Flickr_8k.{split}Images.txt"))
-        names[split] = [line.strip() for line in read_lines(files[-1]) if line.strip()]
+        names[split] = [name for _, name in read_lines(files[-1])]
         for name in names[split]:
             if name in seen:
                 raise UserError(f"{files[-1]}: {name} is in {seen[name]} too; a photo belongs to one split, once")
             seen[name] = split
-    everything = list(seen)
-    size, cached_features = -(-cfg.model.image_size * 8 // 7), cfg.model.image_encoder == "cached"
-    if cached_features:
-        photos = read_features(cfg.data.image_features_file, everything)
-        readable, problems, fingerprint = dict.fromkeys(everything, True), {}, common.fingerprint([cfg.data.image_features_file])
+    files_of_photos, size = [photo_dir / name for name in seen], -(-cfg.model.image_size * 8 // 7)
+    if cfg.model.image_encoder == "cached":
+        photos, found, problems = read_features(cfg.data.image_features_file, files_of_photos)
+        fingerprint = common.fingerprint([cfg.data.image_features_file])
     else:
-        photos, found, problems, fingerprint = decoded(cfg.data.cache_dir, f"photos{size}", [photo_dir / name for name in everything],
-                                                       lambda raw: decode_photo(raw, size), (3, size, size), np.uint8, cfg.num_workers)
-        readable = dict(zip(everything, found.bool().tolist(), strict=True))
-    row_of = {name: i for i, name in enumerate(name for name in everything if readable[name])}
-    items = [(split, name, k) for split in names for name in names[split] if readable[name] for k in sorted(captions.get(name, {}))]
+        photos, found, problems, fingerprint = decoded(cfg.data.cache_dir, f"photos{size}", files_of_photos, lambda raw: decode_photo(raw, size),
+                                                   (3, size, size), np.uint8, cfg.num_workers)
+    row_of = {name: i for i, name in enumerate(itertools.compress(seen, found.tolist()))}
+    items = [(split, name, k) for name, split in seen.items() if name in row_of for k in sorted(captions.get(name, {}))]
     splits = {split: torch.tensor([i for i, item in enumerate(items) if item[0] == split]) for split in names}
-    for split, rows in splits.items():
-        if len(rows) < 2:
-            why = f" ({next(iter(problems.items()))})" if problems else ""
-            raise UserError(f"{root}: {len(rows)} captions of readable {split} photos, of {len(names[split])} listed photos{why}; check the folders")
+    for split, listed in names.items():
+        if (n := len({item[1] for item in items if item[0] == split})) < 2:
+            why = f" (the first that cannot be read: {': '.join(next(iter(problems.items())))})" if problems else ""
+            raise UserError(f"{root}: {n} of {len(listed)} listed {split} photos can be read and have captions{why}; check the folders")
     wavs = [spoken.get((name, k)) for _, name, k in items]
     there = [path for path in wavs if path]
     mels, frames, broken, content = decoded(cfg.data.cache_dir, "mels", there, lambda raw: decode_speech(raw, device), (N_MELS,), np.float16,
                                             cfg.num_workers if device.type == "cpu" else 1)
-    if there and not len(mels):
-        raise UserError(f"{root / 'flickr_audio'}: none of {len(there)} recordings can be read, the first: {next(iter(broken.items()))}")
     speech = torch.zeros(len(items), 2, dtype=torch.int64)
     speech[[i for i, path in enumerate(wavs) if path]] = torch.stack([frames.cumsum(0) - frames, frames], dim=1)
+    if speech_file and (speech[splits["train"], 1] > 0).sum() < 2:
+        why = f" (the first that cannot be read: {': '.join(next(iter(broken.items())))})" if broken else ""
+        raise UserError(f"{speech_file}: fewer than 2 of its {len(spoken)} recordings are readable and of a caption of a training photo{why}; "
+                        "check flickr_audio, or move it away to run on image and text alone")
     text = [captions[name][k] for _, name, k in items]
     counts = {"photos missing or broken": len(problems), "photos without captions": sum(name not in captions for name in row_of),
               "captions not spoken": len(items) - len(there), "recordings missing or broken": len(broken)}
@@ -436,26 +473,25 @@ def random_data(cfg):
                 (torch.zeros(N_MELS, 1, device=device), torch.ones(N_MELS, 1, device=device)), cfg.model.image_size, {}, device, "random", True)
 
 
-def raw_photos(data, photos, draws=None):
-    """[n, 3, S, S] uint8 crops of photos, from the middle, or with `draws` from anywhere and half of them mirrored; features as they are."""
-    if data.photos.ndim == 2:
-        return data.photos[photos.to(data.photos.device)]
-    side, margin = data.image_size, data.photos.shape[-1] - data.image_size
-    corners = draws.integers(margin + 1, size=(len(photos), 2)) if draws is not None else np.full((len(photos), 2), margin // 2)
-    crops = torch.stack([data.photos[p, :, y:y + side, x:x + side] for p, (y, x) in zip(photos.tolist(), corners.tolist(), strict=True)])
-    if draws is not None:
-        mirrored = torch.from_numpy(draws.random(len(photos)) < 0.5).nonzero()[:, 0].to(crops.device)
-        crops[mirrored] = crops[mirrored].flip(3)
-    return crops
+def raw_items(data, modality, items, draws=None):
+    """What is queried with, before it becomes the model's input: captions, photos [n, 3, S, S] uint8 (or features [n, D]), or log mels [T, 80] each.
 
-
-def raw_items(data, modality, items):
-    """What is queried with, before it becomes the model's input: captions, photos, or log mels [T, 80] (items: rows of photos, else of captions)."""
-    if modality == "image":
-        return raw_photos(data, items)
+    items: [n] rows of photos for modality image, else of captions. Photos are cropped in the middle, or with `draws` (a NumPy generator) anywhere and
+    half of them mirrored.
+    """
     if modality == "text":
         return [data.captions[i] for i in items.tolist()]
-    return [data.mels[first:first + n] for first, n in data.speech[items].tolist()]
+    if modality == "audio":
+        return [data.mels[first:first + n] for first, n in data.speech[items].tolist()]
+    if data.photos.ndim == 2:
+        return data.photos[items.to(data.photos.device)]
+    side, margin = data.image_size, data.photos.shape[-1] - data.image_size
+    corners = draws.integers(margin + 1, size=(len(items), 2)) if draws is not None else np.full((len(items), 2), margin // 2)
+    crops = torch.stack([data.photos[p, :, y:y + side, x:x + side] for p, (y, x) in zip(items.tolist(), corners.tolist(), strict=True)])
+    if draws is not None:
+        mirrored = torch.from_numpy(draws.random(len(items)) < 0.5).nonzero()[:, 0].to(crops.device)
+        crops[mirrored] = crops[mirrored].flip(3)
+    return crops
 
 
 def as_input(data, modality, raw):
@@ -473,12 +509,13 @@ def as_input(data, modality, raw):
 
 def spec_augment(audio, frames, draws):
     """Zeroes (the mean) in every row of audio [A, 80, T] two bands of up to 12 mels and two spans of up to 15% of its frames (Park et al. 2019)."""
-    n, where = len(audio), audio.device
-    start, width = torch.from_numpy(draws.random((2, n, 2, 1)).astype(np.float32)).to(where)
-    mel, frame, length = torch.arange(N_MELS, device=where), torch.arange(audio.shape[2], device=where), frames[:, None, None]
-    band = ((mel >= (start * N_MELS).floor()) & (mel < (start * N_MELS).floor() + (width * 13).floor())).any(1)  # [A, 80]
-    start, width = torch.from_numpy(draws.random((2, n, 2, 1)).astype(np.float32)).to(where)
-    span = ((frame >= (start * length).floor()) & (frame < (start * length).floor() + (width * 0.15 * length).floor())).any(1)  # [A, T]
+    def any_of(length, widest, places):
+        """[A, places] bool: in one of two spans of up to `widest` places, anywhere in length [A, 1, 1] or a number."""
+        start, width = torch.from_numpy(draws.random((2, len(audio), 2, 1)).astype(np.float32)).to(audio.device)
+        place, first = torch.arange(places, device=audio.device), (start * length).floor()
+        return ((place >= first) & (place < first + (width * widest).floor())).any(1)
+    length = frames[:, None, None]
+    band, span = any_of(N_MELS, 13, N_MELS), any_of(length, 0.15 * length, audio.shape[2])
     return audio * ~(band[:, :, None] | span[:, None])
 
 
@@ -486,8 +523,8 @@ def make_batch(data, indices, draws=None, spell=0.0):
     """Model input of caption rows [B]: text [B, L], image [B, ...], photo [B] ids; and of the A spoken ones audio [A, 80, T], audio_frames [A],
     audio_rows [A] (their places in the batch). draws: a NumPy generator for augmentation."""
     photos, spoken = data.photo_of[indices], data.speech[indices, 1].nonzero()[:, 0]
-    text = tokenise([data.captions[i] for i in indices.tolist()], data.vocabulary, spell, draws)
-    batch = {"text": text.to(data.device, non_blocking=True), **as_input(data, "image", raw_photos(data, photos, draws)),
+    text = tokenise(raw_items(data, "text", indices), data.vocabulary, spell, draws)
+    batch = {"text": text.to(data.device, non_blocking=True), **as_input(data, "image", raw_items(data, "image", photos, draws)),
              "photo": photos.to(data.device, non_blocking=True)}
     if len(spoken):
         batch |= {**as_input(data, "audio", raw_items(data, "audio", indices[spoken])), "audio_rows": spoken.to(data.device, non_blocking=True)}
@@ -514,6 +551,7 @@ def epoch_batches(data, cfg, epoch):
 
 
 def steps_per_epoch(cfg, data):
+    """Batches of an epoch; the last rows are spread over all of them."""
     rows = data.splits["train"]
     n = len(data.photo_of[rows].unique()) if cfg.data.captions == "one" else len(rows)
     return max(1, min(-(-n // cfg.training.batch_size), n // 2))  # no batch of one row
@@ -562,7 +600,7 @@ class TextEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Pixels [B, 3, S, S] -> the class token of a vision transformer [B, D]."""
+    """Normalised pixels [B, 3, S, S] -> the class token of a vision transformer [B, D] (Dosovitskiy et al. 2021)."""
 
     def __init__(self, image_size, patch_size, dim, n_heads, n_layers, dropout):
         super().__init__()
@@ -604,16 +642,19 @@ class AudioEncoder(nn.Module):
 
 
 def slot_weights(slots, x, topk):
-    """a [B, M]: softmax of x . slots / sqrt(D) over each row's top-k slots, 0 elsewhere; and whether a slot is among them [B, M]."""
+    """(a, chosen), both [B, M], of slots [M, D] and x [B, D]: a is the softmax of x . slots / sqrt(D) over a row's top-k slots, chosen is 1 there."""
     top = (x @ slots.T / slots.shape[1] ** 0.5).topk(topk, dim=1)
     weights = torch.zeros(len(x), len(slots), device=x.device, dtype=top.values.dtype).scatter(1, top.indices, top.values.softmax(1))
     return weights, torch.zeros_like(weights).scatter(1, top.indices, 1.0)
 
 
 def memory_write(slots, x, topk, lr):
-    """New slots [M, D] after a write of x [B, D]: m_k + lr * mean over the rows that chose k of a_k (x - m_k).
+    """One write into the slots: m_k + lr * mean over the rows b that chose slot k of a_bk (x_b - m_k), a as in `slot_weights`.
 
-    One step of gradient descent on 1/2 sum_k mean_b a_bk |m_k - x_b|^2 with a held fixed. x is detached; slots that no row chose keep their bits.
+    It is a step of gradient descent on 1/2 sum_k mean_b a_bk |m_k - x_b|^2 with a held fixed. Deviation from the recipe: the mean; its sum over b
+    diverges once lr * sum_b a_bk passes 2.
+    slots: [M, D] float. x: [B, D], detached here. topk: slots a row writes to, 1..M. lr: eta in (0, 1].
+    Returns: new slots [M, D]; those that no row chose keep their bits.
     """
     x = x.detach().to(slots.dtype)
     a, chosen = slot_weights(slots, x, topk)
@@ -624,8 +665,8 @@ def memory_write(slots, x, topk, lr):
 class SlotMemory(nn.Module):
     """LayerNorm(x + attention(x; slots)) [B, D]; multi-head, x asks, M learned slots are keys and values.
 
-    With `enable_ttt_updates` in eval mode slots move towards what they are asked. `ttt_mode` "online": the shared slots, after the answer.
-    "episodic": every row has slots of its own, written before the answer and gone after it.
+    Two ways to adapt: with `enable_ttt_updates`, in eval mode, the slots that all rows share move towards what they were asked, after the answer
+    (online). With episodic=True every row has slots of its own, written before the answer and gone after it.
     """
 
     def __init__(self, dim, n_slots, n_heads, ttt_topk, ttt_lr, enable_ttt_updates=False):
@@ -633,19 +674,19 @@ class SlotMemory(nn.Module):
         self.slots, self.norm = nn.Parameter(0.02 * torch.randn(n_slots, dim)), nn.LayerNorm(dim)
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         self.n_heads, self.ttt_topk, self.ttt_lr = n_heads, min(ttt_topk, n_slots), ttt_lr
-        self.enable_ttt_updates, self.ttt_mode = enable_ttt_updates, "online"
+        self.enable_ttt_updates = enable_ttt_updates
 
-    def adapt(self, x, episodic=None):
-        """(lr * a [B, M], x) if each row is to have slots of its own, else None. episodic: True, False, or None: as the memory is set."""
-        set_so = self.enable_ttt_updates and self.ttt_mode == "episodic" and not self.training
-        if not (set_so if episodic is None else episodic):
-            return None
+    def adapt(self, x):
+        """(lr * a [B, M], x [B, D]), which say how each row's own slots differ from the shared ones."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.detach().to(self.slots.dtype)
             return self.ttt_lr * slot_weights(self.slots, x, self.ttt_topk)[0], x
 
     def read(self, x, adapted=None):
-        """Row b's slots are m_k + w_bk (x_b - m_k). Keys and values are affine in the slots, so these are never formed: O(B M), not O(B M D^2)."""
+        """[B, D]. adapted: (w, x) of `adapt`, then row b's slots are m_k + w_bk (x_b - m_k).
+
+        Keys and values are affine in the slots, so these are never formed: O(B M), not O(B M D^2).
+        """
         q, k, v = (y.view(len(y), self.n_heads, -1) for y in (self.query(x), self.key(self.slots), self.value(self.slots)))  # [B or M, heads, d]
         logits = torch.einsum("bhd,mhd->bhm", q, k)
         if adapted is not None:
@@ -660,21 +701,23 @@ class SlotMemory(nn.Module):
 
     def write(self, x):
         """The online write, where it is switched on."""
-        if self.enable_ttt_updates and self.ttt_mode == "online" and not self.training:
+        if self.enable_ttt_updates and not self.training:
             with torch.no_grad():
                 self.slots.copy_(memory_write(self.slots, x, self.ttt_topk, self.ttt_lr))
 
-    def forward(self, x, episodic=None):
-        y = self.read(x, self.adapt(x, episodic))
+    def forward(self, x, episodic=False):
+        y = self.read(x, self.adapt(x) if episodic else None)
         self.write(x)
         return y
 
 
 class MultiModalMemoryNetwork(nn.Module):
-    """Text, image and audio, any of them, into one latent.
+    """Text, image and audio, any of them, into one latent: model(text, image, audio, audio_frames, episodic) -> dict with
+    `central_latent` [B, D], not normalised, and `encodings` {modality: [B, D]}.
 
-    model(text=[B, L] tokens, image=[B, 3, S, S] or [B, image_features], audio=[B, 80, T] or [B, 1, 80, T], audio_frames=[B]) -> dict with
-    `central_latent` [B, D] and `encodings` {modality: [B, D]}.
+    text: [B, L <= 77] int64, 0 is padding. image: [B, 3, S, S] normalised pixels, or [B, image_features]. audio: [B, 80, T] or [B, 1, 80, T]
+    standardised log mels; audio_frames: [B] int64, how many of the T are there (default: all). episodic: every row reads slots of its own.
+    Raises: ValueError if nothing is given, or a modality that the model was built without.
     """
 
     def __init__(self, vocab_size=4565, latent_dim=256, memory_size=64, num_heads=4, num_layers=3, image_size=224, patch_size=16, image_features=0,
@@ -682,16 +725,15 @@ class MultiModalMemoryNetwork(nn.Module):
                  ttt_lr=0.1):
         super().__init__()
         dim = latent_dim
-        encoders = {"text": lambda: TextEncoder(vocab_size, dim, num_heads, num_layers, dropout),
-                    "image": lambda: ImageEncoder(image_size, patch_size, dim, num_heads, num_layers, dropout),
-                    "audio": lambda: AudioEncoder(audio_channels, dim, dropout)}
-        if image_features:
-            encoders["image"] = lambda: nn.Sequential(nn.LayerNorm(image_features), nn.Dropout(dropout), nn.Linear(image_features, dim),
-                                                      nn.LayerNorm(dim))
+        text = TextEncoder(vocab_size, dim, num_heads, num_layers, dropout)
+        image = (nn.Sequential(nn.LayerNorm(image_features), nn.Dropout(dropout), nn.Linear(image_features, dim), nn.LayerNorm(dim)) if image_features
+                 else ImageEncoder(image_size, patch_size, dim, num_heads, num_layers, dropout))
+        self.encoders = nn.ModuleDict({"text": text, "image": image})
+        if "audio" in modalities:
+            self.encoders["audio"] = AudioEncoder(audio_channels, dim, dropout)
 
         def memory(n, topk):
             return SlotMemory(dim, n, num_heads, topk, ttt_lr, enable_ttt_updates)
-        self.encoders = nn.ModuleDict({m: encoders[m]() for m in modalities})
         self.standardise = nn.ModuleDict({m: nn.BatchNorm1d(dim) for m in modalities})  # else what is hard to match collapses into one point
         self.memories = nn.ModuleDict({m: memory(memory_size // 2, max(1, ttt_topk // 2)) for m in modalities})
         self.central, self.feedback_steps = memory(memory_size, ttt_topk), feedback_steps
@@ -699,27 +741,27 @@ class MultiModalMemoryNetwork(nn.Module):
         self.fusion = nn.Sequential(nn.Linear(len(MODALITIES) * (dim + 1), 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim))
         self.feedback = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
-    def encode(self, modality, *inputs, episodic=None):
-        """[B, D] of one modality, after its memory."""
+    def encode(self, modality, *inputs, episodic=False):
+        """[B, D] of one modality after its memory, from the input of its encoder (audio: mels and frames). Raises: ValueError if it has none."""
         if modality not in self.encoders:
             raise ValueError(f"this model was trained without {modality}; it has {', '.join(self.encoders)}")
         return self.memories[modality](self.standardise[modality](self.encoders[modality](*inputs)), episodic)
 
-    def fuse_modalities(self, encodings, episodic=None):
-        """Latent [B, D] of {modality: [B, D]}; a modality that is not there is zeros plus its type embedding, with presence bit 0."""
+    def fuse_modalities(self, encodings, episodic=False):
+        """Latent [B, D] of {modality: [B, D]}; one that is not there is zeros plus its type embedding, presence bit 0. Raises: ValueError if {}."""
         if not encodings:
             raise ValueError("nothing to fuse: give at least one of text, image and audio")
         x = next(iter(encodings.values()))
         parts = [encodings.get(m, torch.zeros_like(x)) + self.modality_type_embeddings[i] for i, m in enumerate(MODALITIES)]
         presence = x.new_tensor([float(m in encodings) for m in MODALITIES]).expand(len(x), -1)
         fused = z = self.fusion(torch.cat([*parts, presence], dim=1))
-        adapted = self.central.adapt(fused, episodic)
+        adapted = self.central.adapt(fused) if episodic else None
         for _ in range(self.feedback_steps):
             z = self.central.read(z + self.feedback(z), adapted)
         self.central.write(fused)
         return z
 
-    def forward(self, text=None, image=None, audio=None, audio_frames=None, episodic=None):
+    def forward(self, text=None, image=None, audio=None, audio_frames=None, episodic=False):
         given = {"text": (text,), "image": (image,)}
         if audio is not None:
             audio = audio.flatten(0, 1) if audio.ndim == 4 else audio
@@ -731,6 +773,8 @@ class MultiModalMemoryNetwork(nn.Module):
 def build_model(cfg, data):
     """MultiModalMemoryNetwork for the data's vocabulary, features and modalities, on their device. Raises: UserError on sizes that do not fit."""
     m = cfg.model
+    if not m.audio_channels:
+        raise UserError("model.audio_channels=[] leaves no convolution; give one number of channels or more")
     if m.latent_dim % m.num_heads:
         raise UserError(f"model.latent_dim={m.latent_dim} must be a multiple of model.num_heads={m.num_heads}")
     if m.image_size % m.patch_size:
@@ -741,6 +785,7 @@ def build_model(cfg, data):
 
 
 def build_optimizer(cfg, model):
+    """AdamW (Loshchilov & Hutter 2019) over every parameter."""
     return torch.optim.AdamW(model.parameters(), lr=cfg.training.learning_rate, weight_decay=cfg.training.weight_decay,
                              fused=next(model.parameters()).is_cuda)
 
@@ -748,10 +793,11 @@ def build_optimizer(cfg, model):
 # ------------------------------------------------------------------------------------------------------------- objective
 
 def retrieval_losses(model, batch, temperature=0.07, through_update=True, fused=True):
-    """{"text_image", "text_audio", "image_audio", "fused"}: InfoNCE of the pairs; captions of one photo are no negatives; audio: of spoken rows.
+    """{"text_image", "text_audio", "image_audio", "fused"}: scalars, InfoNCE (van den Oord et al. 2018) of the pairs, audio's over spoken rows.
 
-    Every modality goes through the fusion alone; "fused" is a random pair of modalities against the third. Which encodings are adapted before they
-    are used (through_update) and which pair is fused is drawn from torch's CPU generator.
+    batch: as `make_batch` returns it; with fewer than two spoken rows there is only text_image. Captions of one photo are no negatives. Every
+    modality goes through the fusion alone; "fused" is a random pair of modalities against the third. Which encodings are adapted before they are
+    used (through_update) and which pair is fused is drawn from torch's CPU generator.
     """
     coins = (torch.rand(len(MODALITIES) + 1) < 0.5).tolist()
     adapted = {m: through_update and coin for m, coin in zip((*MODALITIES, "pair"), coins, strict=True)}
@@ -825,26 +871,34 @@ N_DIRECTIONS = 6  # of `directions` that the protocol uses, as far as they are t
 
 
 @torch.no_grad()
-def embed(model, data, modalities, items, batch_size, raw=None):
-    """[N, D] float32, L2-normalised, of items (photos if the modality is the image alone, else captions), or of raw items given for them."""
+def embed(model, data, modalities, items, batch_size, raw=None, episodic=False):
+    """[N, D] float32, L2-normalised latents of items [N] (photos if the modality is the image alone, else captions), or of raw items given for them.
+
+    Raises: FloatingPointError if they are not finite.
+    """
     model.eval()
-    n = len(items)
-    order = torch.arange(n)
+    order = torch.arange(len(items))
     if "audio" in modalities:  # neighbours of similar length need little padding
         order = torch.tensor([len(x) for x in raw]).argsort(stable=True) if raw is not None else data.speech[items, 1].argsort(stable=True)
-    out = None
+    found = []
     for part in order.split(batch_size):
         inputs = {}
         for m in modalities:
             rows = data.photo_of[items[part]] if m == "image" and len(modalities) > 1 else items[part]
             inputs |= as_input(data, m, take(raw, part) if raw is not None else raw_items(data, m, rows))
         with common.full_precision():
-            z = F.normalize(model(**inputs)["central_latent"].float(), dim=1)
-        out = z.new_empty(n, z.shape[1]) if out is None else out
-        out[part.to(z.device)] = z
+            found.append(F.normalize(model(**inputs, episodic=episodic)["central_latent"].float(), dim=1))
+    out = torch.cat(found)[order.argsort().to(data.device)]
     if not torch.isfinite(out).all():
         raise FloatingPointError("non-finite embeddings: the weights have overflowed; lower training.learning_rate")
     return out
+
+
+def embedded(model, data, tasks, batch_size):
+    """({modality: items}, function (modality, items) -> [n, D]) of all that the galleries of tasks hold, each modality embedded once."""
+    items = {d.gallery: d.gallery_items for d in tasks}
+    z = {m: embed(model, data, (m,), rows, batch_size) for m, rows in items.items()}
+    return items, lambda m, rows: z[m][torch.searchsorted(items[m], rows).to(z[m].device)]
 
 
 def take(raw, rows):
@@ -856,13 +910,13 @@ def ranks(direction, queries, gallery):
 
 
 def photo_groups(data, direction):
-    """[Q] numbers from 0 of the photo that each query goes with."""
+    """[Q] NumPy ints from 0: which photo a query goes with."""
     photo = direction.items if direction.query == ("image",) else data.photo_of[direction.items]
     return photo.unique(return_inverse=True)[1].numpy()
 
 
 def interval(values, groups, n, seed):
-    """95% bootstrap interval of the mean of values [Q], resampling photos with all of their queries."""
+    """[low, high], the 95% percentile bootstrap interval (Efron 1979) of the mean of values [Q]; n resamples of photos with all of their queries."""
     n_groups = groups.max() + 1
     weights = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n)  # [n, photos]
     means = weights @ np.bincount(groups, values) / (weights @ np.bincount(groups))
@@ -887,33 +941,29 @@ def read_best(folder, data, cfg):
 
 
 def evaluate(cfg, data=None):
-    """Retrieval on the test photos by the best model: writes results.json, results.txt and retrieval.png; returns the results."""
+    """Retrieval on the test photos by the best model: writes results.json; returns the results. What is there is read back."""
     folder, data = start(cfg, data)
     model, epoch = read_best(folder, data, cfg)
     file, settings = folder / "results.json", {"n_bootstrap": cfg.evaluation.n_bootstrap}
-    if file.exists() and (known := common.read_json(file)).get("evaluation") == settings and known["epoch"] == epoch:
+    known = common.read_json(file) if file.exists() else {}
+    known = known if known.get("epoch") == epoch else {}
+    if known.get("evaluation") == settings:
         return known
-    embedded = functools.cache(lambda m: embed(model, data, (m,), gallery_items[m], cfg.evaluation.batch_size))
-    tasks = directions(data, "test")
-    gallery_items, table = {d.gallery: d.gallery_items for d in tasks}, []
+    tasks, table = directions(data, "test"), []
+    _, z = embedded(model, data, tasks, cfg.evaluation.batch_size)
     for d in tasks:
-        q = ranks(d, embed(model, data, d.query, d.items, cfg.evaluation.batch_size), embedded(d.gallery))
+        queries = z(*d.query, d.items) if len(d.query) == 1 else embed(model, data, d.query, d.items, cfg.evaluation.batch_size)
+        q, photos = ranks(d, queries, z(d.gallery, d.gallery_items)), photo_groups(data, d)
         table.append({"direction": d.name, "n_queries": len(d.ids), "n_gallery": len(d.gallery_ids),
                       **{f"R@{k}": q[f"hit@{k}"].mean().item() for k in (1, 5, 10)}, "median_rank": float(np.median(q["rank"].numpy())),
-                      **{f"R@{k}_95%": interval(q[f"hit@{k}"].numpy(), photo_groups(data, d), cfg.evaluation.n_bootstrap, cfg.seed) for k in (1, 10)},
+                      **{f"R@{k}_95%": interval(q[f"hit@{k}"].numpy(), photos, cfg.evaluation.n_bootstrap, cfg.seed) for k in (1, 10)},
                       **{f"chance_R@{k}": q[f"chance@{k}"].mean().item() for k in (1, 5, 10)}})
     results = {"experiment": cfg.experiment, "seed": cfg.seed, "synthetic": data.synthetic, "data_fingerprint": data.fingerprint, "epoch": epoch,
                "parameters": sum(p.numel() for p in model.parameters()), "counts": data.counts, "evaluation": settings,
                "n_photos": {split: len(data.photo_of[rows].unique()) for split, rows in data.splits.items()}, "retrieval": table}
-    save_results(cfg, folder, results)
-    if cfg.evaluation.plots:
-        plot_retrieval(folder / "retrieval.png", results)
-    return results
-
-
-def save_results(cfg, folder, results):
+    results = known | results  # other settings here leave what `test_time` found
     common.write_json(folder / "results.json", results)
-    common.atomic_write(folder / "results.txt", lambda file: file.write(f"{report(results)}\n".encode()))
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------- test-time training
@@ -986,17 +1036,17 @@ def corrupted_items(data, modality, items, kind, amount, seed):
     return [log_mel(corrupt_speech(wave, kind, amount, g).to(data.device)).T[:MAX_FRAMES].half().cpu() for wave, g in zip(waves, draws, strict=True)]
 
 
-def set_memories(model, mode=None, lr=None):
-    """Switch every memory to "episodic" or "online" writes of step lr, or off."""
+def set_memories(model, online, lr):
+    """Switch every memory's online writes on or off, and set the step of its writes."""
     for module in model.modules():
-        if hasattr(module, "enable_ttt_updates"):
-            module.enable_ttt_updates, module.ttt_mode = mode is not None, mode or "online"
-            module.ttt_lr = module.ttt_lr if lr is None else lr
+        if isinstance(module, SlotMemory):
+            module.enable_ttt_updates, module.ttt_lr = online, lr
 
 
 def entropy_loss(z, gallery, temperature, filtered=False, memory=None):
-    """(mean entropy of softmax(z . gallery / temperature), share of the rows [B] it is taken over).
+    """(mean entropy of softmax(z . gallery / temperature), share of the B rows it is taken over); (None, 0) if that is no row.
 
+    z: [B, D], gallery: [G, D], L2-normalised. The objective of TENT (Wang et al. 2021) over a gallery in place of classes, as in TCR (ICLR 2025).
     filtered: EATA's active samples alone, weighted (Niu et al. 2022): entropy below 0.4 ln G, and a cosine below 0.05 between their distribution and
     the running mean of earlier ones, kept in the list `memory`. (Its Fisher regulariser is left out: streams are short and the model is reset.)
     """
@@ -1019,26 +1069,23 @@ def entropy_loss(z, gallery, temperature, filtered=False, memory=None):
 def respond(model, data, modality, raw, gallery, method, lr, order, temperature, batch_size, stream_batch):
     """(embeddings [N, D] of queries that arrive in `order`, share of them that adapted something); afterwards the model is what it was, to the bit.
 
+    raw: N raw items of `modality`. gallery: [G, D], read only. order: a permutation of N.
     none, memory-episodic: whatever the order. memory-online, tent, eata, random: `stream_batch` at a time, answered before the step they cause.
-    random: tent's step with every gradient replaced by a random one of the same norm.
+    random: tent's step with every gradient replaced by a random one of the same norm. Raises: FloatingPointError if a step makes answers non-finite.
     """
-    everything = torch.arange(len(raw))
+    trained = model.central.ttt_lr
+    set_memories(model, method == "memory-online", lr if "memory" in method else trained)
     if method in ("none", "memory-episodic"):
-        trained = model.central.ttt_lr
-        set_memories(model, "episodic" if method != "none" else None, lr)
-        z = embed(model, data, (modality,), everything, batch_size, raw)
-        set_memories(model, None, trained)
+        z = embed(model, data, (modality,), torch.arange(len(raw)), batch_size, raw, episodic=method != "none")
+        set_memories(model, False, trained)
         return z, float(method != "none")
-    saved, trained = {name: value.clone() for name, value in model.state_dict().items()}, model.central.ttt_lr
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
     out, shares, memory = torch.empty(len(raw), gallery.shape[1], device=data.device), [], []
     affine = [p for m in model.encoders[modality].modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()]
     generator = torch.Generator().manual_seed(int(order[0]))
     model.eval().requires_grad_(False)
-    if method == "memory-online":
-        set_memories(model, "online", lr)
-    else:
-        for p in affine:
-            p.requires_grad_(True)
+    for p in affine if method != "memory-online" else ():
+        p.requires_grad_(True)
     optimizer = torch.optim.Adam(affine, lr=lr)
     for part in order.split(stream_batch):
         with common.full_precision(), torch.set_grad_enabled(method != "memory-online"):
@@ -1057,7 +1104,7 @@ def respond(model, data, modality, raw, gallery, method, lr, order, temperature,
                 direction = torch.randn(p.shape, generator=generator).to(p.device)
                 p.grad = direction * (p.grad.norm() / direction.norm())
         optimizer.step()
-    set_memories(model, None, trained)
+    set_memories(model, False, trained)
     model.requires_grad_(True)
     model.load_state_dict(saved)
     if not torch.isfinite(out).all():
@@ -1072,11 +1119,12 @@ def digest(x):
 def choose_steps(cfg, model, data):
     """{method: step size with the best mean MRR on dev under the held-out corruptions}, and all scores."""
     e, tasks, scores = cfg.evaluation, directions(data, "dev")[:N_DIRECTIONS], {}
+    _, z_of = embedded(model, data, tasks, e.batch_size)
     for d in tasks:
         (modality,), (kind, amount) = d.query, HELD_OUT[d.query[0]]
         if modality == "image" and data.photos.ndim == 2:
             continue
-        gallery = embed(model, data, (d.gallery,), d.gallery_items, e.batch_size)
+        gallery = z_of(d.gallery, d.gallery_items)
         raw = corrupted_items(data, modality, d.items, kind, amount, cfg.seed)
         order = torch.randperm(len(d.items), generator=torch.Generator().manual_seed(cfg.seed))
         for method, lr in [("none", None), *((method, lr) for method, steps in STEPS.items() for lr in steps)]:
@@ -1097,53 +1145,54 @@ def test_time(cfg, data=None):
     model, _ = read_best(folder, data, cfg)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     steps, dev_scores = choose_steps(cfg, model, data)
-    conditions, summary, galleries = [], [], {}
-    tasks = directions(data, "test")[:N_DIRECTIONS]
-    for modality in common.progress(data.modalities, "test-time training"):
-        mine, hits = [d for d in tasks if d.query == (modality,)], {}
+    tasks, conditions, hits = sorted(directions(data, "test")[:N_DIRECTIONS], key=lambda d: MODALITIES.index(*d.query)), [], {}
+    _, z_of = embedded(model, data, tasks, e.batch_size)
+    galleries = {d.name: z_of(d.gallery, d.gallery_items) for d in tasks}
+    frozen = {name: digest(gallery) for name, gallery in galleries.items()}
+    for (modality,), group in common.progress(itertools.groupby(tasks, key=lambda d: d.query), "test-time training"):
+        mine = list(group)
         kinds = CORRUPTIONS[modality] if modality != "image" or data.photos.ndim == 4 else {}
-        setting = [("clean", 0, None), *((kind, i + 1, a) for kind, amounts in kinds.items() for i, a in enumerate(amounts[:e.n_severities]))]
-        for d in mine:
-            galleries[d.name] = embed(model, data, (d.gallery,), d.gallery_items, e.batch_size)
-        frozen = {d.name: digest(galleries[d.name]) for d in mine}
-        for kind, level, amount in setting:
+        levels = [(kind, i + 1, amount) for kind, amounts in kinds.items() for i, amount in enumerate(amounts[:e.n_severities])]
+        for kind, level, amount in [("clean", 0, None), *levels]:
             raw_all = corrupted_items(data, modality, mine[0].items, kind, amount, cfg.seed)  # mine[0] has the items of the others too
-            for d in mine:
-                raw, gallery = take(raw_all, torch.searchsorted(mine[0].items, d.items)), galleries[d.name]
-                for method in ("none", *METHODS):
-                    runs = []
-                    for i in range(1 if method in ("none", "memory-episodic") else e.n_orders):
-                        order = torch.randperm(len(d.items), generator=torch.Generator().manual_seed(cfg.seed + i))
-                        z, share = respond(model, data, modality, raw, gallery, method, steps.get(method), order, cfg.losses.temperature,
-                                           e.batch_size, e.stream_batch)
-                        q = ranks(d, z, gallery)
-                        runs.append({"R@1": q["hit@1"].numpy(), "R@10": q["hit@10"].numpy(), "rank": q["rank"].numpy(), "share": share})
-                    mean = {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]}
-                    conditions.append({"direction": d.name, "corruption": kind, "severity": level, "amount": amount, "method": method,
-                                       "R@1": mean["R@1"].mean(), "R@10": mean["R@10"].mean(), "mean_rank": mean["rank"].mean(),
-                                       "adapted_share": mean["share"], "sd_over_orders_R@10": float(np.std([run["R@10"].mean() for run in runs]))})
-                    hits.setdefault((d.name, method, kind != "clean"), []).append(mean)
-        for d in mine:
-            assert digest(galleries[d.name]) == frozen[d.name] == digest(embed(model, data, (d.gallery,), d.gallery_items, e.batch_size))
-            chance = ranks(d, torch.ones(len(d.ids), 1), torch.ones(len(d.gallery_ids), 1))
-            for method in ("none", *METHODS):
-                row = {"direction": d.name, "method": method, **{f"chance_{m}": chance[f"chance@{m[2:]}"].mean().item() for m in ("R@1", "R@10")}}
-                for on, corrupted in (("clean", False), ("corrupted", True)):
-                    for m in ("R@1", "R@10") if (d.name, method, corrupted) in hits else ():
-                        mine_, none = (np.mean([h[m] for h in hits[d.name, which, corrupted]], axis=0) for which in (method, "none"))
-                        row |= {f"{on}_{m}": mine_.mean(), f"{on}_{m}_change": (mine_ - none).mean(),
-                                f"{on}_{m}_95%": interval(mine_ - none, photo_groups(data, d), e.n_bootstrap, cfg.seed)}
-                summary.append(row)
+            for d, method in itertools.product(mine, ("none", *METHODS)):
+                raw, runs = take(raw_all, torch.searchsorted(mine[0].items, d.items)), []
+                for i in range(1 if method in ("none", "memory-episodic") else e.n_orders):
+                    order = torch.randperm(len(d.items), generator=torch.Generator().manual_seed(cfg.seed + i))
+                    z, share = respond(model, data, modality, raw, galleries[d.name], method, steps.get(method), order, cfg.losses.temperature,
+                                       e.batch_size, e.stream_batch)
+                    q = ranks(d, z, galleries[d.name])
+                    runs.append({"R@1": q["hit@1"].numpy(), "R@10": q["hit@10"].numpy(), "rank": q["rank"].numpy(), "share": share})
+                mean = {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]}
+                conditions.append({"direction": d.name, "corruption": kind, "severity": level, "amount": amount, "method": method,
+                                   "R@1": mean["R@1"].mean(), "R@10": mean["R@10"].mean(), "mean_rank": mean["rank"].mean(),
+                                   "adapted_share": mean["share"], "sd_over_orders_R@10": float(np.std([run["R@10"].mean() for run in runs]))})
+                hits.setdefault((d.name, method, "clean" if kind == "clean" else "corrupted"), []).append(mean)
+    for d in tasks:
+        assert digest(galleries[d.name]) == frozen[d.name] == digest(embed(model, data, (d.gallery,), d.gallery_items, e.batch_size))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    results["ttt"] = {"settings": settings, "steps": steps, "dev_MRR_held_out": dev_scores, "summary": summary, "conditions": conditions,
-                      "gallery_sha256": {name: digest(gallery) for name, gallery in galleries.items()}}
-    save_results(cfg, folder, results)
-    results = common.read_json(folder / "results.json")
-    if cfg.evaluation.plots:
-        for metric in ("R@1", "R@10"):
-            plot_severity(folder / f"ttt_{metric.replace('@', '')}.png", results, metric)
-        plot_changes(folder / "ttt_changes.png", results)
-    return results
+    results["ttt"] = {"settings": settings, "steps": steps, "dev_MRR_held_out": dev_scores, "summary": summary_of(cfg, data, tasks, hits),
+                      "conditions": conditions, "gallery_sha256": frozen}
+    common.write_json(folder / "results.json", results)
+    return common.read_json(folder / "results.json")
+
+
+def summary_of(cfg, data, tasks, hits):
+    """A row a direction and method: recalls on clean and on corrupted queries (mean over all corruptions), and their change with its paired interval.
+
+    hits: {(direction, method, "clean" or "corrupted"): [{"R@1": [Q], "R@10": [Q]} of a corruption]}.
+    """
+    summary = []
+    for d, method in itertools.product(tasks, ("none", *METHODS)):
+        chance = ranks(d, torch.ones(len(d.ids), 1), torch.ones(len(d.gallery_ids), 1))
+        row = {"direction": d.name, "method": method, **{f"chance_{m}": chance[f"chance@{m[2:]}"].mean().item() for m in ("R@1", "R@10")}}
+        for on, m in itertools.product(("clean", "corrupted"), ("R@1", "R@10")):
+            if (d.name, method, on) in hits:
+                mine, none = (np.mean([h[m] for h in hits[d.name, which, on]], axis=0) for which in (method, "none"))
+                row |= {f"{on}_{m}": mine.mean(), f"{on}_{m}_change": (mine - none).mean(),
+                        f"{on}_{m}_95%": interval(mine - none, photo_groups(data, d), cfg.evaluation.n_bootstrap, cfg.seed)}
+        summary.append(row)
+    return summary
 
 
 def report(r):
@@ -1158,29 +1207,33 @@ def report(r):
             + common.format_table(["query -> gallery", "queries", "gallery", "R@1", "R@5", "R@10", "median rank", "R@1 95%", "R@10 95%"], rows))
     if "ttt" not in r:
         return text
-    rows, helped, harmed, compared, damage = [], [], [], 0, []
+    keys = [f"{on}_{m}" for on in ("clean", "corrupted") for m in ("R@1", "R@10")]
+    rows, helped, helped_random, harmed, damage, compared = [], [], [], [], [], 0
 
     def change(row, key):
         low, high = row[f"{key}_95%"]
         return f"{100 * row[f'{key}_change']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     for row in r["ttt"]["summary"]:
-        keys = [f"{on}_{m}" for on in ("clean", "corrupted") for m in ("R@1", "R@10")]
         if row["method"] == "none":
-            rows.append([row["direction"], *("" for _ in keys)])
-            rows.append(["  chance", *(f"{100 * row[f'chance_{key.split(chr(95))[1]}']:.1f}" for key in keys)])
-            rows.append(["  none", *(f"{100 * row[key]:.1f}" if key in row else "-" for key in keys)])
+            rows += [[row["direction"], *("" for _ in keys)],
+                     ["  chance", *(100 * row[f"chance_{m}"] for m in ("R@1", "R@10") * 2)],
+                     ["  none", *(100 * row[key] if key in row else None for key in keys)]]
             continue
-        rows.append([f"  {row['method']}", *(change(row, key) if key in row else "-" for key in keys)])
-        for key, better, worse in (("corrupted_R@10", helped, harmed), ("clean_R@10", [], damage)):
-            low, high = row.get(f"{key}_95%", (0, 0))
-            compared += key.startswith("corrupted") and row["method"] != "random"
-            (better if low > 0 else worse if high < 0 else []).append(f"{row['method']}, {row['direction']}")
-    helped_random = [name for name in helped if name.startswith("random")]
-    helped = [name for name in helped if name not in helped_random]
+        rows.append([f"  {row['method']}", *(change(row, key) if key in row else None for key in keys)])
+        name, control = f"{row['method']}, {row['direction']}", row["method"] == "random"
+        if row["clean_R@10_95%"][1] < 0:
+            damage.append(name)
+        if "corrupted_R@10" in row:  # precomputed features of photos are not corrupted
+            low, high = row["corrupted_R@10_95%"]
+            compared += not control
+            if low > 0:
+                (helped_random if control else helped).append(name)
+            if high < 0:
+                harmed.append(name)
     text += (f"\n\ntest-time training{marked}: recalls without it (none), changes by it with paired 95% intervals; corrupted: over all corruptions\n"
              + common.format_table(["direction, method", "clean R@1", "clean R@10", "corrupted R@1", "corrupted R@10"], rows)
-             + "\nsteps chosen on dev under held-out corruptions: " + ", ".join(f"{m} {lr:g}" for m, lr in r["ttt"]["steps"].items()))
-    text += f"\ncorrupted R@10: {len(helped)} of {compared} intervals lie above 0 (about {compared * 0.025:.1f} would by chance)"
+             + "\nsteps chosen on dev under held-out corruptions: " + ", ".join(f"{m} {lr:g}" for m, lr in r["ttt"]["steps"].items())
+             + f"\ncorrupted R@10: {len(helped)} of {compared} intervals lie above 0 (about {compared * 0.025:.1f} would by chance)")
     text += f": {'; '.join(helped)}" if helped else ". NULL RESULT: no test-time method helps here"
     text += f"\nbelow 0: {'; '.join(harmed) or 'none'}. The random-direction control above 0: {'; '.join(helped_random) or 'none'}"
     return f"{text}\ndamage to clean queries (R@10 interval below 0): {'; '.join(damage) or 'none'}"
@@ -1189,27 +1242,25 @@ def report(r):
 # -------------------------------------------------------------------------------------------------------------- training
 
 def start(cfg, data=None):
-    """(run folder, data), after the checks that every stage needs: same config, same data as the folder's run."""
+    """(run folder, data), after what every stage needs: same config and same data as the folder's run, seeds, deterministic kernels."""
     data = data or load_data(cfg)
     folder = common.open_run(cfg)
     common.check_same_data(folder, data.fingerprint)
+    common.seed_everything(cfg.seed)
     return folder, data
 
 
 def dev_scores(cfg, model, data):
     """{"dev_loss": InfoNCE over all dev pairs, "dev_recall": mean of R@1, 5, 10 in all directions, in %, and each direction's R@10}."""
-    tasks, recalls, row = directions(data, "dev")[:N_DIRECTIONS], [], {}
-    items = {d.gallery: d.gallery_items for d in tasks}
-    z = {m: embed(model, data, (m,), rows, cfg.evaluation.batch_size) for m, rows in items.items()}
+    tasks, recalls, row, loss = directions(data, "dev")[:N_DIRECTIONS], [], {}, 0.0
+    items, z = embedded(model, data, tasks, cfg.evaluation.batch_size)
     for d in tasks:
-        (m,) = d.query
-        q = ranks(d, z[m][torch.searchsorted(items[m], d.items).to(z[m].device)], z[d.gallery])
+        q = ranks(d, z(*d.query, d.items), z(d.gallery, d.gallery_items))
         recalls += [100 * q[f"hit@{k}"].mean().item() for k in (1, 5, 10)]
         row[f"dev_R@10 {d.name}"] = recalls[-1]
-    loss = 0.0
     for a, b in itertools.combinations(items, 2):
         rows = items["audio"] if "audio" in (a, b) else items["text"]
-        x, y = (z[m][torch.searchsorted(items[m], data.photo_of[rows] if m == "image" else rows).to(data.device)] for m in (a, b))
+        x, y = (z(m, data.photo_of[rows] if m == "image" else rows) for m in (a, b))
         loss += common.info_nce(x, y, 1 / cfg.losses.temperature, data.photo_of[rows].to(data.device), "mask").item()
     return {"dev_loss": loss, "dev_recall": float(np.mean(recalls)), **row}
 
@@ -1218,11 +1269,13 @@ def train(cfg, data=None):
     """Train for training.epochs, resuming exactly; best_model.pt is the epoch with the best dev_recall. Returns the history, one row an epoch."""
     t = cfg.training
     folder, data = start(cfg, data)
-    common.seed_everything(cfg.seed)
     model = build_model(cfg, data)
     optimizer = build_optimizer(cfg, model)
     per_epoch, last_step, step, history, pending = steps_per_epoch(cfg, data), total_steps(cfg, data), 0, [], []
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: common.warmup_cosine(s + 1, last_step + 1, math.ceil(t.warmup * last_step)))
+
+    def factor(s):  # of the learning rate, after s steps
+        return common.warmup_cosine(s + 1, last_step + 1, math.ceil(t.warmup * last_step))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     latest = folder / "checkpoint_latest.pt"
     if latest.exists() or latest.with_name(f"{latest.name}.previous").exists():
         state = common.load_checkpoint(latest)
@@ -1233,13 +1286,6 @@ def train(cfg, data=None):
         scheduler.load_state_dict(state["scheduler_state_dict"])
         common.set_rng_state(state["rng"])
         print(f"{folder}: training is complete" if step >= last_step else f"resuming {folder} at step {step} of {last_step}")
-
-    def save():
-        common.save_checkpoint(latest, {
-            "epoch": step // per_epoch, "global_step": step, "best_val_loss": min((row["dev_loss"] for row in history), default=None),
-            "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": scheduler.state_dict(),
-            "scaler_state_dict": {}, "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(),
-            "position": {"pending": pending}})
     if step < last_step:
         (folder / "results.json").unlink(missing_ok=True)
     log = common.RunLog(folder, cfg.wandb and step < last_step, dataclasses.asdict(cfg))
@@ -1261,14 +1307,13 @@ def train(cfg, data=None):
             ends = place == per_epoch - 1
             if not ends and not stop.signum:
                 continue
-            losses = {name: torch.stack([taken[name] for taken in pending if name in taken] or [torch.tensor(math.nan)]).cpu() for name in names}
+            losses = {name: torch.stack(values).cpu() for name in names if (values := [taken[name] for taken in pending if name in taken])}
             if len(bad := (~torch.isfinite(losses["loss"])).nonzero()[:, 0]):  # the host waits for the device only here
-                taken = pending[int(bad[0])]
-                raise FloatingPointError(f"non-finite {' and '.join(n for n, v in taken.items() if not math.isfinite(v))} in step "
-                                         f"{step - len(pending) + 1 + int(bad[0])}, learning rate {rate:g}; lower training.learning_rate")
+                taken, bad_step = pending[int(bad[0])], step - len(pending) + 1 + int(bad[0])
+                raise FloatingPointError(f"non-finite {' and '.join(n for n, v in taken.items() if not math.isfinite(v))} in step {bad_step}, "
+                                         f"learning rate {t.learning_rate * factor(bad_step - 1):g}; lower training.learning_rate")
             if ends:
-                means = {name: values.mean().item() for name, values in losses.items()}
-                row = {"epoch": epoch + 1, "step": step, **{n: v if math.isfinite(v) else None for n, v in means.items()},
+                row = {"epoch": epoch + 1, "step": step, **{name: losses[name].mean().item() if name in losses else None for name in names},
                        **dev_scores(cfg, model, data), "learning_rate": rate}
                 better = all(row["dev_recall"] > earlier["dev_recall"] for earlier in history)
                 history.append(row)
@@ -1279,7 +1324,11 @@ def train(cfg, data=None):
                         "mel_statistics": [x.cpu() for x in data.mel_statistics]}, keep_previous=False)
                 print(f"epoch {epoch + 1:3}  loss {row['loss']:.4f}  dev: loss {row['dev_loss']:.4f}  mean recall {row['dev_recall']:.1f}%"
                       f"{' *' if better else ''}", flush=True)
-            save()
+            common.save_checkpoint(latest, {
+                "epoch": step // per_epoch, "global_step": step, "best_val_loss": min((row["dev_loss"] for row in history), default=None),
+                "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
+                "scheduler_state_dict": scheduler.state_dict(), "scaler_state_dict": {}, "history": history, "config": dataclasses.asdict(cfg),
+                "rng": common.rng_state(), "position": {"pending": pending}})
             if history:
                 log.write(history)
             if stop.signum:
@@ -1297,18 +1346,14 @@ def mark(title, synthetic):
     return f"{title} (synthetic data)" if synthetic else title
 
 
-def plot_training(folder, history, synthetic):
-    names = [n for n in history[0] if n.startswith("dev_R@10 ")]
+def plot_training(path, history, synthetic):
+    """Losses and dev recalls by epoch, from the rows of metrics.csv."""
     losses = [n for n in ("loss", "text_image", "text_audio", "image_audio", "fused") if n in history[0]]
-    panels = {"training loss": {n: [row[n] for row in history] for n in losses},
-              "dev loss": {"three pairs": [row["dev_loss"] for row in history]},
-              "dev R@10 (%)": {"mean of R@1, 5, 10": [row["dev_recall"] for row in history],
-                               **{n.removeprefix("dev_R@10 "): [row[n] for row in history] for n in names}}}
-    for lines in panels.values():
-        for label in lines:
-            lines[label] = [math.nan if v is None else v for v in lines[label]]
-    chosen = 1 + max(range(len(history)), key=lambda i: (history[i]["dev_recall"], -i))
-    common.plot_curves(folder / "training_curves.png", panels, mark=chosen, title=mark("training", synthetic))
+    recalls = {"mean of R@1, 5, 10": "dev_recall", **{n.removeprefix("dev_R@10 "): n for n in history[0] if n.startswith("dev_R@10 ")}}
+    panels = {"training loss": {n: [row[n] for row in history] for n in losses}, "dev loss": {"three pairs": [row["dev_loss"] for row in history]},
+              "dev R@10 (%)": {label: [row[n] for row in history] for label, n in recalls.items()}}
+    chosen = 1 + max(range(len(history)), key=lambda i: history[i]["dev_recall"])
+    common.plot_curves(path, panels, mark=chosen, title=mark("training", synthetic))
 
 
 def plot_retrieval(path, r):
@@ -1340,7 +1385,7 @@ def plot_severity(path, r, metric):
         axis.axhline(100 * chance, color="grey", linestyle=":", label="chance")
         axis.set(xlabel="severity of the query's corruption", ylabel=f"{metric} (%)", title=name, ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(mark("test-time training", r["synthetic"]))
     common.save_figure(figure, path)
 
@@ -1361,9 +1406,17 @@ def plot_changes(path, r):
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.set(xlabel="change of R@10 (points), paired 95%", title=f"{on} queries")
-    axes[0].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(mark("test-time training against none", r["synthetic"]))
     common.save_figure(figure, path)
+
+
+def plot_results(folder, r):
+    plot_retrieval(folder / "retrieval.png", r)
+    if "ttt" in r:
+        plot_severity(folder / "ttt_R1.png", r, "R@1")
+        plot_severity(folder / "ttt_R10.png", r, "R@10")
+        plot_changes(folder / "ttt_changes.png", r)
 
 
 def compare(cfg):
@@ -1373,17 +1426,18 @@ def compare(cfg):
     def cell(values, sign=""):
         return f"{100 * np.mean(values):{sign}.1f}" + (f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "") if values else "-"
     recalls, changes = [], []
-    for first in runs[0][1][0]["retrieval"]:
-        recalls += [[first["direction"], "", *("" for _ in range(3))], ["  chance", "", *(f"{100 * first[f'chance_R@{k}']:.1f}" for k in (1, 5, 10))]]
+    every = {row["direction"]: row for _, found in runs for r in found for row in r["retrieval"]}  # one may have had no speech
+    for direction, first in every.items():
+        recalls += [[direction, *[""] * 4], ["  chance", "", *(100 * first[f"chance_R@{k}"] for k in (1, 5, 10))]]
         for name, found in runs:
-            rows = [row for r in found for row in r["retrieval"] if row["direction"] == first["direction"]]
+            rows = [row for r in found for row in r["retrieval"] if row["direction"] == direction]
             recalls.append([f"  {name}", len(rows), *(cell([row[f"R@{k}"] for row in rows]) for k in (1, 5, 10))])
     for name, found in runs:
-        for row in found[0].get("ttt", {}).get("summary", ()):
-            same = [s for r in found if "ttt" in r for s in r["ttt"]["summary"] if (s["direction"], s["method"]) == (row["direction"], row["method"])]
-            cells = (cell([s[f"{on}_R@10_change"] for s in same if f"{on}_R@10_change" in s], "+") for on in ("clean", "corrupted"))
-            if row["method"] != "none":
-                changes.append([name, row["direction"], row["method"], len(same), *cells])
+        changed = [row for r in found if "ttt" in r for row in r["ttt"]["summary"] if row["method"] != "none"]
+        for direction, method in dict.fromkeys((row["direction"], row["method"]) for row in changed):
+            same = [row for row in changed if (row["direction"], row["method"]) == (direction, method)]
+            cells = (cell([row[f"{on}_R@10_change"] for row in same if f"{on}_R@10_change" in row], "+") for on in ("clean", "corrupted"))
+            changes.append([name, direction, method, len(same), *cells])
     text = "recalls in %\n" + common.format_table(["query -> gallery", "seeds", "R@1", "R@5", "R@10"], recalls)
     if changes:
         text += "\n\nchange of R@10 by test-time training, in points\n"
@@ -1430,9 +1484,14 @@ def main(argv):
     if args.stage in ("all", "train"):
         history = train(cfg, data)
         if cfg.evaluation.plots:
-            plot_training(folder, history, data.synthetic)
+            plot_training(folder / "training_curves.png", history, data.synthetic)
     if args.stage != "train":
-        print(f"\n{report(evaluate(cfg, data) if args.stage == 'evaluate' else test_time(cfg, data))}")
+        results = evaluate(cfg, data) if args.stage == "evaluate" else test_time(cfg, data)
+        if cfg.evaluation.plots:
+            plot_results(folder, results)
+        text = report(results)
+        common.atomic_write(folder / "results.txt", lambda file: file.write(f"{text}\n".encode()))
+        print(f"\n{text}")
     print(f"files: {folder}/ (results.json, metrics.csv, best_model.pt, *.png)")
 
 

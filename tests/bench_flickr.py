@@ -74,7 +74,7 @@ def main():
         def from_cache():
             data.photos, data.mels = cached
             exp.make_batch(data, torch.arange(n), np.random.default_rng(0))
-        gather = compare({"": lambda: (exp.raw_photos(data, torch.arange(n)), exp.raw_items(data, "audio", torch.arange(n)),
+        gather = compare({"": lambda: (exp.raw_items(data, "image", torch.arange(n)), exp.raw_items(data, "audio", torch.arange(n)),
                                        exp.tokenise(data.captions, data.vocabulary))}, 9)
         print(f"gathering a batch from the caches, before the device's part: {1000 * gather['']:.2f} ms")
         report("a batch with normalisation and augmentation", compare({"from the caches": from_cache, "decoding every file": decode_all}, 5))

@@ -642,8 +642,11 @@ def test_flickr8k_features_by_file_name(coco, model, tmp_path):
     assert (content["ids"], list(content["feats"].shape), content["feats"].dtype) == (names, [26, 16], torch.float16)
     if importlib.util.find_spec("exp_flickr_ttt"):
         import exp_flickr_ttt
-        rows = exp_flickr_ttt.read_features(tmp_path / "image_features.pt", [names[7], names[0]])
+        photos = [tmp_path / "Flicker8k_Dataset" / name for name in (names[7], f"{3:012}.jpg", names[0])]  # the one in between could not be read
+        rows, found, problems = exp_flickr_ttt.read_features(tmp_path / "image_features.pt", photos)
         assert torch.equal(rows, content["feats"][[7, 0]].float())
+        assert found.tolist() == [True, False, True]
+        assert list(problems) == [photos[1].name]
 
 
 def test_user_mistakes_are_one_line(coco, model, films, tmp_path, capsys):

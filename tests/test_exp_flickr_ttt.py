@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import shutil
 import signal
 import struct
@@ -117,7 +118,9 @@ def test_read_wav_trusts_the_file_size_and_mixes_and_resamples():
     assert exp.read_wav(pcm(slow, rate=8000)).numpy()[100:-100] == pytest.approx(expected.numpy()[100:-100], abs=2e-3)
     soundfile.write(buffer := io.BytesIO(), expected.numpy(), 16000, format="WAV", subtype="FLOAT")
     assert torch.equal(exp.read_wav(buffer.getvalue()), expected)
-    for bad in (pcm(wave[:300]), pcm(wave[:0]), b"", b"junk" * 50):
+    assert torch.equal(exp.read_wav(pcm(wave, tail=b"id3 " + (4).to_bytes(4, "little") + b"abcd")), expected)
+    soundfile.write(nan := io.BytesIO(), np.full(4000, np.nan), 16000, format="WAV", subtype="FLOAT")
+    for bad in (pcm(wave[:300]), pcm(wave[:0]), b"", b"junk" * 50, nan.getvalue()):
         with pytest.raises(Exception):  # noqa: B017  whatever kind: the loader counts them all
             exp.read_wav(bad)
 
@@ -199,6 +202,49 @@ def test_kaggle_captions_and_no_speech_folder(tmp_path, tree, capsys):
     results = common.read_json(tmp_path / "run/results.json")
     assert [t["direction"] for t in results["retrieval"]] == ["text -> image", "image -> text"]
     assert {c["direction"] for c in results["ttt"]["conditions"]} == {"text -> image", "image -> text"}
+
+
+def test_a_text_file_may_start_with_a_mark_and_a_csv_end_with_a_blank_line(tmp_path, tree):
+    root = copy_tree(tree, tmp_path / "tree")
+    captions, path = exp.read_captions(root)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert exp.read_captions(root)[0] == captions
+    path.unlink()
+    lines = [f"{name},{text}" for name, of in captions.items() for text in of.values()]
+    (root / "captions.txt").write_text("\n".join(["image,caption", *lines, "", ""]))
+    assert exp.read_captions(root)[0] == captions
+    for bad in ("a.jpg", 'a.jpg,"a quote', 'a.jpg,"' + "a" * 200000, "a.jpg,one,two"):
+        (root / "captions.txt").write_text(f"image,caption\n{bad}\n")
+        with pytest.raises(UserError, match="line 2: expected image,caption"):
+            exp.read_captions(root)
+
+
+def test_what_may_pass_is_not_kept_as_a_broken_file(tmp_path, tree, monkeypatch):
+    paths = sorted(Path(tree, "Flickr8k_Dataset").iterdir())[:3]
+    decode = (lambda raw: exp.decode_photo(raw, 4), (3, 4, 4), np.uint8, 1)
+    for what, error in (("read_bytes", PermissionError(13, "Permission denied")), ("decode", MemoryError())):
+        def fails(*_, error=error):
+            raise error
+        with monkeypatch.context() as m:
+            if what == "read_bytes":
+                m.setattr(Path, "read_bytes", fails)
+            with pytest.raises((OSError, MemoryError)):
+                exp.decoded(tmp_path, "photos4", paths, fails if what == "decode" else decode[0], *decode[1:])
+    assert exp.decoded(tmp_path, "photos4", paths, *decode)[1].tolist() == [1, 1, 1]
+
+
+def test_two_runs_may_decode_at_the_same_time(tmp_path, tree):
+    paths, again = sorted(Path(tree, "Flickr8k_Dataset").iterdir())[:3], []
+
+    def other_run(raw):
+        if not again:
+            again.append(True)
+            again[0] = exp.decoded(tmp_path, "photos4", paths, *decode)[0]
+        return decode[0](raw)
+    decode = (lambda raw: exp.decode_photo(raw, 4), (3, 4, 4), np.uint8, 1)
+    first = exp.decoded(tmp_path, "photos4", paths, other_run, *decode[1:])[0]
+    assert torch.equal(first, again[0])
+    assert len(list(tmp_path.iterdir())) == 2  # nothing is left over
 
 
 def test_files_are_decoded_once_and_again_when_they_change(tmp_path, tree, monkeypatch):
@@ -633,6 +679,39 @@ def test_a_null_result_is_called_one(whole):
     assert "NULL RESULT" not in exp.report(results)
 
 
+def test_features_that_cannot_be_corrupted_are_not_compared(whole):
+    results = common.read_json(whole / "results.json")
+    for row in results["ttt"]["summary"]:
+        if row["direction"].startswith("image"):
+            for key in [key for key in row if key.startswith("corrupted")]:
+                del row[key]
+    assert "0 of 16 intervals" in exp.report({**results, "ttt": {**results["ttt"], "summary": [
+        row if "corrupted_R@10" not in row else row | {"corrupted_R@10_95%": [-1, 1]} for row in results["ttt"]["summary"]]}})
+
+
+def test_evaluating_again_keeps_the_protocol_and_draws_what_is_missing(whole, tree, cache, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = common.read_json(tmp_path / "run/results.json")
+    for name in ("ttt_changes.png", "retrieval.png"):  # a kill came before them
+        (tmp_path / f"run/{name}").unlink()
+    assert cli(tmp_path, tree, cache) == 0
+    assert (tmp_path / "run/ttt_changes.png").exists()
+    assert cli(tmp_path, tree, cache, "--stage", "evaluate", "evaluation.n_bootstrap=200") == 0
+    after = common.read_json(tmp_path / "run/results.json")
+    assert after["evaluation"] == {"n_bootstrap": 200}
+    assert after["ttt"] == before["ttt"]
+    assert (tmp_path / "run/retrieval.png").exists()
+
+
+def test_photos_of_test_without_speech(tmp_path, tree):
+    root = copy_tree(tree, tmp_path / "tree")
+    names = (root / "Flickr8k_text/Flickr_8k.testImages.txt").read_text()
+    path = root / "flickr_audio/wav2capt.txt"
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if line.split()[1] not in names))
+    assert cli(tmp_path, root, tmp_path / "cache", "training.epochs=1", "evaluation.n_orders=1", "evaluation.plots=false") == 0
+    assert {row["direction"] for row in common.read_json(tmp_path / "run/results.json")["ttt"]["summary"]} == {"text -> image", "image -> text"}
+
+
 def test_compare_averages_seeds(whole, tree, cache, tmp_path, capsys):
     results = common.read_json(whole / "results.json")
     assert cli(tmp_path, tree, cache, "--stage", "compare") == 2
@@ -653,6 +732,12 @@ def test_compare_averages_seeds(whole, tree, cache, tmp_path, capsys):
     line = next(line for line in text.splitlines() if exp.METHODS[0] in line)  # only one of the two ran the protocol
     assert line.split()[-3:] == ["1", f"{100 * first['clean_R@10_change']:+.1f}", f"{100 * first['corrupted_R@10_change']:+.1f}"]
     assert text.endswith("[SYNTHETIC demo data]\n")
+    other["retrieval"] = other["retrieval"][:2]  # a run without speech or protocol, named first, hides nothing of the others
+    common.write_json(tmp_path / "1/run/results.json", other)
+    assert cli(tmp_path, tree, cache, "--stage", "compare", f"compare=[{tmp_path / '1/run'}, {whole}]", f"output_dir={tmp_path / 'out'}") == 0
+    text = (tmp_path / "out/compare.txt").read_text()
+    assert "audio -> text" in text.split("change of R@10")[0]
+    assert exp.METHODS[0] in text
 
 
 @pytest.mark.parametrize("step", [2, 3, 7])
@@ -710,6 +795,8 @@ def test_stages_one_by_one_make_the_same_run(tmp_path, tree, cache, whole):
 
 def test_precomputed_image_features(tmp_path, tree, cache, capsys):
     names = [p.stem for p in sorted(Path(tree, "Flickr8k_Dataset").iterdir())] + ["2258277193_no_such_file"]
+    broken = Path(copy_tree(tree, tmp_path / "broken"), "Flickr8k_Dataset", f"{names[3]}.jpg")
+    broken.write_bytes(b"no picture")
     torch.save({"feats": torch.randn(len(names), 12).half(), "ids": names}, tmp_path / "f.pt")
     cached = ["model.image_encoder=cached", f"data.image_features_file={tmp_path / 'f.pt'}"]
     data = exp.load_data(config(tmp_path, tree, cache, *cached))
@@ -718,6 +805,11 @@ def test_precomputed_image_features(tmp_path, tree, cache, capsys):
     results = common.read_json(tmp_path / "run/results.json")
     image = [c for c in results["ttt"]["conditions"] if c["direction"] == "image -> text"]
     assert {c["corruption"] for c in image} == {"clean"}  # features cannot be blurred
+    torch.save({"feats": torch.arange(54)[:, None].expand(54, 12), "ids": names[:3] + names[4:]}, tmp_path / "f.pt")
+    data = exp.load_data(config(tmp_path, broken.parent.parent, cache, *cached))  # encode.py leaves out what it cannot read
+    assert data.counts["photos missing or broken"] == 1
+    row = list(data.wavs).index(next(path for path in data.wavs if path and path.name.startswith(names[9])))
+    assert data.photos[data.photo_of[row]].tolist() == [8.0] * 12
     torch.save({"feats": torch.randn(3, 12), "ids": names[:3]}, tmp_path / "f.pt")
     capsys.readouterr()
     assert cli(tmp_path, tree, cache, *cached, "training.epochs=1") == 2
@@ -743,6 +835,16 @@ def all_wavs_broken(root):
         path.write_bytes(b"RIFF")
 
 
+def keep_first(root, name):
+    path = Path(root, f"Flickr8k_text/Flickr_8k.{name}.txt")
+    path.write_text(path.read_text().split()[0])
+
+
+def replace(root, name, old, new):
+    path = next(Path(root).rglob(name))
+    path.write_text(path.read_text().replace(old, new))
+
+
 BAD = {
     "no photos": (lambda r: shutil.rmtree(Path(r, "Flickr8k_Dataset")), "Flickr8k_Dataset: no such file or folder; download"),
     "no captions": (lambda r: Path(r, "Flickr8k_text/Flickr8k.token.txt").unlink(), "Flickr8k.token.txt: no such file"),
@@ -751,8 +853,11 @@ BAD = {
     "speech line": (append("wav2capt.txt", "a.wav b.jpg\n"), "expected <wav> <photo> #k, found 'a.wav b.jpg'"),
     "no speech list": (lambda r: Path(r, "flickr_audio/wav2capt.txt").unlink(), "wav2capt.txt: no such file"),
     "overlap": (dev_photo_in_train, "a photo belongs to one split, once"),
-    "empty split": (lambda r: Path(r, "Flickr8k_text/Flickr_8k.testImages.txt").write_text(""), "0 captions of readable test photos"),
-    "all broken": (all_wavs_broken, "none of 98 recordings can be read"),
+    "empty split": (lambda r: Path(r, "Flickr8k_text/Flickr_8k.testImages.txt").write_text(""), "0 of 0 listed test photos can be read"),
+    "all broken": (all_wavs_broken, "fewer than 2 of its 98 recordings are readable"),
+    "one photo": (lambda r: keep_first(r, "trainImages"), "1 of 1 listed train photos can be read and have captions"),
+    "other names": (lambda r: replace(r, "wav2capt.txt", ".jpg", ""), "of its 98 recordings are readable and of a caption of a training photo"),
+    "no recordings": (lambda r: Path(r, "flickr_audio/wav2capt.txt").write_text(""), "of its 0 recordings"),
     "not text": (lambda r: Path(r, "flickr_audio/wav2capt.txt").write_bytes(b"\xff\xfe\xff"), "wav2capt.txt: cannot be read"),
 }
 
@@ -772,6 +877,7 @@ def test_bad_input_is_one_line_naming_the_file(tmp_path, tree, capsys, case):
 def test_mistakes_in_the_command(tmp_path, tree, cache, capsys):
     for overrides, message in ((["model.num_heads=3"], "model.latent_dim=16 must be a multiple of model.num_heads=3"),
                                (["model.patch_size=5"], "must be a multiple of model.patch_size=5"),
+                               (["model.audio_channels=[]"], "leaves no convolution"),
                                (["model.image_encoder=cached"], "needs data.image_features_file="),
                                (["training.optimizer=sgd"], "expected one of adamw"),
                                (["--stage", "ttt", "--fresh"], "does not"),
@@ -781,7 +887,9 @@ def test_mistakes_in_the_command(tmp_path, tree, cache, capsys):
         assert message in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
     assert cli(tmp_path, tree, cache, "training.learning_rate=1e30") == 1
-    assert "non-finite" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    step, rate = re.search(r"non-finite loss .* in step (\d+), learning rate (\S+);", error).groups()
+    assert float(rate) == pytest.approx(1e30 * common.warmup_cosine(int(step), 10, 1), rel=1e-4)  # of that very step
 
 
 def test_flops_of_the_documents_config(monkeypatch, tmp_path):

@@ -717,7 +717,7 @@ def save_checkpoint(path, state, keep_previous=True):
 
 def load_checkpoint(path):
     """The dict that `save_checkpoint` wrote, on the CPU (weights_only=True). A missing or damaged file falls back to
-    `<path>.previous`, where there is one, with a warning.
+    `<path>.previous`, where there is one, with a warning; the damaged one becomes `<path>.damaged`.
 
     Raises: FileNotFoundError if neither is there, UserError if none can be read.
     """
@@ -735,6 +735,8 @@ def load_checkpoint(path):
             continue
         if candidate != path:
             warnings.warn(f"{problems[0] if problems else f'{path} is missing'}; using {candidate}", stacklevel=2)
+            if problems:  # else the next save would put it in the good one's place
+                path.replace(path.with_name(f"{path.name}.damaged"))
         return state
     if problems:
         raise UserError(f"{'; '.join(problems)}; use --fresh to start again")
@@ -811,11 +813,11 @@ def check_run(cfg, fresh=False):
             raise UserError(f"{folder} is not empty and holds no run ({others[0]} ...); choose another output_dir=")
 
 
-def open_run(cfg, fresh=False):
-    """Create cfg.output_dir or reopen it to resume; writes config.yaml. Returns its Path.
+def open_run(cfg, data_fingerprint, fresh=False):
+    """Create cfg.output_dir or reopen it to resume; writes config.yaml, and the data's fingerprint into environment.json. Returns its Path.
 
     `fresh` moves an existing run to `<folder>.old-N` first.
-    Raises: UserError if the folder cannot be written, holds a run of another config, or holds something else.
+    Raises: UserError if the folder cannot be written, holds a run of another config or of other data, or holds something else.
     """
     check_run(cfg, fresh)
     folder = Path(cfg.output_dir)
@@ -823,6 +825,11 @@ def open_run(cfg, fresh=False):
         n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
         print(f"moved the earlier run to {folder.with_name(f'{folder.name}.old-{n}')}")
+    environment = folder / "environment.json"
+    known = read_json(environment).get("data_fingerprint") if environment.exists() else None
+    if known not in (None, data_fingerprint):
+        raise UserError(f"{folder} holds a run on other data (fingerprint {known}, now {data_fingerprint}); "
+                        "choose another output_dir= or move the old run aside with --fresh")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -830,17 +837,8 @@ def open_run(cfg, fresh=False):
     except OSError as error:
         raise UserError(f"the output folder {folder} cannot be written ({error.strerror or error}); set output_dir=") from None
     atomic_write(folder / "config.yaml", lambda file: file.write(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False).encode()))
-    return folder
-
-
-def check_same_data(folder, data_fingerprint):
-    """Record the data's fingerprint in environment.json; UserError if the folder's run was made from other data."""
-    path = Path(folder) / "environment.json"
-    known = read_json(path).get("data_fingerprint") if path.exists() else None
-    if known not in (None, data_fingerprint):
-        raise UserError(f"{folder} holds a run on other data (fingerprint {known}, now {data_fingerprint}); "
-                        "choose another output_dir= or move the old run aside with --fresh")
     record_environment(folder, data_fingerprint=data_fingerprint)
+    return folder
 
 
 def record_environment(folder, **facts):

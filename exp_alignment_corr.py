@@ -1330,9 +1330,7 @@ def start(cfg, fresh=False):
         digest = common.fingerprint(dict.fromkeys(map(str, files)))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    folder = common.open_run(cfg, fresh)
-    common.check_same_data(folder, digest)
-    return folder
+    return common.open_run(cfg, digest, fresh)
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation

@@ -342,8 +342,7 @@ def write_splits(folder, cfg, data):
 def start(cfg, data=None):
     """(run folder, data), after the checks that every stage needs: same config, same data, same split as the folder's run."""
     data = data or load_data(cfg)
-    folder = common.open_run(cfg)
-    common.check_same_data(folder, data.fingerprint)
+    folder = common.open_run(cfg, data.fingerprint)
     write_splits(folder, cfg, data)
     return folder, data
 
@@ -1233,7 +1232,7 @@ def main(argv):
     common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
     data = load_data(cfg)
     if args.fresh:
-        common.open_run(cfg, fresh=True)
+        common.open_run(cfg, data.fingerprint, fresh=True)
     for split, rows in data.splits.items():
         print(f"{split:5} {len(data.image_index[rows].unique()):7,} images {len(rows):8,} captions")
     if args.stage == "split":

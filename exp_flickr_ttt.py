@@ -1244,8 +1244,7 @@ def report(r):
 def start(cfg, data=None):
     """(run folder, data), after what every stage needs: same config and same data as the folder's run, seeds, deterministic kernels."""
     data = data or load_data(cfg)
-    folder = common.open_run(cfg)
-    common.check_same_data(folder, data.fingerprint)
+    folder = common.open_run(cfg, data.fingerprint)
     common.seed_everything(cfg.seed)
     return folder, data
 
@@ -1480,7 +1479,7 @@ def main(argv):
     build_model(cfg, data)  # sizes that do not fit are told before the run's folder is made
     if args.stage in ("evaluate", "ttt"):
         read_best(Path(cfg.output_dir), data, cfg)
-    folder = common.open_run(cfg, args.fresh)
+    folder = common.open_run(cfg, data.fingerprint, args.fresh)
     if args.stage in ("all", "train"):
         history = train(cfg, data)
         if cfg.evaluation.plots:

@@ -609,8 +609,7 @@ def report(r):
 def start(cfg, data=None):
     """(run folder, data), after the checks that every stage needs: same config, same data as the folder's run."""
     data = data or load_data(cfg)
-    folder = common.open_run(cfg)
-    common.check_same_data(folder, data.fingerprint)
+    folder = common.open_run(cfg, data.fingerprint)
     return folder, data
 
 
@@ -822,7 +821,7 @@ def main(argv):
     data = load_data(cfg)
     if args.stage == "evaluate":
         read_best(Path(cfg.output_dir), data, cfg)
-    folder = common.open_run(cfg, args.fresh)
+    folder = common.open_run(cfg, data.fingerprint, args.fresh)
     print(", ".join(f"{split} {len(films):,} films" for split, films in data.splits.items()) + f", {data.views} views")
     if args.stage in ("all", "train"):
         history = train(cfg, data)

@@ -1274,8 +1274,7 @@ def report(r, times):
 def start(cfg, data=None):
     """(run folder, data), after the checks that every stage needs: same config, same data as the folder's run."""
     data = data or load_data(cfg)
-    folder = common.open_run(cfg)
-    common.check_same_data(folder, data.fingerprint)
+    folder = common.open_run(cfg, data.fingerprint)
     return folder, data
 
 
@@ -1518,7 +1517,7 @@ def main(argv):
     show_splits(data)
     folder = Path(cfg.output_dir)
     if args.stage in ("all", "train"):
-        common.open_run(cfg, args.fresh)
+        common.open_run(cfg, data.fingerprint, args.fresh)
         history = train(cfg, data)
         if cfg.evaluation.plots:
             plot_training(folder, cfg, history, data.synthetic)

@@ -369,6 +369,8 @@ def test_damaged_checkpoint_falls_back_with_a_warning(tmp_path, damage):
         path.unlink()
     with pytest.warns(UserWarning, match="previous"):
         assert common.load_checkpoint(path)["epoch"] == 1
+    assert not path.exists()  # a save must not put a damaged file in the good one's place
+    assert path.with_name("checkpoint.pt.damaged").exists() == (damage != "remove")
     (tmp_path / "checkpoint.pt.previous").write_bytes(b"junk")
     with pytest.raises((UserError, FileNotFoundError)), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -502,13 +504,13 @@ def test_demo_section_and_precedence(tmp_path):
 
 def test_open_run_refuses_another_run_and_fresh_moves_it(tmp_path):
     cfg = load(tmp_path, "", f"output_dir={tmp_path / 'run'}")
-    folder = common.open_run(cfg)
+    folder = common.open_run(cfg, "data")
     (folder / "checkpoint_latest.pt").write_bytes(b"x")
-    common.open_run(dataclasses.replace(cfg, device="cpu"))  # a neutral key
+    common.open_run(dataclasses.replace(cfg, device="cpu"), "data")  # a neutral key
     with pytest.raises(UserError, match=r"different config: seed=7 \(was 42\)"):
-        common.open_run(dataclasses.replace(cfg, seed=7))
+        common.open_run(dataclasses.replace(cfg, seed=7), "data")
     for n in (1, 2):
-        common.open_run(dataclasses.replace(cfg, seed=6 + n), fresh=True)
+        common.open_run(dataclasses.replace(cfg, seed=6 + n), "data", fresh=True)
         assert (tmp_path / f"run.old-{n}" / "config.yaml").exists()
     assert (tmp_path / "run.old-1" / "checkpoint_latest.pt").exists()
     assert not (tmp_path / "run" / "checkpoint_latest.pt").exists()
@@ -517,22 +519,22 @@ def test_open_run_refuses_another_run_and_fresh_moves_it(tmp_path):
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [1", b"- a", b""])
 def test_a_damaged_config_of_a_run_is_one_line(tmp_path, content):
     cfg = load(tmp_path, "", f"output_dir={tmp_path / 'run'}")
-    folder = common.open_run(cfg)
+    folder = common.open_run(cfg, "data")
     (folder / "config.yaml").write_bytes(content)
     (folder / "results.json").write_text("{}")
-    for opened in (lambda: common.open_run(cfg), lambda: common.finished_runs([str(folder)])):
+    for opened in (lambda: common.open_run(cfg, "data"), lambda: common.finished_runs([str(folder)])):
         with pytest.raises(UserError, match=r"config\.yaml is damaged"):
             opened()
-    common.open_run(cfg, fresh=True)
+    common.open_run(cfg, "data", fresh=True)
     assert (tmp_path / "run.old-1" / "results.json").exists()
 
 
 def test_open_run_protects_other_folders(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no run"):
-        common.open_run(load(tmp_path, "", f"output_dir={tmp_path}"), fresh=True)
+        common.open_run(load(tmp_path, "", f"output_dir={tmp_path}"), "data", fresh=True)
     with pytest.raises(UserError, match="cannot be written"):
-        common.open_run(load(tmp_path, "", f"output_dir={tmp_path / 'thesis.txt'}"))
+        common.open_run(load(tmp_path, "", f"output_dir={tmp_path / 'thesis.txt'}"), "data")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
@@ -541,7 +543,7 @@ def test_a_folder_that_cannot_be_written_is_one_short_line(tmp_path, monkeypatch
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(Path, "touch", refused)
     with pytest.raises(UserError, match=r"run cannot be written \(Permission denied\); set output_dir=$"):
-        common.open_run(load(tmp_path, "", f"output_dir={tmp_path / 'run'}"))
+        common.open_run(load(tmp_path, "", f"output_dir={tmp_path / 'run'}"), "data")
 
 
 def test_data_fingerprint_is_checked(tmp_path):
@@ -549,11 +551,14 @@ def test_data_fingerprint_is_checked(tmp_path):
     one = common.fingerprint([tmp_path / "a.bin"])
     (tmp_path / "a.bin").write_bytes(b"2")
     other = common.fingerprint([tmp_path / "a.bin"])
-    common.check_same_data(tmp_path, one)
-    common.check_same_data(tmp_path, one)
+    cfg = load(tmp_path, "", f"output_dir={tmp_path / 'run'}")
+    folder = common.open_run(cfg, one)
+    common.open_run(cfg, one)
+    before = (folder / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=f"other data .fingerprint {one}, now {other}"):
-        common.check_same_data(tmp_path, other)
-    environment = common.read_json(tmp_path / "environment.json")
+        common.open_run(dataclasses.replace(cfg, device="cpu"), other)
+    assert (folder / "config.yaml").read_bytes() == before
+    environment = common.read_json(folder / "environment.json")
     assert environment["versions"]["torch"] == torch.__version__
     assert {"command_line", "git_commit", "git_dirty", "python"} <= set(environment)
 

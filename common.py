@@ -1014,5 +1014,6 @@ def plot_similarity_matrix(path, similarity, title, xlabel, ylabel):
     figure, (axis,) = new_figure(width=5.2, height=4.6)
     image = axis.imshow(similarity.detach().float().cpu().numpy(), cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=axis, label="cosine similarity")
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    figure.suptitle(title, fontsize=9)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     save_figure(figure, path)

@@ -5,6 +5,7 @@ Each `write_*` is deterministic, takes seconds, does nothing where its files alr
     python demo_data.py            # writes them all under data/demo/
 """
 
+import argparse
 import io
 import json
 import struct
@@ -314,4 +315,5 @@ def write_flickr8k(folder="data/demo/flickr8k", n_photos=(320, 60, 60), n_spoken
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(write_coco(), write_alignment(), write_mmimdb(), write_pixmo(), write_flickr8k(), sep="\n")

@@ -578,8 +578,9 @@ def chosen(x, rows):
 # -------------------------------------------------------------------------------------------------------------- commands
 
 def folder_of(path, what):
+    """The Path of an existing folder. Raises: UserError saying what it should hold."""
     if not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder ({what})")
+        raise UserError(f"{path}: no such folder; it should hold {what}")
     return Path(path)
 
 
@@ -614,7 +615,7 @@ def read_coco(path, limit):
 
 def coco(args):
     """{split}_image_embeddings.pt [images, D], {split}_text_embeddings.pt [captions, D], {split}_metadata.json for exp_coco_heads.py."""
-    folder, out = folder_of(args.images, "the images"), Path(args.out)
+    folder, out = folder_of(args.images, "the images of --captions (for COCO the unpacked train2017.zip or val2017.zip)"), Path(args.out)
     images, captions = read_coco(args.captions, args.limit)
     names, n_captions = [image["file_name"] for image in images], torch.from_numpy(np.bincount([row for row, *_ in captions]))
     files, (image_file, text_file) = [folder / name for name in names], [out / f"{args.split}_{part}_embeddings.pt" for part in ("image", "text")]
@@ -646,7 +647,7 @@ def coco(args):
 def film_ids(root, limit):
     """Film ids in the order of ids_all.txt, in the folder of labels that exp_gw_mmimdb.py reads; without it all with plot and poster, sorted (as its
     --stage labels writes them)."""
-    dataset = folder_of(root / "dataset", "MM-IMDb's plots and posters; unpack mmimdb.tar.gz")
+    dataset = folder_of(root / "dataset", "MM-IMDb's plots and posters (the unpacked mmimdb.tar.gz)")
     listed = Path(os.environ.get("IMDB1_LABELS_DIR_23") or root / "labels") / "ids_all.txt"
     ids = listed.read_text().split() if listed.is_file() else sorted(p.stem for p in dataset.glob("*.json") if p.with_suffix(".jpeg").exists())
     if not ids:
@@ -658,10 +659,11 @@ def mmimdb(args):
     """latents/mm_imdb1_globals_aug{views}_{backbone}_{image,text}.npy, row = views * film + view, view 0 clean, for exp_gw_mmimdb.py."""
     from exp_alignment_corr import film_texts
     defaults = {"clip": "openai/clip-vit-base-patch16", "blip2": "Salesforce/blip2-flan-t5-xl"}
-    root, views, source = Path(args.data), args.views, find_model(args.model or defaults.get(args.backbone, args.backbone))
+    root, views = Path(args.data), args.views
+    ids, out = film_ids(root, args.limit), Path(args.out or root / "latents")
+    source = find_model(args.model or defaults.get(args.backbone, args.backbone))
     if source.kind not in ("clip", "siglip", "siglip2", "blip-2"):
         raise UserError(f"model {source.name}: a {source.kind} does not encode both posters and plots; use CLIP, SigLIP or BLIP-2")
-    ids, out = film_ids(root, args.limit), Path(args.out or root / "latents")
     plots, posters = film_texts(root, ids), [root / "dataset" / f"{film}.jpeg" for film in ids]
     processor, tokenizer, how = load_processor(source), load_tokenizer(source), text_pooling(source, None)
 
@@ -723,7 +725,7 @@ def read_items(args):
     if len(set(ids)) < len(ids):
         raise UserError(f"{args.captions}: an item is named twice; features are matched by name")
     if args.images:
-        folder = folder_of(args.images, "the photos")
+        folder = folder_of(args.images, "the photos of the captions")
         names = read_list(args.image_names) if args.image_names else sorted(
             p.name for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
         if len(names) != len(ids):
@@ -790,7 +792,7 @@ def alignment(args):
 
 def flickr8k(args):
     """image_features.pt {feats [N, D], ids [N] file names, model} for exp_flickr_ttt.py's model.image_encoder=cached."""
-    root, source = folder_of(args.data, "Flickr8k"), find_model(args.model)
+    root, source = folder_of(args.data, "Flickr8k_Dataset (the unpacked Flickr8k_Dataset.zip)"), find_model(args.model)
     photos = next((root / name for name in ("Flickr8k_Dataset", "Flicker8k_Dataset", "Images") if (root / name).is_dir()), root / "Flickr8k_Dataset")
     files = sorted(photos.glob("*.jpg"))[:args.limit]
     if not files:

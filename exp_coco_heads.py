@@ -1193,11 +1193,14 @@ def compare(cfg):
         grey = {"color": str(0.5 + 0.15 * i)} if i < len(first["baselines"]) else {}
         axis.bar(place, mean[:6], 0.8 / len(bars), yerr=None if sd is None else sd[:6], capsize=2, label=name, **grey)
     axis.set_xticks(range(6), [c.replace("_", " ").upper() for c in columns[:6]])
-    axis.set(ylabel="recall [%]", title=mark(f"{first['n_images']:,} test images", first["synthetic"]))
+    everything = [r for _, found in runs for r in found]
+    counts, synthetic = sorted({r["n_images"] for r in everything}), any(r["synthetic"] for r in everything)
+    axis.set(ylabel="recall [%]", title=mark(f"{', '.join(f'{n:,}' for n in counts)} test images", synthetic))
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     text = common.format_table(["run", "seeds", *(c.replace("_", " ").replace("i2t", "I2T").replace("t2i", "T2I") for c in columns)], table)
-    if len({json.dumps(r.get("test_split")) for _, found in runs for r in found}) > 1:
+    if len({json.dumps(r.get("test_split")) for r in everything}) > 1:
         text += "\nNOTE: these runs were not tested on the same data; the baselines are those of the first"
+    text += "\n[SYNTHETIC demo data]" if synthetic else ""
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     common.save_figure(figure, out / "compare.png")

@@ -115,7 +115,8 @@ GENRE_SPELLINGS = {**{g.lower(): g for g in GENRES}, "science fiction": "Sci-Fi"
 def write_labels(root, folder):
     """labels_all_23.npy (float32 [N, 23]), ids_all.txt and class_names_23.json from root/dataset/{id}.json with its .jpeg, rows by sorted id.
 
-    Genres are read whatever their case; those beyond the 23 (News, Adult, Talk-Show, Reality-TV) are dropped. Raises: UserError.
+    Genres are read whatever their case; those beyond the 23 (News, Adult, Talk-Show, Reality-TV) are dropped. Files that are there are left alone.
+    Raises: UserError, also if they hold other labels.
     """
     root, folder = Path(root), Path(folder)
     ids = sorted(p.stem for p in (root / "dataset").glob("*.json") if p.with_suffix(".jpeg").exists())
@@ -129,10 +130,15 @@ def write_labels(root, folder):
         for name in genres:
             if (genre := GENRE_SPELLINGS.get(str(name).strip().lower())) is not None:
                 labels[row, GENRES.index(genre)] = 1
+    if all((folder / name).exists() for name in LABEL_FILES):
+        known, *names = read_labels(folder)
+        if names != [ids, list(GENRES)] or not np.array_equal(known, labels):
+            raise UserError(f"{folder}: holds other labels than {root / 'dataset'} gives; move them away, or set data.labels_dir=")
+        return labels
     folder.mkdir(parents=True, exist_ok=True)
-    common.atomic_write(folder / "labels_all_23.npy", lambda file: np.save(file, labels))
-    common.atomic_write(folder / "ids_all.txt", lambda file: file.write("".join(f"{film}\n" for film in ids).encode()))
     common.atomic_write(folder / "class_names_23.json", lambda file: file.write(json.dumps(GENRES).encode()))
+    common.atomic_write(folder / "ids_all.txt", lambda file: file.write("".join(f"{film}\n" for film in ids).encode()))
+    common.atomic_write(folder / "labels_all_23.npy", lambda file: np.save(file, labels))
     return labels
 
 
@@ -218,24 +224,32 @@ def guarded(read, path):
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty file'})") from None
 
 
+LABEL_FILES = ("labels_all_23.npy", "ids_all.txt", "class_names_23.json")
+
+
+def read_labels(folder):
+    """(labels [N, 23] of 0/1, film ids [N], genres [23]) of the label files. Raises: UserError naming file, expected and found."""
+    for path in (files := [folder / name for name in LABEL_FILES]):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; make it from the raw data with --stage labels, set data.labels_dir=, or try --demo")
+    labels, ids, genres = (guarded(read, path) for read, path in
+                           zip((np.load, lambda p: p.read_text().split(), lambda p: json.loads(p.read_text())), files, strict=True))
+    if labels.shape != (len(ids), len(genres)) or len(set(ids)) != len(ids) or not np.isin(labels, (0, 1)).all():
+        raise UserError(f"{files[0]}: expected 0/1 of {len(ids)} different ids (ids_all.txt) x {len(genres)} genres, found {labels.shape}")
+    return labels, ids, genres
+
+
 def load_data(cfg):
     """Data of cfg. Raises: UserError naming file, expected and found."""
     device = common.pick_device(cfg.device)
     root, *latent_files, labels_dir = paths(cfg.data)
-    label_files = [labels_dir / name for name in ("labels_all_23.npy", "ids_all.txt", "class_names_23.json")]
-    for path in label_files:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; make it from the raw data with --stage labels, set data.labels_dir=, or try --demo")
-    labels, ids, genres = (guarded(read, path) for read, path in
-                           zip((np.load, lambda p: p.read_text().split(), lambda p: json.loads(p.read_text())), label_files, strict=True))
-    if labels.shape != (len(ids), len(genres)) or len(set(ids)) != len(ids) or not np.isin(labels, (0, 1)).all():
-        raise UserError(f"{label_files[0]}: expected 0/1 of {len(ids)} different ids (ids_all.txt) x {len(genres)} genres, found {labels.shape}")
+    labels, ids, genres = read_labels(labels_dir)
     split, film_of = common.read_json(root / "split.json"), {film: i for i, film in enumerate(ids)}
     splits = {}
     for part in ("train", "dev", "test"):
         films = [str(film) for film in split.get(part) or []]
         if not films or (missing := [film for film in films if film not in film_of]):
-            found = f"{len(missing)} films of {part} have no row in {label_files[1]}, the first is {missing[0]}" if films else f"no films of {part}"
+            found = f"{len(missing)} films of {part} have no row in {labels_dir / 'ids_all.txt'}, the first is {missing[0]}" if films else f"no films of {part}"
             raise UserError(f"{root / 'split.json'}: {found}")
         splits[part] = torch.tensor([film_of[film] for film in films])
     everything = torch.cat(list(splits.values()))
@@ -249,8 +263,8 @@ def load_data(cfg):
         latents[modality] = x.to(device) if x.numel() * x.element_size() <= room else x
     if len(views) > 1:
         raise UserError(f"{latent_files[0]} and {latent_files[1].name} have different numbers of views: {sorted(views)}")
-    (n_views,), files = views, [*latent_files, *(path.with_name(f"{path.stem}_manifest.json") for path in latent_files), *label_files,
-                                root / "split.json"]
+    (n_views,), files = views, [*latent_files, *(path.with_name(f"{path.stem}_manifest.json") for path in latent_files),
+                                *(labels_dir / name for name in LABEL_FILES), root / "split.json"]
     for modality, path in zip(("image", "text"), latent_files, strict=True):
         rows = (splits["train"][:, None] * n_views + torch.arange(n_views)).flatten()
         check_finite(latents[modality], torch.cat([rows, torch.cat([splits["dev"], splits["test"]]) * n_views]), path)
@@ -736,6 +750,8 @@ def plot_corruption(path, runs, synthetic):
             spread = values.std(0, ddof=1) if len(values) > 1 else None
             axis.errorbar(amounts, values.mean(0), spread, marker=".", capsize=2, label=f"{label} (n = {len(values)})" if len(values) > 1 else label)
         what = {"one": "one modality, at random", "both": "both", "image": "image", "text": "text"}[kind]
+        if key == "f1_macro":
+            axis.axhline(runs[0][1]["chance"]["f1_macro"], color="grey", linestyle=":", linewidth=1, label="chance: every genre")
         axis.set(xlabel=f"corruption of {what}", ylabel="test macro F1" if key == "f1_macro" else f"weight of the corrupted {kind}")
         axis.legend(fontsize=7)
     figure.suptitle(mark("under corruption", synthetic))

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import ctypes
 import importlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -118,6 +119,7 @@ def profile(config_path, batch_size=None, device="auto", repeats=5):
     step()  # allocates the optimizer's state
     by_counter, forward, backward = count_flops(step)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.type == "cuda" else [])]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start and stop on stderr
     with torch.profiler.profile(activities=activities, with_flops=True) as profiler:
         step()
     events = profiler.key_averages()
@@ -185,7 +187,7 @@ def plot(results, path):
         axis.bar(place, values, 0.6, bottom=bottom, label=key.removeprefix("flops_"))
         bottom += values
     axis.set(ylabel="GFLOP a step (FlopCounterMode)", title="a training step")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
     second.bar(place, [r["flops_per_sample"] / 1e6 for r in results], 0.6, color="tab:green")
     second.set(ylabel="MFLOP a sample", title="per sample")
     for each in (axis, second):

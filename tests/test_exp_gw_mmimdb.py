@@ -86,6 +86,15 @@ def test_labels_stage_reproduces_the_label_files(tmp_path, films, capsys):
     assert "150 films" in capsys.readouterr().out
     for name in ("labels_all_23.npy", "ids_all.txt", "class_names_23.json"):
         assert (root / "labels" / name).read_bytes() == Path(films, "labels", name).read_bytes()
+    small = np.load(root / "labels/labels_all_23.npy").astype(np.uint8)  # the same labels in other bytes are left alone
+    np.save(root / "labels/labels_all_23.npy", small)
+    before = (root / "labels/labels_all_23.npy").read_bytes()
+    assert cli(tmp_path, root, "--stage", "labels") == 0
+    assert (root / "labels/labels_all_23.npy").read_bytes() == before
+    np.save(root / "labels/labels_all_23.npy", 1 - small)
+    assert cli(tmp_path, root, "--stage", "labels") == 2
+    assert "holds other labels than" in capsys.readouterr().err
+    assert np.array_equal(np.load(root / "labels/labels_all_23.npy"), 1 - small)
 
 
 def test_rows_are_views_times_film_plus_view_and_targets_clean(tmp_path, films):

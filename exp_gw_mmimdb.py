@@ -249,7 +249,9 @@ def load_data(cfg):
     for part in ("train", "dev", "test"):
         films = [str(film) for film in split.get(part) or []]
         if not films or (missing := [film for film in films if film not in film_of]):
-            found = f"{len(missing)} films of {part} are not in {labels_dir / 'ids_all.txt'}, the first is {missing[0]}" if films else f"no films of {part}"
+            found = f"no films of {part}"
+            if films:
+                found = f"{len(missing)} films of {part} are not in {labels_dir / 'ids_all.txt'}, the first is {missing[0]}"
             raise UserError(f"{root / 'split.json'}: {found}")
         splits[part] = torch.tensor([film_of[film] for film in films])
     everything = torch.cat(list(splits.values()))

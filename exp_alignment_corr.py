@@ -55,8 +55,7 @@ WORD_BITS = 63  # layers whose neighbourhoods are packed into one word
 BLOCK_BYTES = 2**28  # what is N x N is held in row blocks of about this size
 # MM-IMDb's genres by frequency, the order of the reference's class_idx.
 GENRES_BY_FREQUENCY = ("Drama", "Comedy", "Romance", "Thriller", "Crime", "Action", "Adventure", "Horror", "Documentary", "Mystery", "Sci-Fi",
-                       "Fantasy",
-                       "Family", "Biography", "War", "History", "Music", "Animation", "Musical", "Western", "Sport", "Short", "Film-Noir")
+                       "Fantasy", "Family", "Biography", "War", "History", "Music", "Animation", "Musical", "Western", "Sport", "Short", "Film-Noir")
 
 
 # ---------------------------------------------------------------------------------------------------------------- config
@@ -781,7 +780,8 @@ def read_models(cfg, level, device):
         pattern = at_level(pattern, level)
         models = [read_features(f, cfg.alignment, device, pool) for f in feature_files(pattern, pool, what)]
         if not (models := [m for m in models if m is not None]):
-            raise UserError(f"{pattern}: no {what} features of pool {pool}")
+            raise UserError(f"{pattern}: no {what} features of pool {pool}; set {'pool_x' if what == 'language' else 'pool_y'}= to the `pool` in "
+                            "the files, or leave it empty")
         sides.append(models)
     if {m.path for m in sides[0]} & {m.path for m in sides[1]}:
         raise UserError(f"{sides[0][0].path} is on both sides; set vision_dir=, or pool_x= and pool_y= to tell language from vision features")
@@ -808,9 +808,9 @@ def read_captions(path):
             raise ValueError("every item needs its original (0%) and the same levels; found "
                              + ", ".join(f"{len(texts)} of {u}%" for u, texts in levels.items()))
     except OSError as error:
-        raise UserError(f"captions_file={path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: the captions cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"captions_file={path}: expected a JSON list of {{name: {{sentences: {{'Caption i - u%': text}}}}}} ({error})") from None
+        raise UserError(f"{path}: expected a JSON list of {{name: {{sentences: {{'Caption i - u%': text}}}}}} ({error})") from None
     return dict(sorted(levels.items()))
 
 
@@ -1690,7 +1690,7 @@ def plot_synthetic(folder, result):
             axis.set(xlabel="unique bits U", ylabel=f"alignment ({metric})", title=f"D = {depth}: {stated(found)}")
             axis.title.set_fontsize(8)
             axis.legend(fontsize=6)
-        figure.suptitle("alignment against uniqueness")
+        figure.suptitle(mark("alignment against uniqueness", result["synthetic"]))
         common.save_figure(figure, folder / f"alignment_vs_uniqueness_{metric}.png")
         levels = sorted({r["U"] for r in rows})
         figure, axes = common.new_figure(len(levels), width=3.4)
@@ -1702,7 +1702,7 @@ def plot_synthetic(folder, result):
             axis.set(xlabel=f"alignment ({metric})", ylabel="test accuracy of x2's encoder", title=f"U = {u}: {stated(found)}")
             axis.title.set_fontsize(8)
             axis.legend(fontsize=6)
-        figure.suptitle("alignment against performance")
+        figure.suptitle(mark("alignment against performance", result["synthetic"]))
         common.save_figure(figure, folder / f"alignment_vs_performance_{metric}.png")
 
 
@@ -1722,7 +1722,9 @@ def plot_align(folder, result):
                     numbers.get_major_locator().set_params(integer=True)
                 axis.legend(fontsize=7, loc="upper left")
             figure.colorbar(image, ax=axes, label=metric)
-            figure.suptitle(mark(f"{model}, {r['n']:,} items", result["synthetic"]), fontsize=10)
+            n_models = sum(r["language"] == model for r in rows)
+            best = f"; the best {len(shown)} of {n_models} vision models" if len(shown) < n_models else ""
+            figure.suptitle(mark(f"{model}, {r['n']:,} items{best}", result["synthetic"]), fontsize=10)
             common.save_figure(figure, folder / f"heatmap_{metric}_{file_name(model)}.png")
     metric = result["rows"][0]["metric"]
     figure, (axis,) = common.new_figure(width=5.4)
@@ -1790,6 +1792,9 @@ def plot_mmimdb(folder, result):
     for m in result["models"]:
         axes[0].scatter(score[m["model"]], m["f1_macro"], color="tab:blue", s=18)
         axes[0].annotate(m["model"], (score[m["model"]], m["f1_macro"]), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes[0].axhline(result["chance"]["f1_macro"], color="grey", linestyle=":", linewidth=1, label="chance: every genre")
+    axes[0].legend(fontsize=6)
+    axes[0].margins(x=0.2)  # room for the names
     axes[0].set(xlabel=f"alignment ({first['metric']}) with {first['vision']}", ylabel="test macro F1", title=f"macro: {stated(first)}")
     for axis, key, label in zip(axes[1:], ("rho", "slope"), ("Spearman's rho", "slope"), strict=True):
         values = [g[key] for g in part[1:] if math.isfinite(g[key])]
@@ -1811,20 +1816,19 @@ def plot_finetune(folder, result):
     for axis, keys in zip(axes, (("f1", "f1_dev_threshold", "average_precision"), *((m,) for m in metrics)), strict=True):
         for key in keys:
             values = [[r[key]["score"] if isinstance(r[key], dict) else r[key] for r in result["rows"] if r["weight"] == w] for w in weights]
-            axis.errorbar(range(len(weights)), [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], marker=".",
-                          capsize=2, label=key)
-            if key in result["chance"]:
-                axis.axhline(result["chance"][key], color="grey", linestyle=":", linewidth=1)
+            bars = axis.errorbar(range(len(weights)), [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values],
+                                 marker=".", capsize=2, label=key)
+            if key in result["chance"] and key != "f1_dev_threshold":  # of equal chance as f1
+                axis.axhline(result["chance"][key], color=bars[0].get_color(), linestyle=":", linewidth=1, label=f"{key}, all positive")
         if keys[0] in metrics:
             axis.plot(range(len(weights)), [np.mean([r[keys[0]]["null_mean"] for r in result["rows"] if r["weight"] == w]) for w in weights],
-                      color="grey", linestyle=":",
-                      label="chance")
+                      color="grey", linestyle=":", label="chance")
         found = next(c for c in result["correlations"] if c["metric"] == keys[0])
         axis.set(xlabel="contrastive weight w", ylabel="test score" if keys[0] == "f1" else f"alignment ({keys[0]})",
                  title=f"{keys[0]}: {stated(found)}")
         axis.set_xticks(range(len(weights)), [f"{w:g}" for w in weights])
         axis.title.set_fontsize(8)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(mark(f"fine-tuning for {result['genre']}: mean +- sd over {len(result['rows']) // len(weights)} seeds", result["synthetic"]))
     common.save_figure(figure, folder / "finetune.png")
 

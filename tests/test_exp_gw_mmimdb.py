@@ -492,7 +492,7 @@ BAD = {
     "no manifest": (lambda r: next(Path(r).rglob("*clip_image_manifest.json")).unlink(), "clip_image_manifest.json: cannot be read"),
     "nan": (lambda r: spoil(r, "*aug3_clip_image.npy", set_nan), "NaN or infinite values, first in row 5"),
     "labels": (lambda r: spoil(r, "labels_all_23.npy", lambda x: x[:-1]), "expected 0/1 of 150 different ids"),
-    "split id": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": ["nobody", *s["dev"]]}), "1 films of dev have no row"),
+    "split id": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": ["nobody", *s["dev"]]}), "1 films of dev are not in"),
     "overlap": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": s["dev"] + s["train"][:1]}), "in two parts of the split"),
     "no split": (lambda r: spoil(r, "split.json", lambda s: {"train": s["train"]}), "no films of dev"),
     "dtype": (lambda r: spoil(r, "*aug3_clip_image.npy", lambda x: x.astype(np.float64)), "expected float16 or float32"),

@@ -526,15 +526,15 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_rerun_equals_uninterrupted(job, tmp_path, moment):
+def test_killed_and_rerun_equals_uninterrupted(job, tmp_path, moment, capsys):
     command, whole = job
     command = [*command, f"output_dir={tmp_path / 'run'}"]
     killed = subprocess.run([sys.executable, "-c", f"{KILL}{MOMENTS[moment]}\nsys.exit(exp.main(sys.argv[1:]))", *map(str, command)], cwd=ROOT,
                             capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "run" / "results.json").exists() == (moment == "after completion")
-    rerun = run(*command)
-    assert "I2T R@1" in rerun.stdout
+    assert exp.main([*map(str, command)]) == 0
+    assert "I2T R@1" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -546,7 +546,7 @@ def test_rerunning_a_finished_run_only_reports(job):
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_saves_and_the_rerun_equals_uninterrupted(job, tmp_path, stop, code):
+def test_ctrl_c_saves_and_the_rerun_equals_uninterrupted(job, tmp_path, stop, code, capsys):
     command, whole = job
     command = [*command, f"output_dir={tmp_path / 'run'}"]
     slow = ("import exp_coco_heads as exp, sys, time; step = exp.train_step\ndef f(*a):\n    print('step', flush=True); time.sleep(.05)\n"
@@ -559,7 +559,8 @@ def test_ctrl_c_saves_and_the_rerun_equals_uninterrupted(job, tmp_path, stop, co
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert re.fullmatch(r"stopped at epoch 1, step \d; the same command resumes from .*checkpoint_latest.pt\n", stderr)
-    assert "resuming" in run(*command).stdout
+    assert exp.main([*map(str, command)]) == 0
+    assert "resuming" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -583,7 +584,7 @@ def test_stopped_after_the_last_step_of_an_epoch(tmp_path, coco_demo, monkeypatc
 def test_resume_survives_a_damaged_latest_checkpoint(job, tmp_path):
     command, whole = job
     command = [*command, f"output_dir={tmp_path / 'run'}"]
-    run(*command)
+    shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "checkpoint_latest.pt").write_bytes(b"torn")
     (tmp_path / "run" / "results.json").unlink()
     result = run(*command)
@@ -638,16 +639,16 @@ def test_a_damaged_best_model_is_an_error_not_an_older_epoch(tmp_path, coco_demo
 
 
 def test_a_failed_start_leaves_no_folder_and_moves_no_run(tmp_path, coco_demo):
-    base = [ROOT / "configs/siglip.yaml", f"output_dir={tmp_path / 'run'}", *SMALL, "training.num_epochs=1", "evaluation.plots=false"]
-    assert run(*base, f"data.dir={tmp_path / 'nowhere'}", check=False).returncode == 2
+    base = [str(ROOT / "configs/siglip.yaml"), f"output_dir={tmp_path / 'run'}", *SMALL, "training.num_epochs=1", "evaluation.plots=false"]
+    assert exp.main([*base, f"data.dir={tmp_path / 'nowhere'}"]) == 2
     assert not (tmp_path / "run").exists()
     for _ in range(2):  # settings that do not go together are found before anything is written, or moved
-        assert run(*base, f"data.dir={coco_demo}", "loss.label_smoothing=0.1", "--fresh", check=False).returncode == 2
+        assert exp.main([*base, f"data.dir={coco_demo}", "loss.label_smoothing=0.1", "--fresh"]) == 2
         assert (tmp_path / "run").exists() == (tmp_path / "run/results.json").exists()
-        run(*base, f"data.dir={coco_demo}")
+        assert exp.main([*base, f"data.dir={coco_demo}"]) == 0
     assert not list(tmp_path.glob("*.old-*"))
-    assert run(*base, f"data.dir={tmp_path / 'nowhere'}", "--fresh", check=False).returncode == 2
-    assert run(*base, f"data.dir={coco_demo}", "--fresh", "--stage", "evaluate", check=False).returncode == 2
+    assert exp.main([*base, f"data.dir={tmp_path / 'nowhere'}", "--fresh"]) == 2
+    assert exp.main([*base, f"data.dir={coco_demo}", "--fresh", "--stage", "evaluate"]) == 2
     assert (tmp_path / "run/results.json").exists()
 
 
@@ -684,7 +685,7 @@ def test_split_stage_and_compare(tmp_path, coco_demo):
     runs = []
     for name, seed in (("siglip", 1), ("siglip", 2), ("clip", 1)):
         runs.append(str(tmp_path / f"{name},seed={seed}"))
-        run(ROOT / f"configs/{name}.yaml", *base, f"seed={seed}", f"output_dir={runs[-1]}")
+        assert exp.main([str(ROOT / f"configs/{name}.yaml"), *base, f"seed={seed}", f"output_dir={runs[-1]}"]) == 0
     result = run(ROOT / "configs/siglip.yaml", "--stage", "compare", f"compare=[{', '.join(runs)}]", f"output_dir={tmp_path / 'compare'}")
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
     assert lines["siglip"].split()[1] == "2"

@@ -63,8 +63,8 @@ GENRES_BY_FREQUENCY = ("Drama", "Comedy", "Romance", "Thriller", "Crime", "Actio
 
 @dataclass
 class AlignmentConfig:
-    metrics: list[Literal["mutual_knn", "cycle_knn", "lcs_knn", "edit_distance_knn", "cka", "unbiased_cka", "cknna", "svcca"]] = field(
-        default_factory=lambda: ["mutual_knn", "unbiased_cka"])  # scores to compute; curves and correlations show the first
+    metrics: list[Literal[METRICS]] = field(
+        default_factory=lambda: ["mutual_knn", "unbiased_cka"])  # scores to compute; the curve against N shows the first
     k: int = ranged(10, ">= 1")  # neighbours
     clamp_quantile: float = ranged(0.95, "> 0", "<= 1")  # features are clamped to this quantile of |value| of the whole stack (1: not)
     clamp_exact: bool = True  # that quantile itself (false: mean over samples of each one's quantile)
@@ -146,8 +146,8 @@ def as_layers(stack):
     if not layers or any(x.ndim != 2 or x.shape[1] == 0 or len(x) != len(layers[0]) for x in layers):
         raise UserError(f"features must be [N, D] or [N, L, D], found {[list(x.shape) for x in layers] or list(stack.shape)}")
     for i, x in enumerate(layers):
-        if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # the sum is the quicker test; it may overflow
-            raise UserError(f"layer {i} of the features holds NaN or infinite values")
+        if not torch.isfinite(x.sum()) and len(bad := (~torch.isfinite(x).all(1)).nonzero()):  # the sum is the quicker test; it may overflow
+            raise UserError(f"layer {i}: {len(bad)} of {len(x)} rows of features hold NaN or infinite values, the first is row {int(bad[0])}")
     return [x.cpu() if x.device.type == "mps" else x for x in layers]  # float64, which MPS lacks
 
 
@@ -364,7 +364,7 @@ def scores(a, b, metric):
         total = 0
         for start in range(0, n, rows):
             same = near[start:start + rows].T[:, None, None] == b["near"][:, start:start + rows].permute(2, 0, 1)[None]  # [k, k, Lb, rows]
-            total = total + (common_subsequence if metric == "lcs_knn" else edit_distance)(same.to(torch.int8 if k < 127 else torch.int16)).sum(1)
+            total = total + compare_lists(same.to(torch.int8 if k < 127 else torch.int16), metric).sum(1)
         out.append(total.double() / n if metric == "lcs_knn" else 1 - total.double() / (n * k))
     return torch.stack(out)
 
@@ -374,26 +374,20 @@ def highest(metric, k):
     return k if metric == "lcs_knn" else 1
 
 
-def common_subsequence(same):
-    """Length [...] of the longest common subsequence from same[i, j, ...] = 1 where item i of one list is item j of the other."""
-    k = len(same)
-    above = [torch.zeros_like(same[0, 0])] * (k + 1)
-    for i in range(k):
-        row = [above[0]]
-        for j in range(k):
-            row.append(torch.maximum(torch.maximum(above[j + 1], row[j]), above[j] + same[i, j]))
-        above = row
-    return above[k].long()
+def compare_lists(same, metric):
+    """Longest common subsequence (lcs_knn) or else Levenshtein distance of two lists, [...] int64, by dynamic programming over their beginnings.
 
-
-def edit_distance(same):
-    """Levenshtein distance [...] of the two lists, same as in `common_subsequence`."""
-    k = len(same)
-    above = [torch.full_like(same[0, 0], j) for j in range(k + 1)]
+    same [k, k, ...]: 1 where item i of one list is item j of the other, in a whole-number type that holds k + 1.
+    """
+    k, longest = len(same), metric == "lcs_knn"
+    above = [torch.full_like(same[0, 0], 0 if longest else j) for j in range(k + 1)]
     for i in range(k):
-        row = [torch.full_like(above[0], i + 1)]
+        row = [above[0] if longest else above[0] + 1]
         for j in range(k):
-            row.append(torch.minimum(torch.minimum(above[j + 1], row[j]) + 1, above[j] + 1 - same[i, j]))
+            if longest:
+                row.append(torch.maximum(torch.maximum(above[j + 1], row[j]), above[j] + same[i, j]))
+            else:
+                row.append(torch.minimum(torch.minimum(above[j + 1], row[j]) + 1, above[j] + 1 - same[i, j]))
         above = row
     return above[k].long()
 
@@ -494,20 +488,20 @@ def calibrate(score, null, alpha=0.05):
             "calibrated": max(0.0, (float(score) - tau) / (1 - tau)) if tau < 1 else 0.0, "null_mean": float(null.mean())}
 
 
-def null_of_maximum(a, b, metric, n_permutations, seed, alpha):
-    """The best layer pair of two prepared sides against the null of that maximum: the items of b are permuted by successive draws of
-    RandomState(seed).permutation(N), one for all layers. Returns `calibrate`'s dict, with `layers` (of a, of b) of the best pair, `matrix` of scores
-    [La, Lb], and `null` [K]; lcs_knn is divided by k, so that 1 is its largest value, as of the others."""
-    if metric == "mutual_knn" and 4 * len(b["near"]) * b["n"] ** 2 <= KEPT_BYTES:
-        b = {**b, "tables": list(neighbour_tables(b["near"]))}
-    unit, draws, null = highest(metric, a.get("k")), np.random.RandomState(seed), []
-    matrix = scores(a, b, metric) / unit
+def null_of_maximum(a, others, metric, n_permutations, seed, alpha):
+    """The best layer pair of a prepared side with each of the others, against the null of that maximum: the items of the others are permuted by
+    successive draws of RandomState(seed).permutation(N), one for all layers. Returns: for each `calibrate`'s dict, with `layers` (of a, of the
+    other) of the best pair, `matrix` of scores [La, Lb], and `null` [K]; lcs_knn is divided by k, so that 1 is its largest value, as of all."""
+    if metric == "mutual_knn" and 4 * sum(len(b["near"]) for b in others) * a["n"] ** 2 <= KEPT_BYTES:
+        others = [{**b, "tables": list(neighbour_tables(b["near"]))} for b in others]
+    unit, draws, nulls = highest(metric, a.get("k")), np.random.RandomState(seed), []
+    matrices = [scores(a, b, metric) / unit for b in others]
     for _ in range(n_permutations):
-        order = torch.from_numpy(np.argsort(draws.permutation(a["n"]))).to(matrix.device)  # the inverse, of a: the same pairs
-        null.append(scores(permuted(a, order), b, metric).max() / unit)
-    null = torch.stack(null).tolist()
-    return {**calibrate(matrix.max().item(), null, alpha), "layers": list(divmod(int(matrix.argmax()), matrix.shape[1])), "matrix": matrix.tolist(),
-            "null": null}
+        order = torch.from_numpy(np.argsort(draws.permutation(a["n"]))).to(matrices[0].device)  # the inverse, of a: the same pairs
+        turned = permuted(a, order)
+        nulls.append(torch.stack([scores(turned, b, metric).max() / unit for b in others]))
+    return [{**calibrate(matrix.max().item(), null, alpha), "layers": list(divmod(int(matrix.argmax()), matrix.shape[1])),
+             "matrix": matrix.tolist(), "null": null} for matrix, null in zip(matrices, torch.stack(nulls).T.tolist(), strict=True)]
 
 
 def permutation_null(stack_a, stack_b, metric, k=10, n_permutations=200, seed=0, alpha=0.05):
@@ -515,7 +509,8 @@ def permutation_null(stack_a, stack_b, metric, k=10, n_permutations=200, seed=0,
 
     Returns: the dict of `null_of_maximum` (`score`, `p_value`, `threshold`, `calibrated`, ...). Raises: as `alignment_matrix`.
     """
-    return null_of_maximum(*prepare_both(stack_a, stack_b, metric, k), metric, n_permutations, seed, alpha)
+    a, b = prepare_both(stack_a, stack_b, metric, k)
+    return null_of_maximum(a, [b], metric, n_permutations, seed, alpha)[0]
 
 
 def score_interval(x, y, metric, k=10, n_resamples=1000, seed=0):
@@ -639,6 +634,11 @@ def label_information(p, bits):
     return float((joint * np.log(joint / independent)).sum())
 
 
+def z_scored(x, rows):
+    """x [n, D] standardised with the statistics of some of its rows."""
+    return (x - x[rows].mean(0)) / x[rows].std(0).clamp(min=1e-6)
+
+
 def draw_synthetic(s, seed):
     """x1, {D: x2} [n, 12] float32 standardised with the training split's statistics, labels {U: [n] int64}, and the splits {name: rows}."""
     g = torch.Generator().manual_seed(seed)
@@ -650,9 +650,6 @@ def draw_synthetic(s, seed):
         bits = torch.cat([common_bits[:, :8 - u], own_1[:, :u // 2], own_2[:, :u - u // 2]], dim=1)  # [n, 8]
         labels[u] = torch.multinomial(p[bits @ (1 << torch.arange(7, -1, -1))], 1, generator=g)[:, 0]
 
-    def standardize(x):
-        return (x - x[:n_train].mean(0)) / x[:n_train].std(0).clamp(min=1e-6)
-
     def linear(x):  # nn.Linear's default initialisation
         weight, bias = ((2 * torch.rand(shape, generator=g) - 1) / 12**0.5 for shape in ((12, 12), (12,)))
         return x @ weight + bias
@@ -661,8 +658,8 @@ def draw_synthetic(s, seed):
     for depth in range(1, max(s.transform_depths) + 1):
         x = linear(torch.tanh(x))
         if depth in s.transform_depths:
-            transformed[depth] = standardize(x)
-    return standardize(torch.cat([common_bits, own_1], dim=1).float()), transformed, labels, splits
+            transformed[depth] = z_scored(x, splits["train"])
+    return z_scored(torch.cat([common_bits, own_1], dim=1).float(), splits["train"]), transformed, labels, splits
 
 
 # --------------------------------------------------------------------------------------------------- data: feature files
@@ -676,6 +673,14 @@ class Features:
     bpb: float | None = None  # a language model's bits per byte on the captions
     path: str = ""
     synthetic: bool = False
+
+
+def clamped(path, layers, a):
+    """`clamp_outliers` as the section `a` says. Raises: UserError naming the file."""
+    try:
+        return clamp_outliers(layers, a.clamp_quantile, a.clamp_exact)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_features(path, a, device, pool=""):
@@ -711,14 +716,10 @@ def read_features(path, a, device, pool=""):
         raise UserError(f"{path}: dims must give the width of each of the {feats.shape[1]} layers, at most {feats.shape[2]}, found {dims}")
     if bpb is not None and not math.isfinite(bpb):
         raise UserError(f"{path}: bpb (bits per byte) is {bpb}; leave it out or correct it")
-    layers = [feats[:, i, :d].float() for i, d in enumerate(dims)]
-    for i, x in enumerate(layers):
-        if len(bad := (~torch.isfinite(x).all(1)).nonzero()[:, 0]):
-            raise UserError(f"{path}: layer {i}: {len(bad)} of {len(x)} rows hold NaN or infinite values, the first is row {int(bad[0])}")
-    constant = sum(int((x.amax(1) == x.amin(1)).sum()) for x in layers if x.shape[1] > 1)
-    if constant:
+    raw = [feats[:, i, :d].float() for i, d in enumerate(dims)]
+    layers = [x.to(device) for x in clamped(path, raw, a)]
+    if constant := sum(int((x.amax(1) == x.amin(1)).sum()) for x in raw if x.shape[1] > 1):
         warnings.warn(f"{path}: {constant} constant rows (no direction to compare) over all layers", stacklevel=2)
-    layers = [x.to(device) for x in clamp_outliers(layers, a.clamp_quantile, a.clamp_exact)]
     return Features(str(content.get("model") or Path(path).stem), layers, ids, bpb, str(path), bool(content.get("synthetic")))
 
 
@@ -781,14 +782,19 @@ def named_once(models):
     return models
 
 
+def files_of_sides(cfg, level):
+    """[("language", pool, files), ("vision", pool, files)] at a caption level (None: the paths have no placeholder). Raises: UserError."""
+    sides = (("language", cfg.pool_x, cfg.features_dir), ("vision", cfg.pool_y, cfg.vision_dir or cfg.features_dir))
+    return [(what, pool, feature_files(at_level(pattern, level), pool, what)) for what, pool, pattern in sides]
+
+
 def read_models(cfg, level, device):
-    """(language models, vision models) as lists of Features at a caption level (None: the paths have no placeholder)."""
+    """(language models, vision models) as lists of Features at a caption level. Raises: UserError."""
     sides = []
-    for what, pattern, pool in (("language", cfg.features_dir, cfg.pool_x), ("vision", cfg.vision_dir or cfg.features_dir, cfg.pool_y)):
-        pattern = at_level(pattern, level)
-        models = [read_features(f, cfg.alignment, device, pool) for f in feature_files(pattern, pool, what)]
-        if not (models := [m for m in models if m is not None]):
-            raise UserError(f"{pattern}: no {what} features of pool {pool}")
+    for what, pool, files in files_of_sides(cfg, level):
+        models = [m for f in files if (m := read_features(f, cfg.alignment, device, pool)) is not None]
+        if not models:
+            raise UserError(f"{files[0].parent}: no {what} features of pool {pool}")
         sides.append(named_once(models))
     if {m.path for m in sides[0]} & {m.path for m in sides[1]}:
         raise UserError(f"{sides[0][0].path} is on both sides; set vision_dir=, or pool_x= and pool_y= to tell language from vision features")
@@ -936,8 +942,7 @@ def read_films(cfg, device):
                 raise UserError(f"{f.path}: {len(missing)} of the split's {len(ids)} films have no features, the first is {missing[0]}")
             f.layers, f.ids = [x[[place[film] for film in ids]].to(device) for x in f.layers], ids
         files, sides = [*files, *paths], [*sides, models]
-    ends = np.cumsum([0, *map(len, chosen.values())])
-    splits = {part: torch.arange(ends[i], ends[i + 1], device=device) for i, part in enumerate(chosen)}
+    splits = dict(zip(chosen, torch.arange(len(ids), device=device).split([len(films) for films in chosen.values()]), strict=True))
     n_test = len(splits["test"])
     sample = torch.from_numpy(np.sort(np.random.RandomState(cfg.seed).permutation(n_test)[:1024])).to(device)
     labels = torch.from_numpy(labels[[row_of[film] for film in ids]].astype(np.float32)).to(device)
@@ -954,10 +959,8 @@ def read_latents(path, ids, a):
     views = common.read_json(manifest_file).get("views_per_sample") if manifest_file.is_file() else None
     if not isinstance(views, int) or rows.ndim != 2 or len(rows) != views * len(ids):
         raise UserError(f"{path}: expected {len(ids)} films x views_per_sample of {manifest_file.name} ({views}) rows, found {list(rows.shape)}")
-    x = torch.from_numpy(rows[::views].astype(np.float32))
-    if not torch.isfinite(x).all():
-        raise UserError(f"{path}: NaN or infinite values, first in the row of film {ids[int((~torch.isfinite(x).all(1)).nonzero()[0])]}")
-    return Features(path.stem.split("_", 4)[-1], clamp_outliers([x], a.clamp_quantile, a.clamp_exact), list(ids), path=str(path))
+    layers = clamped(path, [torch.from_numpy(rows[::views].astype(np.float32))], a)
+    return Features(path.stem.split("_", 4)[-1], layers, list(ids), path=str(path))
 
 
 def film_texts(root, ids):
@@ -980,8 +983,6 @@ class Data:
     splits: dict  # train, val, test -> rows
     jobs: list  # of the stage
     source: object  # what all jobs share: {seed: draw_synthetic} or Films
-    files: list
-    synthetic: bool
 
 
 SAVE_SECONDS = 10  # between checkpoints inside a job; a job's end is always saved
@@ -1004,10 +1005,9 @@ def load_data(cfg, stage=None):
         seeds = range(cfg.seed, cfg.seed + s.n_seeds)
         sides = [("x1", s.x1_depth), *(("x2", depth) for depth in s.x2_depths)]
         jobs = [{"seed": seed, "side": side, "depth": depth} for seed in seeds for side, depth in sides]
-        source, files, synthetic = {"config": s, "device": device}, [], True
+        source = {"config": s, "device": device}
     else:
         source = read_films(cfg, device)
-        files, synthetic = source.files, source.synthetic
         if len(source.test_sample) <= k:
             raise UserError(f"{cfg.mmimdb.dir}: {len(source.test_sample)} test films are too few for alignment.k={k} neighbours")
         if stage == "mmimdb":
@@ -1023,7 +1023,7 @@ def load_data(cfg, stage=None):
                 if not 0 < source.labels[rows, source.genres.index(genre)].sum() < len(rows):
                     raise UserError(f"finetune.class_idx: {genre} has none or all of the {len(rows)} films of {part}; choose another genre")
             jobs = [{"seed": seed, "weight": w, "genre": genre} for w in f.weights for seed in range(cfg.seed, cfg.seed + f.n_seeds)]
-    return select(Data(stage, {}, {}, {}, jobs, source, files, synthetic), jobs[-1])
+    return select(Data(stage, {}, {}, {}, jobs, source), jobs[-1])
 
 
 def random_data(cfg):
@@ -1031,12 +1031,13 @@ def random_data(cfg):
     stage, device = next(s for s in cfg.stages if s in TRAINED), common.pick_device(cfg.device)
     section = getattr(cfg, stage)
     n = section.batch_size
-    labels = torch.zeros(n, 23, device=device)
+    x, labels = torch.randn(2, n, 512, device=device), torch.zeros(n, 23, device=device)
     labels[::4] = 1
-    tensors = {"features": torch.randn(n, 512, device=device), "labels": labels} if stage == "mmimdb" else \
-        {"image": torch.randn(n, 512, device=device), "text": torch.randn(n, 512, device=device), "labels": labels[:, 0]}
-    job = {"model": "random"} if stage == "mmimdb" else {"seed": cfg.seed, "weight": max(cfg.finetune.weights), "genre": "random"}
-    return Data(stage, job, tensors, {"train": torch.arange(n, device=device)}, [job], None, [], True)
+    if stage == "mmimdb":
+        job, tensors = {"model": "random"}, {"features": x[0], "labels": labels}
+    else:
+        job, tensors = {"seed": cfg.seed, "weight": max(cfg.finetune.weights)}, {"image": x[0], "text": x[1], "labels": labels[:, 0]}
+    return Data(stage, job, tensors, {"train": torch.arange(n, device=device)}, [job], None)
 
 
 def total_steps(cfg, data):
@@ -1075,11 +1076,6 @@ def select(data, job):
             image, text = (z_scored(models[0].layers[-1], splits["train"]) for models in (films.vision, films.language))
             tensors = {"image": image, "text": text, "labels": films.labels[:, films.genres.index(job["genre"])]}
     return dataclasses.replace(data, job=job, tensors=tensors, splits=splits)
-
-
-def z_scored(x, rows):
-    """x [n, D] standardised with the statistics of some of its rows."""
-    return (x - x[rows].mean(0)) / x[rows].std(0).clamp(min=1e-6)
 
 
 def make_batch(data, indices):
@@ -1339,8 +1335,7 @@ def start(cfg, fresh=False):
     files, device = [], common.pick_device(cfg.device)
     if {"align", "uniqueness"} & set(cfg.stages):
         levels = caption_levels(cfg.features_dir) if has_levels(cfg) or "uniqueness" in cfg.stages else [None]
-        for pattern, pool, what in ((cfg.features_dir, cfg.pool_x, "language"), (cfg.vision_dir or cfg.features_dir, cfg.pool_y, "vision")):
-            files += [f for level in levels for f in feature_files(at_level(pattern, level), pool, what)]
+        files += [f for level in levels for _, _, found in files_of_sides(cfg, level) for f in found]
         files += [at_level(cfg.captions_file)] if cfg.captions_file else []
     if {"mmimdb", "finetune"} & set(cfg.stages):
         files += read_films(cfg, device).files
@@ -1457,8 +1452,8 @@ def align_models(cfg, language, vision, path):
         others = [prepare(m.layers, metric, a.k) for m in vision]
         for x in common.progress(language, metric):
             side = prepare(x.layers, metric, a.k)
-            for y, other in zip(vision, others, strict=True):
-                found = null_of_maximum(side, other, metric, a.n_permutations, cfg.seed, a.alpha)
+            results = null_of_maximum(side, others, metric, a.n_permutations, cfg.seed, a.alpha)
+            for y, other, found in zip(vision, others, results, strict=True):
                 ties = sum(part["ties"][layer] for part, layer in zip((side, other), found["layers"], strict=True)) if "ties" in side else 0
                 rows.append({"language": x.model, "vision": y.model, "metric": metric, "layers": found["layers"], "bpb": x.bpb, "n": n,
                              **summary(found), "ties": ties, "matrix": found["matrix"]})
@@ -1610,7 +1605,7 @@ def evaluate_mmimdb(cfg, data, states):
                 r[q] = value
         genres += part
     always = {"f1_macro": float(genre_f1(torch.ones_like(labels, dtype=torch.bool), labels).mean())}
-    return {"synthetic": data.synthetic, "models": models, "alignment": rows, "genres": genres, "chance": always, "n_test": len(test),
+    return {"synthetic": films.synthetic, "models": models, "alignment": rows, "genres": genres, "chance": always, "n_test": len(test),
             "n_aligned": len(films.test_sample)}
 
 
@@ -1650,7 +1645,7 @@ def evaluate_finetune(cfg, data, states):
     correlations = [correlation(metric, "w, alignment", "all runs", weights, [r[metric]["score"] for r in rows]) for metric in a.metrics]
     correlations += [correlation(key, f"w, {key}", "all runs", weights, [r[key] for r in rows]) for key in FINETUNE_SCORES]
     share = float(labels.mean())
-    return {"synthetic": data.synthetic, "genre": data.jobs[0]["genre"], "rows": rows, "correlations": correlations, "n_test": len(labels),
+    return {"synthetic": data.source.synthetic, "genre": data.jobs[0]["genre"], "rows": rows, "correlations": correlations, "n_test": len(labels),
             "n_positive": int(labels.sum()),
             "chance": {"f1": 2 * share / (1 + share), "f1_dev_threshold": 2 * share / (1 + share), "average_precision": share,
                        "text_to_image_R@10": 10 / len(text)}}
@@ -1866,7 +1861,8 @@ def main(argv):
         cfg.features_dir, cfg.vision_dir, cfg.captions_file = f"{folder}/gpt_u={{u}}_features", f"{folder}/vision", f"{folder}/captions.json"
         cfg.mmimdb.dir = demo_data.write_mmimdb("data/demo/mmimdb")
     folder, stages = start(cfg, args.fresh), cfg.stages if args.stage == "all" else [args.stage]
-    if any(stage in TRAINED and stage not in known_stages(folder) for stage in stages):
+    known = common.read_json(folder / "results.json")["stages"] if (folder / "results.json").exists() else ()
+    if any(stage in TRAINED and stage not in known for stage in stages):
         train(cfg, stages, folder)
     results = evaluate(cfg, stages)
     for stage in stages:
@@ -1875,10 +1871,6 @@ def main(argv):
         first, _, rest = EVALUATE_REPORT_PLOT[stage][1](results["stages"][stage]).partition("\n")
         print(f"\n{first}{marked}\n{rest}")
     print(f"files: {folder}/ (results.json, *.png)")
-
-
-def known_stages(folder):
-    return common.read_json(folder / "results.json")["stages"] if (folder / "results.json").exists() else {}
 
 
 if __name__ == "__main__":

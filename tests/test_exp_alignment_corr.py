@@ -494,7 +494,7 @@ BAD_FEATURES = {
     "misordered": ({"ids": [f"item{i}" for i in range(30)][::-1]}, "same ids .* in another order"),
     "other items": ({"ids": [f"film{i}" for i in range(30)]}, "row 0 is film0, there item0"),
     "fewer": ({"feats": torch.randn(20, 2, 6), "ids": [f"item{i}" for i in range(20)]}, "vision/m.pt: 20 items"),
-    "nan": ({"feats": torch.full((30, 2, 6), math.nan)}, "vision/m.pt: layer 0: 30 of 30 rows hold NaN"),
+    "nan": ({"feats": torch.full((30, 2, 6), math.nan)}, "vision/m.pt: layer 0: 30 of 30 rows of features hold NaN"),
     "inf": ({"feats": torch.randn(30, 1, 6).index_fill(0, torch.tensor([3]), math.inf)}, "the first is row 3"),
     "no feats": ({"feats": None}, "expected float features"),
     "whole numbers": ({"feats": torch.ones(30, 2, 6, dtype=torch.int64)}, "int64"),

@@ -28,6 +28,7 @@ import glob
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -51,8 +52,8 @@ METRICS = ("mutual_knn", "cycle_knn", "lcs_knn", "edit_distance_knn", "cka", "un
 KNN_METRICS = ("mutual_knn", "cycle_knn", "lcs_knn", "edit_distance_knn", "cknna")
 SVCCA_DIMS = 10
 NEAR_TIE = 2e-6  # cosines closer than this in float32 are computed again in float64
-WORD_BITS = 63  # layers whose neighbourhoods are packed into one word
-BLOCK_BYTES = 2**28  # what is N x N is held in row blocks of about this size
+BLOCK_BYTES = 2**28  # what is N x N is made in row blocks of about this size
+KEPT_BYTES = 2**31  # and the N x N of all layers are kept up to this size
 # MM-IMDb's genres by frequency, the order of the reference's class_idx.
 GENRES_BY_FREQUENCY = ("Drama", "Comedy", "Romance", "Thriller", "Crime", "Action", "Adventure", "Horror", "Documentary", "Mystery", "Sci-Fi",
                        "Fantasy", "Family", "Biography", "War", "History", "Music", "Animation", "Musical", "Western", "Sport", "Short", "Film-Noir")
@@ -62,14 +63,13 @@ GENRES_BY_FREQUENCY = ("Drama", "Comedy", "Romance", "Thriller", "Crime", "Actio
 
 @dataclass
 class AlignmentConfig:
-    metrics: list[Literal["mutual_knn", "cycle_knn", "lcs_knn", "edit_distance_knn", "cka", "unbiased_cka", "cknna", "svcca"]] = field(
-        default_factory=lambda: ["mutual_knn", "unbiased_cka"])  # scores to compute; curves and correlations show the first
+    metrics: list[Literal[METRICS]] = field(
+        default_factory=lambda: ["mutual_knn", "unbiased_cka"])  # scores to compute; the curve against N shows the first
     k: int = ranged(10, ">= 1")  # neighbours
     clamp_quantile: float = ranged(0.95, "> 0", "<= 1")  # features are clamped to this quantile of |value| of the whole stack (1: not)
     clamp_exact: bool = True  # that quantile itself (false: mean over samples of each one's quantile)
     n_permutations: int = ranged(200, ">= 19")  # K, of the null of the maximum over layer pairs
     alpha: float = ranged(0.05, "> 0", "< 1")  # level of the threshold that calibrated scores are measured from
-    sample_sizes: list[int] = field(default_factory=list)  # N of the curve of the score against N (empty: N/8, N/4, N/2, N)
     ladder: list[str] = field(default_factory=list)  # extra language models: pca:WIDTH of the last layer, tfidf:WIDTH of the captions or plots
 
 
@@ -112,7 +112,6 @@ class FinetuneConfig:
     min_learning_rate: float = ranged(1e-6, ">= 0")  # at the end
     weight_decay: float = ranged(0.01, ">= 0")  # not on 1-D parameters
     embed_dim: int = ranged(512, ">= 1")  # of the towers
-    pos_weight: bool = False  # weigh the genre's positives by negatives / positives (a rare genre)
 
 
 @dataclass
@@ -122,8 +121,8 @@ class Config:
     device: str = "auto"  # auto | cuda | mps | cpu
     output_dir: str = ""  # run folder (empty: results/<config name>[,overrides])
     wandb: bool = False  # mirror metrics.csv to Weights & Biases
-    stages: list[Literal["synthetic", "align", "uniqueness", "mmimdb",
-                         "finetune"]] = field(default_factory=lambda: ["synthetic"])  # what to run, in order
+    stages: list[Literal["synthetic", "align", "uniqueness", "mmimdb", "finetune"]] = field(
+        default_factory=lambda: ["synthetic"])  # what to run, in order
     features_dir: str = ""  # language features: folder or pattern of .pt files; {u} or {} stands for the caption level, {BASE_DIR} for that variable
     vision_dir: str = ""  # vision features (empty: features_dir, told apart by pool_x and pool_y)
     pool_x: str = ""  # use only language files of this pooling (empty: any)
@@ -147,8 +146,8 @@ def as_layers(stack):
     if not layers or any(x.ndim != 2 or x.shape[1] == 0 or len(x) != len(layers[0]) for x in layers):
         raise UserError(f"features must be [N, D] or [N, L, D], found {[list(x.shape) for x in layers] or list(stack.shape)}")
     for i, x in enumerate(layers):
-        if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # the sum is the quicker test; it may overflow
-            raise UserError(f"layer {i} of the features holds NaN or infinite values")
+        if not torch.isfinite(x.sum()) and len(bad := (~torch.isfinite(x).all(1)).nonzero()):  # the sum is the quicker test; it may overflow
+            raise UserError(f"layer {i}: {len(bad)} of {len(x)} rows of features hold NaN or infinite values, the first is row {int(bad[0])}")
     return [x.cpu() if x.device.type == "mps" else x for x in layers]  # float64, which MPS lacks
 
 
@@ -267,20 +266,18 @@ def prepare(stack, metric, k=10):
         raise UserError(f"{metric} needs more than k = {k} and at least 4 rows, found {n}")
     if metric in KNN_METRICS:
         found = [nearest_neighbours(x, k) for x in layers]
-        side = {"k": k, "ties": [ties for *_, ties in found], "near": torch.stack([indices for indices, *_ in found])}
+        side = {"n": n, "k": k, "ties": [ties for *_, ties in found], "near": torch.stack([indices for indices, *_ in found])}
         if metric == "cknna":
             side["cosines"] = torch.stack([cosines for _, cosines, _ in found]).double()
             side["mutual"] = torch.stack([(near[near] == torch.arange(n, device=near.device)[:, None, None]).any(2) for near in side["near"]])
             side["self"] = torch.cat([masked_hsic(side, i, {key: side[key][i:i + 1] for key in ("near", "cosines", "mutual")})
                                       for i in range(len(layers))])
-        if metric == "mutual_knn" and len(layers) <= WORD_BITS and 8 * n * n <= BLOCK_BYTES:
-            side["bits"] = list(pair_bits(*neighbour_pairs(side["near"]), n))
         return side
     centred = [centred_rows(x) for x in layers]
     if metric == "svcca":
-        return {"vectors": torch.stack([left_singular_vectors(standardized(x.double()), SVCCA_DIMS) for x in centred])}
-    side = {"unbiased": metric == "unbiased_cka", "features": centred}
-    if 4 * len(layers) * n * n <= 8 * BLOCK_BYTES:
+        return {"n": n, "vectors": torch.stack([left_singular_vectors(standardized(x.double()), SVCCA_DIMS) for x in centred])}
+    side = {"n": n, "unbiased": metric == "unbiased_cka", "features": centred}
+    if 4 * len(layers) * n * n <= KEPT_BYTES:
         side["gram"] = gram_rows(side, 0, n)
         side["norm"] = torch.linalg.vector_norm(side["gram"], dim=2).double().square().sum(1).sqrt()
     else:
@@ -308,7 +305,7 @@ def gram_rows(side, start, stop):
 
 def permuted(side, order):
     """`prepare(stack[order])` from `prepare(stack)`, without another search or product."""
-    out = {key: value for key, value in side.items() if key != "bits"}
+    out = dict(side)
     if "near" in side:
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
@@ -323,42 +320,35 @@ def permuted(side, order):
     return out
 
 
-def neighbour_pairs(near):
-    """(rows, columns) [L, N k] of the pairs (i, neighbour of i) of neighbour lists [L, N, k]."""
-    index = torch.arange(near.shape[1], device=near.device)[:, None]
-    return index.expand(near.shape[1:]).flatten().expand(len(near), -1), near.flatten(1)
-
-
-def pair_bits(rows, columns, n):
-    """For each block of rows: (first row, words [block * n] int64); bit l says that layer l holds the pair (row, column) of rows, columns [L, M]."""
-    size = max(1, min(n, BLOCK_BYTES // (8 * n)))
+def neighbour_tables(near, reverse=False):
+    """For each block of rows i: (first row, table [block * N, L] float32), where entry (i N + j, l) is 1 if j is among the neighbours of i in layer l
+    of near [L, N, k], or with `reverse` i among those of j; else 0."""
+    n_layers, n, _ = near.shape
+    size = max(1, min(n, BLOCK_BYTES // (64 * n * n_layers)))  # small blocks stay in the cache
     for start in range(0, n, size):
-        words = torch.zeros(min(size, n - start) * n, dtype=torch.int64, device=rows.device)
-        for layer in range(len(rows)):
-            inside = slice(None) if size == n else (rows[layer] >= start) & (rows[layer] < start + size)
-            words[(rows[layer][inside] - start) * n + columns[layer][inside]] |= 1 << layer
-        yield start, words
+        stop = min(start + size, n)
+        table = torch.zeros((stop - start) * n, n_layers, device=near.device)
+        if reverse:
+            layer, j, place = ((near >= start) & (near < stop)).nonzero(as_tuple=True)
+            table[(near[layer, j, place] - start) * n + j, layer] = 1
+        else:
+            i = torch.arange(stop - start, device=near.device)[:, None]
+            table[(i * n + near[:, start:stop]).flatten(1), torch.arange(n_layers, device=near.device)[:, None]] = 1
+        yield start, table
 
 
 def scores(a, b, metric):
-    """All layer pairs of two sides from `prepare` at once: [La, Lb] float64. Definitions: see `alignment_matrix`."""
-    if metric in KNN_METRICS:
-        n, k = a["near"].shape[1:]
-        index = torch.arange(n, device=a["near"].device)[:, None]
+    """All layer pairs of two sides from `prepare` at once: [La, Lb] float64. Definitions: see the function of the metric's name."""
+    n = a["n"]
     if metric in ("mutual_knn", "cycle_knn"):
-        kept, other = (b, a) if metric == "mutual_knn" else (a, b)
-        total = torch.zeros(len(other["near"]), len(kept["near"]), dtype=torch.int64, device=index.device)
-        for first in range(0, len(kept["near"]), WORD_BITS):
-            pairs = neighbour_pairs(kept["near"][first:first + WORD_BITS])
-            pairs = pairs if metric == "mutual_knn" else pairs[::-1]  # (neighbour of j, j): who has me as a neighbour
-            for start, words in kept["bits"] if "bits" in kept and metric == "mutual_knn" else pair_bits(*pairs, n):
-                rows = slice(start, start + len(words) // n)
-                found = words[(index[rows] - start) * n + other["near"][:, rows]]  # [L, rows, k]
-                if metric == "cycle_knn":
-                    found = functools.reduce(torch.bitwise_or, found.unbind(2))
-                for layer in range(len(pairs[0])):
-                    total[:, first + layer] += ((found >> layer) & 1).flatten(1).sum(1)
-        return total.double() / (n * k) if metric == "mutual_knn" else total.T.double() / n
+        mutual = metric == "mutual_knn"
+        kept, other, total = (b, a, 0) if mutual else (a, b, 0)
+        for start, table in kept.get("tables") or neighbour_tables(kept["near"], reverse=not mutual):
+            near = other["near"][:, start:start + len(table) // n]  # [L, rows, k]
+            pairs = n * torch.arange(near.shape[1], device=near.device)[:, None] + near
+            found = F.embedding_bag(pairs.flatten(0, 1), table, mode="sum" if mutual else "max")  # of the k pairs of a row: [L rows, L of kept]
+            total = total + found.view(*near.shape[:2], -1).sum(1, dtype=torch.float64)
+        return total / (n * a["k"]) if mutual else total.T / n
     if metric == "svcca":
         u, v = a["vectors"], b["vectors"]  # [L, N, 10]
         ranks = torch.minimum((u != 0).any(1).sum(1)[:, None], (v != 0).any(1).sum(1))
@@ -368,44 +358,43 @@ def scores(a, b, metric):
     if metric == "cknna":
         own = a["self"][:, None] * b["self"]  # of one sign, or too few mutual neighbours for a score: 0
         return torch.stack([masked_hsic(a, i, b) for i in range(len(a["near"]))]) / own.sqrt().nan_to_num(0).clamp(min=1e-300) * (own > 1e-30)
+    k, out = a["k"], []
     rows = max(1, BLOCK_BYTES // (len(b["near"]) * k * k))
-    out = []
     for near in a["near"]:
         total = 0
         for start in range(0, n, rows):
             same = near[start:start + rows].T[:, None, None] == b["near"][:, start:start + rows].permute(2, 0, 1)[None]  # [k, k, Lb, rows]
-            total = total + (common_subsequence if metric == "lcs_knn" else edit_distance)(same.to(torch.int8)).sum(1)
+            total = total + compare_lists(same.to(torch.int8 if k < 127 else torch.int16), metric).sum(1)
         out.append(total.double() / n if metric == "lcs_knn" else 1 - total.double() / (n * k))
     return torch.stack(out)
 
 
-def common_subsequence(same):
-    """Length [...] of the longest common subsequence from same[i, j, ...] = 1 where item i of one list is item j of the other."""
-    k = len(same)
-    above = [torch.zeros_like(same[0, 0])] * (k + 1)
-    for i in range(k):
-        row = [above[0]]
-        for j in range(k):
-            row.append(torch.maximum(torch.maximum(above[j + 1], row[j]), above[j] + same[i, j]))
-        above = row
-    return above[k].long()
+def highest(metric, k):
+    """The largest score of a metric: that of lcs_knn counts items, those of the others are shares or correlations."""
+    return k if metric == "lcs_knn" else 1
 
 
-def edit_distance(same):
-    """Levenshtein distance [...] of the two lists, same as in `common_subsequence`."""
-    k = len(same)
-    above = [torch.full_like(same[0, 0], j) for j in range(k + 1)]
+def compare_lists(same, metric):
+    """Longest common subsequence (lcs_knn) or else Levenshtein distance of two lists, [...] int64, by dynamic programming over their beginnings.
+
+    same [k, k, ...]: 1 where item i of one list is item j of the other, in a whole-number type that holds k + 1.
+    """
+    k, longest = len(same), metric == "lcs_knn"
+    above = [torch.full_like(same[0, 0], 0 if longest else j) for j in range(k + 1)]
     for i in range(k):
-        row = [torch.full_like(above[0], i + 1)]
+        row = [above[0] if longest else above[0] + 1]
         for j in range(k):
-            row.append(torch.minimum(torch.minimum(above[j + 1], row[j]) + 1, above[j] + 1 - same[i, j]))
+            if longest:
+                row.append(torch.maximum(torch.maximum(above[j + 1], row[j]), above[j] + same[i, j]))
+            else:
+                row.append(torch.minimum(torch.minimum(above[j + 1], row[j]) + 1, above[j] + 1 - same[i, j]))
         above = row
     return above[k].long()
 
 
 def gram_products(a, b):
     """<K, L> [La, Lb] float64 over all pairs of (U-)centred Gram matrices, in blocks of rows."""
-    n = len(a["features"][0])
+    n = a["n"]
     total, size = 0, max(1, BLOCK_BYTES // (16 * n * (len(a["features"]) + len(b["features"]))))
     for start in range(0, n, size):
         stop = min(start + size, n)
@@ -415,7 +404,7 @@ def gram_products(a, b):
 
 def masked_hsic(a, layer, b):
     """CKNNA's HSIC_u [Lb] of one layer of a with every layer of b: both Grams zeroed but for the (i, j) where j is a neighbour of i in both."""
-    n = a["near"].shape[1]
+    n = a["n"]
     same = a["near"][layer][:, :, None] == b["near"][:, :, None, :]  # [Lb, N, k, k]
     found = same.any(3)
     cosines = (same * b["cosines"][:, :, None, :]).sum(3)  # of b, at the neighbours of a
@@ -428,106 +417,108 @@ def masked_hsic(a, layer, b):
     return (trace + sums / ((n - 1) * (n - 2)) - 2 * (columns * cosines.sum(2)).sum(1) / (n - 2)) / (n * (n - 3))
 
 
-def alignment_matrix(stack_a, stack_b, metric, k=10):
-    """Scores of all layer pairs, [La, Lb] float64, of two stacks of the same N items in the same order. Rows are L2-normalised inside.
-
-    mutual_knn: mean overlap of the two sets of k nearest neighbours / k; in [0, 1], chance k / (N - 1).
-    cycle_knn: share of items i that are among a's neighbours of some j of b's neighbours of i; in [0, 1], asymmetric.
-    lcs_knn: mean longest common subsequence of the two ordered lists; in [0, k].
-    edit_distance_knn: 1 - mean Levenshtein distance of the lists / k; in [0, 1].
-    cka: linear CKA (Kornblith et al. 2019, eq. 1); in [0, 1], biased upwards when D is not far below N.
-    unbiased_cka: with Song et al.'s (2012) unbiased HSIC; around 0 for independent features, may be negative.
-    cknna: CKA with both Grams restricted to shared neighbours (Huh et al. 2024, appendix A), unbiased; 0 where there are too few of them.
-    svcca: mean canonical correlation of the first 10 singular directions (Raghu et al. 2017); in [0, 1].
-
-    Raises: UserError for an unknown metric, N <= k, different N, non-finite features.
-    """
+def prepare_both(stack_a, stack_b, metric, k):
     a, b = as_layers(stack_a), as_layers(stack_b)
     if len(a[0]) != len(b[0]):
         raise UserError(f"the two sides have {len(a[0])} and {len(b[0])} items; they must be the same items in the same order")
-    return scores(prepare(a, metric, k), prepare(b, metric, k), metric)
+    return prepare(a, metric, k), prepare(b, metric, k)
+
+
+def alignment_matrix(stack_a, stack_b, metric, k=10):
+    """Scores of all layer pairs, [La, Lb] float64, of two stacks of the same N items in the same order; a metric is defined at its function below.
+
+    Rows are L2-normalised inside. Raises: UserError for an unknown metric, N <= k, N < 4, different N, non-finite features.
+    """
+    return scores(*prepare_both(stack_a, stack_b, metric, k), metric)
 
 
 def mutual_knn(a, b, k=10):
-    """Mean overlap of the k nearest neighbours / k, of features [N, Da], [N, Db]; in [0, 1]. See `alignment_matrix`."""
+    """Mean overlap of the two sets of k nearest neighbours / k (Huh et al. 2024, sec. 2), of features [N, Da], [N, Db].
+
+    In [0, 1], chance k / (N - 1). Raises, as all of these: see `alignment_matrix`.
+    """
     return alignment_matrix(a, b, "mutual_knn", k).item()
 
 
 def cycle_knn(a, b, k=10):
-    """Share of items found among a's neighbours of b's neighbours of theirs; in [0, 1]. See `alignment_matrix`."""
+    """Share of items i that are among a's neighbours of some j of b's neighbours of i; in [0, 1], asymmetric, chance 1 - (1 - k / (N - 1))^k."""
     return alignment_matrix(a, b, "cycle_knn", k).item()
 
 
 def lcs_knn(a, b, k=10):
-    """Mean longest common subsequence of the ordered neighbour lists; in [0, k]. See `alignment_matrix`."""
+    """Mean longest common subsequence of the two lists of k neighbours, nearest first; in [0, k]."""
     return alignment_matrix(a, b, "lcs_knn", k).item()
 
 
 def edit_distance_knn(a, b, k=10):
-    """1 - mean edit distance of the ordered neighbour lists / k; in [0, 1]. See `alignment_matrix`."""
+    """1 - mean Levenshtein distance of the two lists of k neighbours, nearest first, / k; in [0, 1], chance near 0."""
     return alignment_matrix(a, b, "edit_distance_knn", k).item()
 
 
 def cka(a, b):
-    """Linear CKA of features [N, Da], [N, Db], biased; in [0, 1]. See `alignment_matrix`."""
+    """Linear CKA (Kornblith et al. 2019, eq. 1); in [0, 1]. Biased: independent features score about [(1 + N / Da)(1 + N / Db)]^-1/2."""
     return alignment_matrix(a, b, "cka").item()
 
 
 def unbiased_cka(a, b):
-    """Linear CKA with the unbiased HSIC; at most 1, about 0 for independent features. See `alignment_matrix`."""
+    """Linear CKA with the unbiased HSIC (Song et al. 2012, eq. 4); at most 1, about 0 and possibly negative for independent features."""
     return alignment_matrix(a, b, "unbiased_cka").item()
 
 
 def cknna(a, b, k=10):
-    """CKA over pairs that are mutual neighbours in both. See `alignment_matrix`."""
+    """Unbiased CKA with both Grams restricted to pairs that are neighbours of each other in a and in b (Huh et al. 2024, appendix A).
+
+    At most 1, about 0 for independent features, 0 where there are too few such pairs.
+    """
     return alignment_matrix(a, b, "cknna", k).item()
 
 
 def svcca(a, b):
-    """Mean canonical correlation of the first 10 singular directions; in [0, 1]. See `alignment_matrix`."""
+    """Mean canonical correlation of the first 10 singular directions of the standardised features (Raghu et al. 2017); in [0, 1]."""
     return alignment_matrix(a, b, "svcca").item()
-
-
-def null_of_maximum(side, others, metric, n_permutations, seed):
-    """([matrices [La, Lb]], nulls [K, len(others)] float64): the scores of one prepared side with each of the others, and their maxima over
-    layer pairs when the items of the others are permuted: K successive draws of RandomState(seed).permutation(N), one for all layers."""
-    draws, nulls = np.random.RandomState(seed), []
-    n = next(len(v[0]) for v in (side.get("near"), side.get("vectors"), side.get("features")) if v is not None)
-    observed = [scores(side, other, metric) for other in others]
-    for _ in range(n_permutations):
-        order = torch.from_numpy(np.argsort(draws.permutation(n))).to(observed[0].device)  # the inverse, of this side: the same pairs
-        turned = permuted(side, order)
-        nulls.append(torch.stack([scores(turned, other, metric).max() for other in others]))
-    return observed, torch.stack(nulls).cpu().numpy()
 
 
 def calibrate(score, null, alpha=0.05):
     """A score against its null [K]: p = (1 + #null >= score) / (K + 1); threshold tau = the ceil((1 - alpha)(K + 1))-th smallest of null and
     score together; calibrated = max(0, (score - tau) / (1 - tau)). Returns: dict of floats."""
     null = np.asarray(null)
-    tau = float(np.sort(np.append(null, score))[math.ceil((1 - alpha) * (len(null) + 1)) - 1])
+    place = math.ceil(round((1 - alpha) * (len(null) + 1), 6))  # rounded: .3 * 10 must not be 3.0000000000000004
+    tau = float(np.sort(np.append(null, score))[max(place, 1) - 1])
     return {"score": float(score), "p_value": float((1 + (null >= score).sum()) / (len(null) + 1)), "threshold": tau,
             "calibrated": max(0.0, (float(score) - tau) / (1 - tau)) if tau < 1 else 0.0, "null_mean": float(null.mean())}
 
 
-def permutation_null(stack_a, stack_b, metric, k=10, n_permutations=200, seed=0, alpha=0.05):
-    """The best layer pair's score against the permutation null of that maximum (Westfall & Young 1993): `calibrate`'s dict, with `null` [K].
+def null_of_maximum(a, others, metric, n_permutations, seed, alpha):
+    """The best layer pair of a prepared side with each of the others, against the null of that maximum: the items of the others are permuted by
+    successive draws of RandomState(seed).permutation(N), one for all layers. Returns: for each `calibrate`'s dict, with `layers` (of a, of the
+    other) of the best pair, `matrix` of scores [La, Lb], and `null` [K]; lcs_knn is divided by k, so that 1 is its largest value, as of all."""
+    if metric == "mutual_knn" and 4 * sum(len(b["near"]) for b in others) * a["n"] ** 2 <= KEPT_BYTES:
+        others = [{**b, "tables": list(neighbour_tables(b["near"]))} for b in others]
+    unit, draws, nulls = highest(metric, a.get("k")), np.random.RandomState(seed), []
+    matrices = [scores(a, b, metric) / unit for b in others]
+    for _ in range(n_permutations):
+        order = torch.from_numpy(np.argsort(draws.permutation(a["n"]))).to(matrices[0].device)  # the inverse, of a: the same pairs
+        turned = permuted(a, order)
+        nulls.append(torch.stack([scores(turned, b, metric).max() / unit for b in others]))
+    return [{**calibrate(matrix.max().item(), null, alpha), "layers": list(divmod(int(matrix.argmax()), matrix.shape[1])),
+             "matrix": matrix.tolist(), "null": null} for matrix, null in zip(matrices, torch.stack(nulls).T.tolist(), strict=True)]
 
-    lcs_knn is divided by k, so that 1 is its largest value, as of the others. Raises: as `alignment_matrix`.
+
+def permutation_null(stack_a, stack_b, metric, k=10, n_permutations=200, seed=0, alpha=0.05):
+    """The best layer pair's score against the permutation null of that maximum (Westfall & Young 1993), of stacks [N, L, D].
+
+    Returns: the dict of `null_of_maximum` (`score`, `p_value`, `threshold`, `calibrated`, ...). Raises: as `alignment_matrix`.
     """
-    a, b = as_layers(stack_a), as_layers(stack_b)
-    if len(a[0]) != len(b[0]):
-        raise UserError(f"the two sides have {len(a[0])} and {len(b[0])} items; they must be the same items in the same order")
-    (matrix,), null = null_of_maximum(prepare(a, metric, k), [prepare(b, metric, k)], metric, n_permutations, seed)
-    unit = k if metric == "lcs_knn" else 1
-    return {**calibrate(matrix.max().item() / unit, null[:, 0] / unit, alpha), "null": (null[:, 0] / unit).tolist()}
+    a, b = prepare_both(stack_a, stack_b, metric, k)
+    return null_of_maximum(a, [b], metric, n_permutations, seed, alpha)[0]
 
 
 def score_interval(x, y, metric, k=10, n_resamples=1000, seed=0):
     """A 95% interval (low, high) of the score of two layers [N, D] (lcs_knn: divided by k). Rows are never resampled before the search,
     where copies would be neighbours.
 
-    mutual_knn: bootstrap over the rows' overlaps. Others: delete-half jackknife (Shao & Wu 1989), from halves drawn without replacement.
+    mutual_knn: bootstrap over the rows' overlaps. Others: delete-half jackknife (Shao & Wu 1989), from halves drawn without replacement; (nan, nan)
+    where half the rows are too few for the metric.
     """
     draws = np.random.RandomState(seed)
     if metric == "mutual_knn":
@@ -535,9 +526,11 @@ def score_interval(x, y, metric, k=10, n_resamples=1000, seed=0):
         overlap = (near_x[:, :, None] == near_y[:, None, :]).any(2).double().mean(1).cpu().numpy()
         means = overlap[draws.randint(len(x), size=(n_resamples, len(x)))].mean(1)
         return tuple(np.quantile(means, [0.025, 0.975]).tolist())
+    if len(x) // 2 < 4 or (metric in KNN_METRICS and len(x) // 2 <= k):
+        return math.nan, math.nan
     halves = [torch.from_numpy(draws.permutation(len(x))[:len(x) // 2]).to(x.device) for _ in range(40)]
     spread = 1.96 * float(np.std([alignment_matrix(x[half], y[half], metric, k).item() for half in halves]))
-    score, unit = alignment_matrix(x, y, metric, k).item(), k if metric == "lcs_knn" else 1
+    score, unit = alignment_matrix(x, y, metric, k).item(), highest(metric, k)
     return (score - spread) / unit, (score + spread) / unit
 
 
@@ -558,23 +551,17 @@ def student_p(t, dof):
 
 
 @functools.lru_cache(maxsize=256)
-def _rank_sum_counts(x, y):
-    """How many permutations p give each value of sum x_i y_p(i) (whole numbers): exact, by recursion over the subsets of y that are used."""
-    level = {0: np.ones(1, dtype=np.int64)}
+def rank_sum_counts(x, y):
+    """How many permutations p give each value of sum x_i y_p(i) (whole numbers, x and y sorted): exact, by recursion over the subsets of y used."""
+    size = int(np.dot(x, y)) + 1
+    level = {0: np.eye(1, size, dtype=np.int64)[0]}
     for value in x:
         following = {}
         for used, counts in level.items():
             for j, other in enumerate(y):
                 if not used >> j & 1:
-                    shifted = np.concatenate([np.zeros(value * other, dtype=np.int64), counts])
-                    key = used | 1 << j
-                    if key in following:
-                        long, short = sorted((following[key], shifted), key=len, reverse=True)
-                        long = long.copy()
-                        long[:len(short)] += short
-                        following[key] = long
-                    else:
-                        following[key] = shifted
+                    total = following.setdefault(used | 1 << j, np.zeros(size, dtype=np.int64))
+                    total[value * other:] += counts[:size - value * other]
         level = following
     return next(iter(level.values()))
 
@@ -591,7 +578,7 @@ def spearman(x, y):
     if n > 12:
         return {"rho": rho, "p": 0.0 if abs(rho) > 1 - 1e-12 else student_p(rho * math.sqrt((n - 2) / (1 - rho**2)), n - 2), "n": n}
     whole_x, whole_y = (2 * rx).astype(int), (2 * ry).astype(int)  # mean ranks may be halves
-    counts = _rank_sum_counts(tuple(sorted(whole_x.tolist())), tuple(sorted(whole_y.tolist())))
+    counts = rank_sum_counts(tuple(sorted(whole_x.tolist())), tuple(sorted(whole_y.tolist())))
     middle = whole_x.sum() * whole_y.sum() / n
     extreme = np.abs(np.arange(len(counts)) - middle) >= abs((whole_x * whole_y).sum() - middle) - 1e-6
     return {"rho": rho, "p": float(counts[extreme].sum() / counts.sum()), "n": n}
@@ -647,6 +634,11 @@ def label_information(p, bits):
     return float((joint * np.log(joint / independent)).sum())
 
 
+def z_scored(x, rows):
+    """x [n, D] standardised with the statistics of some of its rows."""
+    return (x - x[rows].mean(0)) / x[rows].std(0).clamp(min=1e-6)
+
+
 def draw_synthetic(s, seed):
     """x1, {D: x2} [n, 12] float32 standardised with the training split's statistics, labels {U: [n] int64}, and the splits {name: rows}."""
     g = torch.Generator().manual_seed(seed)
@@ -658,9 +650,6 @@ def draw_synthetic(s, seed):
         bits = torch.cat([common_bits[:, :8 - u], own_1[:, :u // 2], own_2[:, :u - u // 2]], dim=1)  # [n, 8]
         labels[u] = torch.multinomial(p[bits @ (1 << torch.arange(7, -1, -1))], 1, generator=g)[:, 0]
 
-    def standardize(x):
-        return (x - x[:n_train].mean(0)) / x[:n_train].std(0).clamp(min=1e-6)
-
     def linear(x):  # nn.Linear's default initialisation
         weight, bias = ((2 * torch.rand(shape, generator=g) - 1) / 12**0.5 for shape in ((12, 12), (12,)))
         return x @ weight + bias
@@ -669,8 +658,8 @@ def draw_synthetic(s, seed):
     for depth in range(1, max(s.transform_depths) + 1):
         x = linear(torch.tanh(x))
         if depth in s.transform_depths:
-            transformed[depth] = standardize(x)
-    return standardize(torch.cat([common_bits, own_1], dim=1).float()), transformed, labels, splits
+            transformed[depth] = z_scored(x, splits["train"])
+    return z_scored(torch.cat([common_bits, own_1], dim=1).float(), splits["train"]), transformed, labels, splits
 
 
 # --------------------------------------------------------------------------------------------------- data: feature files
@@ -680,10 +669,18 @@ class Features:
     """One model's features of N items."""
     model: str
     layers: list  # of [N, D_l] float tensors
-    ids: list | None  # [N]; None if the file does not say
+    ids: list | None  # [N] strings; None if the file does not say
     bpb: float | None = None  # a language model's bits per byte on the captions
     path: str = ""
     synthetic: bool = False
+
+
+def clamped(path, layers, a):
+    """`clamp_outliers` as the section `a` says. Raises: UserError naming the file."""
+    try:
+        return clamp_outliers(layers, a.clamp_quantile, a.clamp_exact)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_features(path, a, device, pool=""):
@@ -706,21 +703,24 @@ def read_features(path, a, device, pool=""):
     if pool and content.get("pool", pool) != pool:
         return None
     feats = feats[:, None] if feats.ndim == 2 else feats
-    ids, dims = content.get("ids"), content.get("dims") or [feats.shape[2]] * feats.shape[1]
+    ids, dims, bpb = (content.get(key) for key in ("ids", "dims", "bpb"))
+    try:
+        ids = None if ids is None else [str(i.item() if isinstance(i, torch.Tensor) else i) for i in ids]
+        dims = [feats.shape[2]] * feats.shape[1] if dims is None else [int(d) for d in dims]
+        bpb = None if bpb is None else float(bpb)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: ids and dims must be lists of names and of widths, bpb a number ({error})") from None
     if ids is not None and len(ids) != len(feats):
         raise UserError(f"{path}: {len(feats)} rows of features but {len(ids)} ids")
     if len(dims) != feats.shape[1] or not all(0 < d <= feats.shape[2] for d in dims):
         raise UserError(f"{path}: dims must give the width of each of the {feats.shape[1]} layers, at most {feats.shape[2]}, found {dims}")
-    layers = [feats[:, i, :d].float() for i, d in enumerate(dims)]
-    for i, x in enumerate(layers):
-        if len(bad := (~torch.isfinite(x).all(1)).nonzero()[:, 0]):
-            raise UserError(f"{path}: layer {i}: {len(bad)} of {len(x)} rows hold NaN or infinite values, the first is row {int(bad[0])}")
-    constant = sum(int((x.amax(1) == x.amin(1)).sum()) for x in layers if x.shape[1] > 1)
-    if constant:
+    if bpb is not None and not math.isfinite(bpb):
+        raise UserError(f"{path}: bpb (bits per byte) is {bpb}; leave it out or correct it")
+    raw = [feats[:, i, :d].float() for i, d in enumerate(dims)]
+    layers = [x.to(device) for x in clamped(path, raw, a)]
+    if constant := sum(int((x.amax(1) == x.amin(1)).sum()) for x in raw if x.shape[1] > 1):
         warnings.warn(f"{path}: {constant} constant rows (no direction to compare) over all layers", stacklevel=2)
-    layers = [x.to(device) for x in clamp_outliers(layers, a.clamp_quantile, a.clamp_exact)]
-    ids = [i.item() if isinstance(i, torch.Tensor) else i for i in ids] if ids is not None else None
-    return Features(str(content.get("model") or Path(path).stem), layers, ids, content.get("bpb"), str(path), bool(content.get("synthetic")))
+    return Features(str(content.get("model") or Path(path).stem), layers, ids, bpb, str(path), bool(content.get("synthetic")))
 
 
 def at_level(pattern, level=None):
@@ -751,8 +751,7 @@ def feature_files(pattern, pool, what):
     if not pattern:
         raise UserError(f"the folder of the {what} features is not set; give features_dir= (README, 'Data'), or try --demo")
     path = Path(pattern)
-    files = sorted(path.rglob("*.pt")) if path.is_dir() else [path] if path.is_file() else [Path(p)
-                                                                                            for p in sorted(glob.glob(pattern, recursive=True))]
+    files = sorted(path.rglob("*.pt")) if path.is_dir() else [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
     files = [f for f in files if not (m := re.search(r"pool-([a-z0-9]+)", f.name)) or not pool or m[1] == pool]
     if not files:
         raise UserError(f"{pattern}: no {what} feature files (.pt{f' of pool {pool}' if pool else ''}) there; "
@@ -767,22 +766,37 @@ def check_same_items(models):
         if len(m.layers[0]) != len(known.layers[0]):
             raise UserError(f"{m.path}: {len(m.layers[0])} items, but {known.path} has {len(known.layers[0])}; use features of the same items")
         if m.ids is not None and m.ids != known.ids:
-            if sorted(map(str, m.ids)) == sorted(map(str, known.ids)):
+            if sorted(m.ids) == sorted(known.ids):
                 raise UserError(f"{m.path}: the same ids as {known.path} in another order; sort both alike")
             row = next(i for i, (x, y) in enumerate(zip(m.ids, known.ids, strict=True)) if x != y)
             raise UserError(f"{m.path}: other items than in {known.path}: row {row} is {m.ids[row]}, there {known.ids[row]}")
 
 
+def named_once(models):
+    """The same models; UserError if two have one name, by which results are told apart."""
+    first = {}
+    for m in models:
+        if (other := first.setdefault(m.model, m)) is not m:
+            raise UserError(f"{m.path}: a second model of the name {m.model} (the first is {other.path}); name them apart under the key model, "
+                            "or choose one pooling with pool_x= or pool_y=")
+    return models
+
+
+def files_of_sides(cfg, level):
+    """[("language", pool, files), ("vision", pool, files)] at a caption level (None: the paths have no placeholder). Raises: UserError."""
+    sides = (("language", cfg.pool_x, cfg.features_dir), ("vision", cfg.pool_y, cfg.vision_dir or cfg.features_dir))
+    return [(what, pool, feature_files(at_level(pattern, level), pool, what)) for what, pool, pattern in sides]
+
+
 def read_models(cfg, level, device):
-    """(language models, vision models) as lists of Features at a caption level (None: the paths have no placeholder)."""
+    """(language models, vision models) as lists of Features at a caption level. Raises: UserError."""
     sides = []
-    for what, pattern, pool in (("language", cfg.features_dir, cfg.pool_x), ("vision", cfg.vision_dir or cfg.features_dir, cfg.pool_y)):
-        pattern = at_level(pattern, level)
-        models = [read_features(f, cfg.alignment, device, pool) for f in feature_files(pattern, pool, what)]
-        if not (models := [m for m in models if m is not None]):
-            raise UserError(f"{pattern}: no {what} features of pool {pool}; set {'pool_x' if what == 'language' else 'pool_y'}= to the `pool` in "
-                            "the files, or leave it empty")
-        sides.append(models)
+    for what, pool, files in files_of_sides(cfg, level):
+        models = [m for f in files if (m := read_features(f, cfg.alignment, device, pool)) is not None]
+        if not models:
+            key = "pool_x" if what == "language" else "pool_y"
+            raise UserError(f"{files[0].parent}: no {what} features of pool {pool}; set {key}= to their `pool`, or leave it empty")
+        sides.append(named_once(models))
     if {m.path for m in sides[0]} & {m.path for m in sides[1]}:
         raise UserError(f"{sides[0][0].path} is on both sides; set vision_dir=, or pool_x= and pool_y= to tell language from vision features")
     check_same_items(sides[0] + sides[1])
@@ -803,6 +817,8 @@ def read_captions(path):
             if "original" in body:
                 texts[0] = body["original"]
             for u, text in texts.items():
+                if not isinstance(text, str):
+                    raise TypeError(f"a caption of {u}% is {text!r}")
                 levels.setdefault(u, []).append(text)
         if 0 not in levels or len({len(texts) for texts in levels.values()}) != 1:
             raise ValueError("every item needs its original (0%) and the same levels; found "
@@ -828,8 +844,8 @@ def tfidf(texts, reference, width=4096):
 
 
 def climb(ladder, models, texts, fit=slice(None)):
-    """The extra language models of a ladder: pca:WIDTH cuts the last layer of the first model to its first principal components (of the rows
-    `fit`), tfidf:WIDTH is hashed TF-IDF of the texts (idf from the rows `fit`). Returns Features; raises UserError."""
+    """The language models and those that a ladder adds: pca:WIDTH cuts the last layer of the first model to its first principal components (of the
+    rows `fit`), tfidf:WIDTH is hashed TF-IDF of the texts (idf from the rows `fit`). Returns Features; raises UserError."""
     extra, base = [], models[0]
     for rung in ladder:
         kind, _, width = rung.partition(":")
@@ -837,8 +853,8 @@ def climb(ladder, models, texts, fit=slice(None)):
             raise UserError(f"alignment.ladder: expected pca:WIDTH or tfidf:WIDTH, found {rung!r}")
         x, width = base.layers[-1], int(width)
         if kind == "pca":
-            if width > min(x.shape):
-                raise UserError(f"alignment.ladder: {rung}: {base.model} has {x.shape[1]} features of {len(x)} items")
+            if width > min(x[fit].shape):
+                raise UserError(f"alignment.ladder: {rung}: {base.model} has {x.shape[1]} features of {len(x[fit])} items")
             mean = x[fit].mean(0)
             x = (x - mean) @ torch.linalg.svd(x[fit] - mean, full_matrices=False)[2][:width].T
         else:
@@ -846,7 +862,7 @@ def climb(ladder, models, texts, fit=slice(None)):
                 raise UserError(f"alignment.ladder: {rung} needs the texts of the {len(x)} items: captions_file=, or the plots in mmimdb.dir/dataset")
             x = tfidf(texts, texts if fit == slice(None) else [texts[i] for i in fit.tolist()], width).to(x.device)
         extra.append(Features(f"{kind}{width}", [x], base.ids, path=rung))
-    return extra
+    return named_once(models + extra)
 
 
 # --------------------------------------------------------------------------------------------------------- data: MM-IMDb
@@ -865,10 +881,20 @@ class Films:
     synthetic: bool
 
 
-def read_lines(path):
-    """Lines of a text file, or the items of a JSON list."""
-    text = path.read_text()
-    return [str(v) for v in json.loads(text)] if text.lstrip().startswith("[") else text.split()
+def read_index(path, films):
+    """The films that an index file chooses of a part of the split: their ids, or their places in it, in lines or a JSON list. Raises: UserError."""
+    try:
+        text = path.read_text()
+        chosen, known = json.loads(text) if text.lstrip().startswith("[") else text.split(), set(films)
+        places = {str(i): film for i, film in enumerate(films)}
+        if chosen := [v if v in known else places[v] for v in map(str, chosen)]:
+            return chosen
+        reason = "it is empty"
+    except KeyError as error:
+        reason = f"{error} is neither"
+    except (OSError, ValueError) as error:
+        reason = error
+    raise UserError(f"{path}: expected ids of films that split.json has there, or their places from 0 to {len(films) - 1} ({reason})")
 
 
 def read_films(cfg, device):
@@ -882,20 +908,17 @@ def read_films(cfg, device):
         labels, all_ids, genres = np.load(label_files[0]), label_files[1].read_text().split(), json.loads(label_files[2].read_text())
     except Exception as error:  # numpy, json and the file system raise kinds of their own
         raise UserError(f"{root / 'labels'}: the label files cannot be read ({type(error).__name__}: {error}); make them again") from None
-    if labels.shape != (len(all_ids), len(genres)):
-        raise UserError(f"{label_files[0]}: expected {len(all_ids)} x {len(genres)} (ids_all.txt, class_names_23.json), found {list(labels.shape)}")
+    if labels.shape != (len(all_ids), len(genres)) or not np.isin(labels, (0, 1)).all():
+        raise UserError(f"{label_files[0]}: expected {len(all_ids)} x {len(genres)} (ids_all.txt, class_names_23.json) of 0 and 1, found "
+                        f"{list(labels.shape)} of {', '.join(map(str, np.unique(labels)[:4]))}")
     split, row_of = common.read_json(root / "split.json"), {film: row for row, film in enumerate(all_ids)}
     chosen = {}
     for part in ("train", "dev", "test"):
-        chosen[part] = [str(film) for film in split.get(part) or []]
-        index_file = next((p for p in (root / part, root / f"{part}.txt", root / f"{part}.json") if p.is_file()), None)
-        if index_file:
-            listed = read_lines(index_file)
-            known = set(chosen[part])
-            chosen[part] = listed if listed and listed[0] in known else [chosen[part][int(i)] for i in listed
-                                                                         if i.isdigit() and int(i) < len(chosen[part])]
-        if not chosen[part]:
-            raise UserError(f"{index_file or root / 'split.json'}: no films of {part}")
+        if not isinstance(split.get(part), list) or not split[part]:
+            raise UserError(f"{root / 'split.json'}: no films of {part}")
+        chosen[part] = [str(film) for film in split[part]]
+        if index_file := next((p for p in (root / part, root / f"{part}.txt", root / f"{part}.json") if p.is_file()), None):
+            chosen[part] = read_index(index_file, chosen[part])
         if missing := [film for film in chosen[part] if film not in row_of]:
             raise UserError(f"{root / 'split.json'}: {len(missing)} films of {part} are not in {label_files[1]}, the first is {missing[0]}")
     ids = [film for part in chosen.values() for film in part]
@@ -906,22 +929,21 @@ def read_films(cfg, device):
         if folder:
             paths = feature_files(at_level(folder), "", what)
             models = [read_features(p, cfg.alignment, "cpu") for p in paths]
-            if any(f.ids is None for f in models):
-                raise UserError(f"{next(f.path for f in models if f.ids is None)}: features of films need their ids")
+            if unknown := [f.path for f in models if f.ids is None]:
+                raise UserError(f"{unknown[0]}: features of films need their ids")
         else:
             paths = sorted((root / "latents").glob(f"mm_imdb1_globals_aug*_{modality}.npy"))
             if not paths:
                 raise UserError(f"{root / 'latents'}: no mm_imdb1_globals_aug*_{modality}.npy; put the latents there, "
                                 f"or set mmimdb.{what}_dir= to a folder of features")
             models = [read_latents(p, all_ids, cfg.alignment) for p in paths]
-        for f in models:
-            place = {str(film): row for row, film in enumerate(f.ids)}
+        for f in named_once(models):
+            place = {film: row for row, film in enumerate(f.ids)}
             if missing := [film for film in ids if film not in place]:
                 raise UserError(f"{f.path}: {len(missing)} of the split's {len(ids)} films have no features, the first is {missing[0]}")
             f.layers, f.ids = [x[[place[film] for film in ids]].to(device) for x in f.layers], ids
         files, sides = [*files, *paths], [*sides, models]
-    ends = np.cumsum([0, *map(len, chosen.values())])
-    splits = {part: torch.arange(ends[i], ends[i + 1], device=device) for i, part in enumerate(chosen)}
+    splits = dict(zip(chosen, torch.arange(len(ids), device=device).split([len(films) for films in chosen.values()]), strict=True))
     n_test = len(splits["test"])
     sample = torch.from_numpy(np.sort(np.random.RandomState(cfg.seed).permutation(n_test)[:1024])).to(device)
     labels = torch.from_numpy(labels[[row_of[film] for film in ids]].astype(np.float32)).to(device)
@@ -938,10 +960,8 @@ def read_latents(path, ids, a):
     views = common.read_json(manifest_file).get("views_per_sample") if manifest_file.is_file() else None
     if not isinstance(views, int) or rows.ndim != 2 or len(rows) != views * len(ids):
         raise UserError(f"{path}: expected {len(ids)} films x views_per_sample of {manifest_file.name} ({views}) rows, found {list(rows.shape)}")
-    x = torch.from_numpy(rows[::views].astype(np.float32))
-    if not torch.isfinite(x).all():
-        raise UserError(f"{path}: NaN or infinite values, first in the row of film {ids[int((~torch.isfinite(x).all(1)).nonzero()[0])]}")
-    return Features(path.stem.split("_", 4)[-1], clamp_outliers([x], a.clamp_quantile, a.clamp_exact), list(ids), path=str(path))
+    layers = clamped(path, [torch.from_numpy(rows[::views].astype(np.float32))], a)
+    return Features(path.stem.split("_", 4)[-1], layers, list(ids), path=str(path))
 
 
 def film_texts(root, ids):
@@ -964,8 +984,6 @@ class Data:
     splits: dict  # train, val, test -> rows
     jobs: list  # of the stage
     source: object  # what all jobs share: {seed: draw_synthetic} or Films
-    files: list
-    synthetic: bool
 
 
 SAVE_SECONDS = 10  # between checkpoints inside a job; a job's end is always saved
@@ -977,34 +995,36 @@ def load_data(cfg, stage=None):
     stage = stage or next((s for s in cfg.stages if s in TRAINED), None)
     if stage is None:
         raise UserError(f"the stages {', '.join(cfg.stages)} train nothing")
-    device = common.pick_device(cfg.device)
+    device, k = common.pick_device(cfg.device), cfg.alignment.k
     if stage == "synthetic":
         s = cfg.synthetic
         depths = [*s.transform_depths, *s.x2_depths]
-        if not s.uniqueness or not s.transform_depths or not s.x2_depths or min(depths) < 1 or not all(0 <= u <= 8 for u in s.uniqueness):
-            raise UserError("synthetic: uniqueness takes numbers from 0 to 8, transform_depths and x2_depths from 1, each at least one")
+        if min(depths) < 1 or not all(0 <= u <= 8 for u in s.uniqueness):
+            raise UserError("synthetic: uniqueness takes numbers from 0 to 8, transform_depths and x2_depths from 1")
         if s.n_test > 0.15 * s.n_samples or s.k >= s.n_test:
             raise UserError(f"synthetic: n_test={s.n_test} must be at most 15% of n_samples={s.n_samples} and more than k={s.k}")
         seeds = range(cfg.seed, cfg.seed + s.n_seeds)
-        jobs = [{"seed": seed, "side": side, "depth": depth} for seed in seeds for side,
-                depth in [("x1", s.x1_depth), *(("x2", d) for d in s.x2_depths)]]
-        source, files, synthetic = {"config": s, "device": device}, [], True
+        sides = [("x1", s.x1_depth), *(("x2", depth) for depth in s.x2_depths)]
+        jobs = [{"seed": seed, "side": side, "depth": depth} for seed in seeds for side, depth in sides]
+        source = {"config": s, "device": device}
     else:
         source = read_films(cfg, device)
-        files, synthetic = source.files, source.synthetic
+        if len(source.test_sample) <= k:
+            raise UserError(f"{cfg.mmimdb.dir}: {len(source.test_sample)} test films are too few for alignment.k={k} neighbours")
         if stage == "mmimdb":
             ladder = cfg.alignment.ladder
             texts = film_texts(at_level(cfg.mmimdb.dir), source.ids) if any(rung.startswith("tfidf") for rung in ladder) else None
-            source.language += climb(ladder, source.language, texts, source.splits["train"])
+            source.language = climb(ladder, source.language, texts, source.splits["train"])
             jobs = [{"model": m.model} for m in source.language]
         else:
-            genre = genre_of(cfg.finetune.class_idx, source.genres)
+            f, genre = cfg.finetune, genre_of(cfg.finetune.class_idx, source.genres)
+            if f.warmup_epochs >= f.epochs:
+                raise UserError(f"finetune.warmup_epochs={f.warmup_epochs} must be less than finetune.epochs={f.epochs}")
             for part, rows in source.splits.items():
                 if not 0 < source.labels[rows, source.genres.index(genre)].sum() < len(rows):
                     raise UserError(f"finetune.class_idx: {genre} has none or all of the {len(rows)} films of {part}; choose another genre")
-            jobs = [{"seed": seed, "weight": w, "genre": genre}
-                    for w in cfg.finetune.weights for seed in range(cfg.seed, cfg.seed + cfg.finetune.n_seeds)]
-    return select(Data(stage, {}, {}, {}, jobs, source, files, synthetic), jobs[-1])
+            jobs = [{"seed": seed, "weight": w, "genre": genre} for w in f.weights for seed in range(cfg.seed, cfg.seed + f.n_seeds)]
+    return select(Data(stage, {}, {}, {}, jobs, source), jobs[-1])
 
 
 def random_data(cfg):
@@ -1012,12 +1032,13 @@ def random_data(cfg):
     stage, device = next(s for s in cfg.stages if s in TRAINED), common.pick_device(cfg.device)
     section = getattr(cfg, stage)
     n = section.batch_size
-    labels = torch.zeros(n, 23, device=device)
+    x, labels = torch.randn(2, n, 512, device=device), torch.zeros(n, 23, device=device)
     labels[::4] = 1
-    tensors = {"features": torch.randn(n, 512, device=device), "labels": labels} if stage == "mmimdb" else \
-        {"image": torch.randn(n, 512, device=device), "text": torch.randn(n, 512, device=device), "labels": labels[:, 0]}
-    job = {"model": "random"} if stage == "mmimdb" else {"seed": cfg.seed, "weight": max(cfg.finetune.weights), "genre": "random"}
-    return Data(stage, job, tensors, {"train": torch.arange(n, device=device)}, [job], None, [], True)
+    if stage == "mmimdb":
+        job, tensors = {"model": "random"}, {"features": x[0], "labels": labels}
+    else:
+        job, tensors = {"seed": cfg.seed, "weight": max(cfg.finetune.weights)}, {"image": x[0], "text": x[1], "labels": labels[:, 0]}
+    return Data(stage, job, tensors, {"train": torch.arange(n, device=device)}, [job], None)
 
 
 def total_steps(cfg, data):
@@ -1058,11 +1079,6 @@ def select(data, job):
     return dataclasses.replace(data, job=job, tensors=tensors, splits=splits)
 
 
-def z_scored(x, rows):
-    """x [n, D] standardised with the statistics of some of its rows."""
-    return (x - x[rows].mean(0)) / x[rows].std(0).clamp(min=1e-6)
-
-
 def make_batch(data, indices):
     """{name: rows of each tensor of the job}."""
     return {name: x[indices] for name, x in data.tensors.items()}
@@ -1091,8 +1107,8 @@ class Encoders(nn.Module):
 
     def losses(self, batch):
         logits, _ = self(batch["inputs"])
-        return {"loss": F.cross_entropy(logits.permute(1, 2, 0), batch["labels"],
-                                        reduction="sum") / len(batch["labels"])}  # the sum of the E mean losses
+        total = F.cross_entropy(logits.permute(1, 2, 0), batch["labels"], reduction="sum")
+        return {"loss": total / len(batch["labels"])}  # the sum of the E mean losses
 
     @torch.no_grad()
     def score(self, data, split):
@@ -1131,14 +1147,13 @@ class Probes(nn.Module):
 class TwoTower(nn.Module):
     """Trainable towers on frozen features, a classifier of one genre on the text embedding, and InfoNCE between the two, weighted by w."""
 
-    def __init__(self, image_dim, text_dim, embed_dim, weight, pos_weight):
+    def __init__(self, image_dim, text_dim, embed_dim, weight):
         super().__init__()
         def tower(dim):
             return nn.Sequential(nn.Linear(dim, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
         self.image, self.text, self.head = tower(image_dim), tower(text_dim), nn.Linear(embed_dim, 1)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.contrastive_weight = weight
-        self.register_buffer("pos_weight", pos_weight, persistent=False)
 
     def forward(self, batch):
         """(image embedding [B, E], text embedding [B, E], logit [B])."""
@@ -1147,7 +1162,7 @@ class TwoTower(nn.Module):
 
     def losses(self, batch):
         image, text, logit = self(batch)
-        classify = F.binary_cross_entropy_with_logits(logit, batch["labels"], pos_weight=self.pos_weight)
+        classify = F.binary_cross_entropy_with_logits(logit, batch["labels"])
         contrast = common.info_nce(F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1), self.log_scale.clamp(max=math.log(100)).exp())
         return {"loss": self.contrastive_weight * contrast + classify, "classify": classify, "contrast": contrast}
 
@@ -1177,15 +1192,14 @@ def build_model(cfg, data):
     """The model of the selected job, on its device."""
     rows, x = data.splits["train"], data.tensors
     if data.stage == "synthetic":
-        return Encoders(x["inputs"].shape[1], data.job["depth"]).to(x["inputs"].device)
-    positives = x["labels"][rows].sum(0)
-    pos_weight = (len(rows) - positives) / positives.clamp(min=1)
-    if data.stage == "mmimdb":
-        m = cfg.mmimdb
-        return Probes(len(m.learning_rates) * len(m.weight_decays), x["features"].shape[1], x["labels"].shape[1], pos_weight).to(rows.device)
-    f = cfg.finetune
-    return TwoTower(x["image"].shape[1], x["text"].shape[1], f.embed_dim, data.job["weight"],
-                    pos_weight if f.pos_weight else torch.ones(())).to(rows.device)
+        model = Encoders(x["inputs"].shape[1], data.job["depth"])
+    elif data.stage == "mmimdb":
+        positives = x["labels"][rows].sum(0)
+        n_probes = len(cfg.mmimdb.learning_rates) * len(cfg.mmimdb.weight_decays)
+        model = Probes(n_probes, x["features"].shape[1], len(positives), (len(rows) - positives) / positives.clamp(min=1))
+    else:
+        model = TwoTower(x["image"].shape[1], x["text"].shape[1], cfg.finetune.embed_dim, data.job["weight"])
+    return model.to(rows.device)
 
 
 def build_optimizer(cfg, model):
@@ -1220,8 +1234,8 @@ def learning_rate(cfg, stage, epoch_fraction):
     f = cfg.finetune
     if epoch_fraction < f.warmup_epochs:
         return f.learning_rate * epoch_fraction / f.warmup_epochs
-    return f.min_learning_rate + (f.learning_rate - f.min_learning_rate) * common.warmup_cosine(epoch_fraction - f.warmup_epochs,
-                                                                                                f.epochs - f.warmup_epochs, 0)
+    factor = common.warmup_cosine(epoch_fraction - f.warmup_epochs, f.epochs - f.warmup_epochs, 0)
+    return f.min_learning_rate + (f.learning_rate - f.min_learning_rate) * factor
 
 
 def epoch_batches(data, batch_size, seed, epoch):
@@ -1265,8 +1279,8 @@ def train(cfg, stages=None, folder=None):
                 model.load_state_dict(resumed["model_state_dict"])
                 optimizer.load_state_dict(resumed["optimizer_state_dict"])
                 common.set_rng_state(resumed["rng"])
-                best, best_score = ({k: v.to(device) for k, v in resumed["position"][part].items()} for part in ("best", "best_score"))
-                best_score, first_epoch = best_score["score"], resumed["epoch"]
+                best = {k: v.to(device) for k, v in resumed["position"]["best"].items()}
+                best_score, first_epoch = resumed["position"]["best_score"].to(device), resumed["epoch"]
                 print(f"resuming {folder} in {label}, epoch {first_epoch + 1}")
             for epoch in range(first_epoch, section.epochs):
                 batches, losses = epoch_batches(data, section.batch_size, seed, epoch), []
@@ -1283,11 +1297,12 @@ def train(cfg, stages=None, folder=None):
                 if bad := bad or ([] if torch.isfinite(score).all() else [len(losses)]):
                     raise FloatingPointError(f"non-finite loss or prediction in {label}, epoch {epoch + 1}, step {bad[0]}, learning rate "
                                              f"{optimizer.param_groups[0]['lr']:g}; lower the learning rate of {stage}")
-                better = torch.ones_like(score, dtype=torch.bool) if best is None else score > best_score
-                best_score = score if best is None else torch.where(better, score, best_score)
-                # one score a model, or one for each of the E encoders, which lead in every parameter
-                best = {k: torch.where(better.view(-1, *[1] * (v.ndim - 1)) if better.ndim else better, v, best[k] if best else v) for k,
-                        v in state.items()}
+                if best is None:
+                    best_score, best = score, {k: v.clone() for k, v in state.items()}
+                else:  # one score a model, or one for each of the E encoders, which lead in every parameter
+                    better = score > best_score
+                    best_score = torch.where(better, score, best_score)
+                    best = {k: torch.where(better.view(-1, *[1] * (v.ndim - 1)) if better.ndim else better, v, best[k]) for k, v in state.items()}
                 history.append({"stage": stage, "job": label, "epoch": epoch + 1, "train_loss": sum(losses) / len(losses),
                                 "val_score": score.double().mean().item(), "learning_rate": optimizer.param_groups[0]["lr"]})
                 last = epoch + 1 == section.epochs
@@ -1301,7 +1316,7 @@ def train(cfg, stages=None, folder=None):
                         "epoch": epoch + 1, "global_step": (epoch + 1) * len(batches), "best_val_loss": -best_score.double().mean().item(),
                         "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": {},
                         "scaler_state_dict": {}, "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(),
-                        "position": {"done": done, "job": None if last else name, "best": {} if last else best, "best_score": {"score": best_score}}})
+                        "position": {"done": done, "job": None if last else name, "best": {} if last else best, "best_score": best_score}})
                     log.write(history)
                     saved_at = time.time()
                 if stop.signum:
@@ -1321,8 +1336,7 @@ def start(cfg, fresh=False):
     files, device = [], common.pick_device(cfg.device)
     if {"align", "uniqueness"} & set(cfg.stages):
         levels = caption_levels(cfg.features_dir) if has_levels(cfg) or "uniqueness" in cfg.stages else [None]
-        for pattern, pool, what in ((cfg.features_dir, cfg.pool_x, "language"), (cfg.vision_dir or cfg.features_dir, cfg.pool_y, "vision")):
-            files += [f for level in levels for f in feature_files(at_level(pattern, level), pool, what)]
+        files += [f for level in levels for _, _, found in files_of_sides(cfg, level) for f in found]
         files += [at_level(cfg.captions_file)] if cfg.captions_file else []
     if {"mmimdb", "finetune"} & set(cfg.stages):
         files += read_films(cfg, device).files
@@ -1342,65 +1356,21 @@ def trained(model, states, data):
     return model.eval()
 
 
-@torch.no_grad()
-def evaluate_synthetic(cfg, data, states):
-    """Alignment of x1's encoder with each of x2's on one test batch, and accuracies. Returns a dict of `rows` and `correlations`."""
-    s, a = cfg.synthetic, cfg.alignment
-    p, rows = label_distribution(s.label_seed), []
-    members = {}  # (seed, side) -> [(U, D, depth, accuracy, stack [n_test, L, 12])]
-    for job in data.jobs:
-        data = select(data, job)
-        model = trained(build_model(cfg, data), states, data)
-        accuracy = model.score(data, "test").tolist()
-        hidden = torch.stack(model(data.tensors["inputs"][data.splits["test"][:s.n_test]])[1])  # [L, E, n_test, 12]
-        grid = itertools.product(s.uniqueness, s.transform_depths if job["side"] == "x2" else [None])
-        members.setdefault((job["seed"], job["side"]), []).extend(
-            (u, depth, job["depth"], accuracy[e], hidden[:, e].transpose(0, 1)) for e, (u, depth) in enumerate(grid))
-    for (seed, side), found in members.items():
-        for u, _, _, accuracy_1, stack in found if side == "x1" else []:
-            others = [m for m in members[seed, "x2"] if m[0] == u]
-            scored = {}
-            for metric in a.metrics:
-                sides = [prepare(m[4], metric, s.k) for m in others]
-                matrices, null = null_of_maximum(prepare(stack, metric, s.k), sides, metric, a.n_permutations, cfg.seed)
-                unit = s.k if metric == "lcs_knn" else 1
-                scored[metric] = [calibrate(m.max().item() / unit, null[:, i] / unit, a.alpha) for i, m in enumerate(matrices)]
-            rows += [{"seed": seed, "U": u, "D": depth, "x2_depth": x2_depth, "accuracy_x1": accuracy_1, "accuracy_x2": accuracy_2,
-                      **{metric: values[i] for metric, values in scored.items()}} for i, (_, depth, x2_depth, accuracy_2, _) in enumerate(others)]
-    correlations = []
-    for metric in a.metrics:
-        for depth in s.transform_depths:
-            # encoders of one draw share data and transform: their mean is one observation
-            means = {(r["seed"], r["U"]): np.mean([q[metric]["score"] for q in rows if (q["seed"], q["U"], q["D"]) == (r["seed"], r["U"], depth)])
-                     for r in rows}
-            correlations.append({"metric": metric, "of": "U, alignment (mean over encoders)", "at": f"D={depth}",
-                                 **spearman([u for _, u in means], list(means.values()))})
-        for u in s.uniqueness:
-            part = [r for r in rows if r["U"] == u]
-            correlations.append({"metric": metric, "of": "alignment, accuracy of x2", "at": f"U={u}",
-                                 **spearman([r[metric]["score"] for r in part], [r["accuracy_x2"] for r in part])})
-    information = {u: {"x1": label_information(p, side_bits(u)[0]), "x2": label_information(p, side_bits(u)[1])} for u in s.uniqueness}
-    return {"synthetic": True, "rows": rows, "correlations": correlations,
-            "information_nats": {"x1, x2": label_information(p, range(8)), **information}, "n_test": s.n_test, "k": s.k}
+def summary(found):
+    """The numbers of `null_of_maximum` that are reported."""
+    return {key: found[key] for key in ("score", "p_value", "threshold", "calibrated", "null_mean")}
 
 
-def report_synthetic(result):
-    metrics = list(dict.fromkeys(c["metric"] for c in result["correlations"]))
+def correlation(metric, of, at, x, y):
+    return {"metric": metric, "of": of, "at": at, **spearman(x, y)}
+
+
+def grouped(rows, *keys):
+    """{(values of the keys): [rows]}, in order of first appearance."""
     groups = {}
-    for r in result["rows"]:
-        groups.setdefault((r["D"], r["U"]), []).append(r)
-    table = [[f"D={d} U={u}", len(g), *(f"{np.mean([r[m][k] for r in g]):.3f}" for m in metrics for k in ("score", "null_mean", "calibrated")),
-              *(f"{np.mean([r[k] for r in g]):.3f}" for k in ("accuracy_x1", "accuracy_x2"))] for (d, u), g in sorted(groups.items())]
-    header = ["", "n", *(c for m in metrics for c in (m, "chance", "calibrated")), "acc. x1", "acc. x2"]
-    return (f"synthetic: alignment of x1's and x2's encoders, {result['n_test']} test samples, k = {result['k']}; means over n encoders of x2; "
-            "chance is the mean of the permutation null\n"
-            f"I(x1, x2; y) = {result['information_nats']['x1, x2']:.4f} nats\n{common.format_table(header, table)}\n\n"
-            + correlation_table(result["correlations"]))
-
-
-def correlation_table(correlations):
-    rows = [[f"{c['metric']}: {c['of']}, {c['at']}", c["n"], number(c["rho"], "+.3f"), number(c["p"], ".2g")] for c in correlations]
-    return common.format_table(["Spearman rank correlation", "n", "rho", "p"], rows)
+    for r in rows:
+        groups.setdefault(tuple(r[key] for key in keys), []).append(r)
+    return groups
 
 
 def number(value, spec):
@@ -1408,31 +1378,86 @@ def number(value, spec):
     return "-" if value is None or not math.isfinite(value) else format(value, spec)
 
 
-def align_models(cfg, language, vision, path=None):
-    """Every language model with every vision model by every metric: a list of dicts with `matrix` [La, Lb], best `layers`, `calibrate`'s values
-    and the number of rows with ties at the k-th neighbour. Read from `path` if it holds the same, else computed and saved there."""
-    a, n = cfg.alignment, len(language[0].layers[0])
+def correlation_table(correlations):
+    rows = [[f"{c['metric']}: {c['of']}, {c['at']}", c["n"], number(c["rho"], "+.3f"), number(c["p"], ".2g")] for c in correlations]
+    return common.format_table(["Spearman rank correlation", "n", "rho", "p"], rows)
+
+
+def metric_header(metrics):
+    return [column for metric in metrics for column in (metric, "chance", "calibrated")]
+
+
+REPORTED = ("score", "null_mean", "calibrated")  # under that header
+
+
+@torch.no_grad()
+def evaluate_synthetic(cfg, data, states):
+    """Alignment of x1's encoder with each of x2's on one test batch, and accuracies. Returns a dict of `rows` and `correlations`."""
+    s, a = cfg.synthetic, cfg.alignment
+    p, rows, members = label_distribution(s.label_seed), [], {}  # (seed, side, U) -> [(D, depth, accuracy, stack [n_test, L, 12])]
+    for job in data.jobs:
+        data = select(data, job)
+        model = trained(build_model(cfg, data), states, data)
+        accuracy = model.score(data, "test").tolist()
+        hidden = torch.stack(model(data.tensors["inputs"][data.splits["test"][:s.n_test]])[1])  # [L, E, n_test, 12]
+        grid = itertools.product(s.uniqueness, s.transform_depths if job["side"] == "x2" else [None])
+        for e, (u, depth) in enumerate(grid):
+            members.setdefault((job["seed"], job["side"], u), []).append((depth, job["depth"], accuracy[e], hidden[:, e].transpose(0, 1)))
+    for (seed, side, u), found in members.items():
+        if side == "x1":
+            (_, _, accuracy_1, stack), = found
+            for depth, x2_depth, accuracy_2, other in members[seed, "x2", u]:
+                scored = {metric: summary(permutation_null(stack, other, metric, s.k, a.n_permutations, cfg.seed, a.alpha)) for metric in a.metrics}
+                rows.append({"seed": seed, "U": u, "D": depth, "x2_depth": x2_depth, "accuracy_x1": accuracy_1, "accuracy_x2": accuracy_2, **scored})
+    correlations = []
+    for metric in a.metrics:
+        for depth in s.transform_depths:
+            # encoders of one draw share data and transform: their mean is one observation
+            draws = grouped([r for r in rows if r["D"] == depth], "seed", "U")
+            correlations.append(correlation(metric, "U, alignment (mean over encoders)", f"D={depth}", [u for _, u in draws],
+                                            [np.mean([r[metric]["score"] for r in part]) for part in draws.values()]))
+        for (u,), part in grouped(rows, "U").items():
+            correlations.append(correlation(metric, "alignment, accuracy of x2", f"U={u}", [r[metric]["score"] for r in part],
+                                            [r["accuracy_x2"] for r in part]))
+    information = {u: {f"x{i}": label_information(p, bits) for i, bits in enumerate(side_bits(u), 1)} for u in s.uniqueness}
+    return {"synthetic": True, "rows": rows, "correlations": correlations,
+            "information_nats": {"x1, x2": label_information(p, range(8)), **information}, "n_test": s.n_test, "k": s.k}
+
+
+def report_synthetic(result):
+    metrics, table = list(dict.fromkeys(c["metric"] for c in result["correlations"])), []
+    for (depth, u), part in sorted(grouped(result["rows"], "D", "U").items()):
+        values = [[r[m][key] for r in part] for m in metrics for key in REPORTED] + [[r[key] for r in part] for key in ("accuracy_x1", "accuracy_x2")]
+        table.append([f"D={depth} U={u}", len(part), *(f"{np.mean(v):.3f}" for v in values)])
+    return (f"synthetic: alignment of x1's and x2's encoders, {result['n_test']} test samples, k = {result['k']}; means over n encoders of x2; "
+            f"chance is the mean of the permutation null\nI(x1, x2; y) = {result['information_nats']['x1, x2']:.4f} nats\n"
+            + common.format_table(["", "n", *metric_header(metrics), "acc. x1", "acc. x2"], table)
+            + f"\n\n{correlation_table(result['correlations'])}")
+
+
+def align_models(cfg, language, vision, path):
+    """Every language model with every vision model by every metric: a list of dicts with `matrix` [La, Lb], best `layers`, the `summary` of the
+    null and the number of rows with ties at the k-th neighbour. Read from `path` if it holds the same, else computed and saved there."""
+    a, n, digest = cfg.alignment, len(language[0].layers[0]), 0
     if n <= a.k:
         raise UserError(f"{language[0].path}: {n} items are too few for alignment.k={a.k} neighbours")
-    digest = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for m in (*language, *vision) for x in m.layers))
+    for x in (x for m in (*language, *vision) for x in m.layers):
+        digest = zlib.crc32(x.cpu().numpy(), digest)
     identity = json.dumps([dataclasses.asdict(a), cfg.seed, [m.model for m in language], [m.model for m in vision], digest])
-    if path and path.exists() and (known := common.load_checkpoint(path)).get("identity") == identity:
+    if path.exists() and (known := common.load_checkpoint(path)).get("identity") == identity:
         return known["rows"]
     rows = []
     for metric in a.metrics:
-        sides, unit = [prepare(m.layers, metric, a.k) for m in vision], a.k if metric == "lcs_knn" else 1
+        others = [prepare(m.layers, metric, a.k) for m in vision]
         for x in common.progress(language, metric):
             side = prepare(x.layers, metric, a.k)
-            matrices, null = null_of_maximum(side, sides, metric, a.n_permutations, cfg.seed)
-            for i, (y, matrix) in enumerate(zip(vision, matrices, strict=True)):
-                best = divmod(int(matrix.argmax()), matrix.shape[1])
-                rows.append({"language": x.model, "vision": y.model, "metric": metric, "layers": list(best), "bpb": x.bpb, "n": n,
-                             **calibrate(matrix.max().item() / unit, null[:, i] / unit, a.alpha), 
-                             "ties": (side["ties"][best[0]] + sides[i]["ties"][best[1]]) if "ties" in side else 0,
-                             "matrix": (matrix / unit).tolist()})
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        common.save_checkpoint(path, {"identity": identity, "rows": rows}, keep_previous=False)
+            results = null_of_maximum(side, others, metric, a.n_permutations, cfg.seed, a.alpha)
+            for y, other, found in zip(vision, others, results, strict=True):
+                ties = sum(part["ties"][layer] for part, layer in zip((side, other), found["layers"], strict=True)) if "ties" in side else 0
+                rows.append({"language": x.model, "vision": y.model, "metric": metric, "layers": found["layers"], "bpb": x.bpb, "n": n,
+                             **summary(found), "ties": ties, "matrix": found["matrix"]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.save_checkpoint(path, {"identity": identity, "rows": rows}, keep_previous=False)
     return rows
 
 
@@ -1446,45 +1471,42 @@ def evaluate_align(cfg):
     a, device = cfg.alignment, common.pick_device(cfg.device)
     level = caption_levels(cfg.features_dir)[0] if has_levels(cfg) else None
     language, vision = read_models(cfg, level, device)
-    texts = read_captions(at_level(cfg.captions_file))[0] if cfg.captions_file else None
-    language = language + climb(a.ladder, language, texts)
-    rows = align_models(cfg, language, vision, align_file(cfg, level))
-    models = {m.model: m for m in (*language, *vision)}
+    language = climb(a.ladder, language, read_captions(at_level(cfg.captions_file))[0] if cfg.captions_file else None)
+    rows, first = align_models(cfg, language, vision, align_file(cfg, level)), a.metrics[0]
+    models = {(side, m.model): m for side, found in (("language", language), ("vision", vision)) for m in found}
+
+    def best_layers(r):
+        return [models[side, r[side]].layers[layer] for side, layer in zip(("language", "vision"), r["layers"], strict=True)]
     for r in rows:
-        x, y = (models[r[side]].layers[layer] for side, layer in zip(("language", "vision"), r["layers"], strict=True))
-        r["interval"] = score_interval(x, y, r["metric"], a.k)
-    n, by_size = rows[0]["n"], []
-    sizes = sorted({size for size in a.sample_sizes or [n // 8, n // 4, n // 2, n] if a.k < size <= n and size >= 8})
-    best = {m.model: max((r for r in rows if r["vision"] == m.model and r["metric"] == a.metrics[0]), key=lambda r: r["score"]) for m in vision}
-    draws = np.random.RandomState(cfg.seed)
-    for size in sizes:
+        r["interval"] = score_interval(*best_layers(r), r["metric"], a.k)
+    n, draws, by_size = rows[0]["n"], np.random.RandomState(cfg.seed), []
+    best = [max((r for r in rows if (r["vision"], r["metric"]) == (m.model, first)), key=lambda r: r["score"]) for m in vision]
+    for size in sorted({size for size in (n // 8, n // 4, n // 2, n) if size > max(a.k, 7)}):
         samples = [torch.from_numpy(draws.permutation(n)[:size]).to(device) for _ in range(5)]
-        for y in vision:
-            pair, x = best[y.model], models[best[y.model]["language"]]
-            unit = a.k if a.metrics[0] == "lcs_knn" else 1
-            values = [alignment_matrix(x.layers[pair["layers"][0]][s], y.layers[pair["layers"][1]][s], a.metrics[0], a.k).item() / unit
-                      for s in samples]
-            by_size.append({"n": size, "vision": y.model, "language": x.model, "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))})
+        for r in best:
+            x, y = best_layers(r)
+            values = [alignment_matrix(x[s], y[s], first, a.k).item() / highest(first, a.k) for s in samples]
+            by_size.append({"n": size, "vision": r["vision"], "language": r["language"], "mean": float(np.mean(values)),
+                            "sd": float(np.std(values, ddof=1))})
     correlations = []
     for metric, y in itertools.product(a.metrics, vision):
-        found = [r for r in rows if r["metric"] == metric and r["vision"] == y.model]
+        found = [r for r in rows if (r["metric"], r["vision"]) == (metric, y.model)]
         if len(scored := [r for r in found if r["bpb"] is not None]) >= 3:
-            correlations.append({"metric": metric, "of": "performance (- bits per byte), alignment", "at": y.model,
-                                 **spearman([-r["bpb"] for r in scored], [r["score"] for r in scored])})
+            correlations.append(correlation(metric, "performance (- bits per byte), alignment", y.model, [-r["bpb"] for r in scored],
+                                            [r["score"] for r in scored]))
         for kind in ("pca", "tfidf"):
             rungs = [r for r in found if re.fullmatch(rf"{kind}\d+", r["language"])]
             if len(rungs) >= 3:
-                correlations.append({"metric": metric, "of": f"width of the {kind} ladder, alignment", "at": y.model,
-                                     **spearman([int(r["language"].removeprefix(kind)) for r in rungs], [r["score"] for r in rungs])})
-    synthetic = any(m.synthetic for m in (*language, *vision))
-    return {"synthetic": synthetic, "rows": rows, "against_n": by_size, "correlations": correlations, "level": level, "k": a.k}
+                correlations.append(correlation(metric, f"width of the {kind} ladder, alignment", y.model,
+                                                [int(r["language"].removeprefix(kind)) for r in rungs], [r["score"] for r in rungs]))
+    return {"synthetic": any(m.synthetic for m in (*language, *vision)), "rows": rows, "against_n": by_size, "correlations": correlations,
+            "level": level, "k": a.k}
 
 
 def report_align(result):
     rows = result["rows"]
-    table = [[f"{r['language']} - {r['vision']}", r["metric"], f"{r['score']:.4f}", f"{r['interval'][0]:.4f} .. {r['interval'][1]:.4f}",
-              f"{r['null_mean']:.4f}",
-              f"{r['calibrated']:.4f}", f"{r['p_value']:.3g}", f"{r['layers'][0]}, {r['layers'][1]}", r["ties"]] for r in rows]
+    table = [[f"{r['language']} - {r['vision']}", r["metric"], f"{r['score']:.4f}", " .. ".join(number(v, ".4f") for v in r["interval"]),
+              f"{r['null_mean']:.4f}", f"{r['calibrated']:.4f}", f"{r['p_value']:.3g}", ", ".join(map(str, r["layers"])), r["ties"]] for r in rows]
     level = "" if result["level"] is None else f", u = {result['level']}"
     text = (f"align: {rows[0]['n']:,} items{level}; score of the best layer pair, its 95% interval, chance (mean of the null of the maximum), "
             f"calibrated score, p of that null; k = {result['k']}\n"
@@ -1498,56 +1520,56 @@ def family(model):
                     if not re.fullmatch(r"(tiny|small|base|large|huge|giant|[tsblhg]|patch)?\d*", part)) or model
 
 
+BASELINE_METRICS = ("mutual_knn", "unbiased_cka")  # of the text-only baseline
+
+
 def evaluate_uniqueness(cfg):
     """Alignment at every caption level: curves, correlations with u, with performance at each level, and the text-only baseline. Returns a dict."""
     a, device, rows = cfg.alignment, common.pick_device(cfg.device), []
     levels = caption_levels(cfg.features_dir)
     for level in levels:
         language, vision = read_models(cfg, level, device)
-        rows += [{k: v for k, v in r.items() if k != "matrix"} | {"u": level} for r in align_models(cfg, language, vision, align_file(cfg, level))]
+        found = align_models(cfg, language, vision, align_file(cfg, level))
+        rows += [{k: v for k, v in r.items() if k != "matrix"} | {"u": level} for r in found]
         print(f"u = {level:3}: {len(language)} language x {len(vision)} vision models, mean {a.metrics[0]} "
-              f"{np.mean([r['score'] for r in rows if r['u'] == level and r['metric'] == a.metrics[0]]):.4f}", flush=True)
+              f"{np.mean([r['score'] for r in found if r['metric'] == a.metrics[0]]):.4f}", flush=True)
     curves, correlations = [], []
     for metric in a.metrics:
-        for model in dict.fromkeys(r["vision"] for r in rows):
-            part = [[r for r in rows if r["metric"] == metric and r["vision"] == model and r["u"] == u] for u in levels]
-            curve = {key: [float(np.mean([r[key] for r in found])) for found in part] for key in ("score", "calibrated", "null_mean")}
+        of_metric = [r for r in rows if r["metric"] == metric]
+        for (model,), part in grouped(of_metric, "vision").items():
+            by_level = grouped(part, "u").values()  # ascending, as read
+            curve = {key: [float(np.mean([r[key] for r in found])) for found in by_level] for key in ("score", "calibrated", "null_mean")}
             curves.append({"metric": metric, "vision": model, "u": levels, **curve})
-            correlations.append({"metric": metric, "of": "u, alignment (mean over language models)", "at": model, **spearman(levels, curve["score"])})
-        for u in levels:
-            for name in dict.fromkeys(family(r["vision"]) for r in rows):
-                found = [r for r in rows if r["metric"] == metric and r["u"] == u and family(r["vision"]) == name and r["bpb"] is not None]
-                by_model = {}
-                for r in found:
-                    by_model.setdefault((r["language"], r["bpb"]), []).append(r["score"])
-                if len(by_model) >= 3:
-                    correlations.append({"metric": metric, "of": "performance (- bits per byte), alignment (mean over sizes)", "at": f"{name}, u={u}",
-                                         **spearman([-bpb for _, bpb in by_model], [float(np.mean(v)) for v in by_model.values()])})
+            correlations.append(correlation(metric, "u, alignment (mean over language models)", model, levels, curve["score"]))
+        for u, name in itertools.product(levels, dict.fromkeys(family(r["vision"]) for r in of_metric)):
+            by_model = grouped([r for r in of_metric if r["u"] == u and family(r["vision"]) == name and r["bpb"] is not None], "language", "bpb")
+            if len(by_model) >= 3:
+                correlations.append(correlation(metric, "performance (- bits per byte), alignment (mean over sizes)", f"{name}, u={u}",
+                                                [-bpb for _, bpb in by_model],
+                                                [float(np.mean([r["score"] for r in found])) for found in by_model.values()]))
     baseline = None
     if cfg.captions_file:
         captions = read_captions(at_level(cfg.captions_file))
-        original = tfidf(captions[0], captions[0])
-        rewritten = [u for u in captions if u > 0]
-        baseline = {"u": rewritten, "n": len(original), "k": a.k, **{metric: [] for metric in ("mutual_knn", "unbiased_cka")}}
-        for u in rewritten:
-            vectors = tfidf(captions[u], captions[0])
-            for metric in ("mutual_knn", "unbiased_cka"):
-                baseline[metric].append(alignment_matrix(original, vectors, metric, a.k).item())
-        correlations += [{"metric": metric, "of": "u, originals against rewrites (text-only TF-IDF)", "at": Path(cfg.captions_file).name,
-                          **spearman(rewritten, baseline[metric])} for metric in ("mutual_knn", "unbiased_cka")]
+        original, rewritten = tfidf(captions[0], captions[0]), [u for u in captions if u > 0]
+        vectors = [tfidf(captions[u], captions[0]) for u in rewritten]
+        baseline = {"u": rewritten, "n": len(original), "k": a.k, **{
+            metric: [alignment_matrix(original, x, metric, a.k).item() for x in vectors] for metric in BASELINE_METRICS}}
+        correlations += [correlation(metric, "u, originals against rewrites (text-only TF-IDF)", Path(cfg.captions_file).name, rewritten,
+                                     baseline[metric]) for metric in BASELINE_METRICS]
     return {"synthetic": any(m.synthetic for m in (*language, *vision)), "rows": rows, "curves": curves, "correlations": correlations,
             "text_only": baseline, "levels": levels, "n": rows[0]["n"], "k": a.k}
 
 
 def report_uniqueness(result):
-    table = [[f"{c['vision']}: {c['metric']}", *(f"{v:.4f}" for v in c[key])] if key == "score" else [f"  {label}", *(f"{v:.4f}" for v in c[key])]
-             for c in result["curves"] for key, label in (("score", ""), ("null_mean", "chance"), ("calibrated", "calibrated"))]
+    table = []
+    for c in result["curves"]:
+        for key, label in (("score", f"{c['vision']}: {c['metric']}"), ("null_mean", "  chance"), ("calibrated", "  calibrated")):
+            table.append([label, *(f"{v:.4f}" for v in c[key])])
     text = (f"uniqueness: alignment (mean over language models) against u, {result['n']:,} items, k = {result['k']}\n"
             + common.format_table(["vision model", *(f"u={u}" for u in result["levels"])], table))
-    if result["text_only"]:
-        t = result["text_only"]
+    if t := result["text_only"]:
         text += (f"\n\ntext only: hashed TF-IDF of {t['n']:,} captions against their rewrites\n" + common.format_table(
-            ["", *(f"u={u}" for u in t["u"])], [[m, *(f"{v:.4f}" for v in t[m])] for m in ("mutual_knn", "unbiased_cka")]))
+            ["", *(f"u={u}" for u in t["u"])], [[m, *(f"{v:.4f}" for v in t[m])] for m in BASELINE_METRICS]))
     if not any("performance" in c["of"] for c in result["correlations"]):
         text += "\n\nno panels of performance: fewer than 3 language models carry bpb (bits per byte)"
     return f"{text}\n\n{correlation_table(result['correlations'])}"
@@ -1556,35 +1578,33 @@ def report_uniqueness(result):
 @torch.no_grad()
 def evaluate_mmimdb(cfg, data, states):
     """Probe scores of every language model, its alignment with the vision models on test films, and correlations over models per genre."""
-    films, a, models = data.source, cfg.alignment, []
+    films, models = data.source, []
     settings = list(itertools.product(cfg.mmimdb.learning_rates, cfg.mmimdb.weight_decays))
-    test, labels = films.splits["test"], films.labels[films.splits["test"]]
+    dev, test = films.splits["dev"], films.splits["test"]
+    labels = films.labels[test]
     for job in data.jobs:
         data = select(data, job)
-        probes = trained(build_model(cfg, data), states, data)
-        dev = [genre_f1(z > 0, films.labels[films.splits["dev"]]).mean().item() for z in probes(data.tensors["features"][films.splits["dev"]])]
-        chosen = int(np.argmax(dev))
-        logits = probes(data.tensors["features"][test])[chosen]
-        f1 = genre_f1(logits > 0, labels)
-        models.append({"model": job["model"], "learning_rate": settings[chosen][0], "weight_decay": settings[chosen][1], "dev_f1_macro": dev[chosen],
-                       **common.multilabel_metrics(logits, labels), "f1": dict(zip(films.genres, f1.tolist(), strict=True))})
+        probes, x = trained(build_model(cfg, data), states, data), data.tensors["features"]
+        dev_f1 = [genre_f1(z > 0, films.labels[dev]).mean().item() for z in probes(x[dev])]
+        chosen = int(np.argmax(dev_f1))
+        logits = probes(x[test])[chosen]
+        f1 = genre_f1(logits > 0, labels).tolist()
+        models.append({"model": job["model"], "learning_rate": settings[chosen][0], "weight_decay": settings[chosen][1],
+                       "dev_f1_macro": dev_f1[chosen], **common.multilabel_metrics(logits, labels), "f1": dict(zip(films.genres, f1, strict=True))})
     sides = [[dataclasses.replace(m, layers=[x[films.test_sample] for x in m.layers]) for m in side] for side in (films.language, films.vision)]
-    rows = align_models(cfg, *sides, align_file(cfg, None))
-    genres = []
-    for vision in films.vision:
-        for metric in a.metrics:
-            score = {r["language"]: r["score"] for r in rows if r["metric"] == metric and r["vision"] == vision.model}
-            x, part = [score[m["model"]] for m in models], []
-            for genre in ["macro", *films.genres]:
-                y = [m["f1_macro"] if genre == "macro" else m["f1"][genre] for m in models]
-                fit = slope(x, y)
-                part.append({"vision": vision.model, "metric": metric, "genre": genre, **spearman(x, y), "slope": fit["slope"], "slope_p": fit["p"]})
-            for r, q, slope_q in zip(part[1:], benjamini_hochberg([r["p"] for r in part[1:]]), benjamini_hochberg([r["slope_p"] for r in part[1:]]),
-                                     strict=True):
-                r |= {"q": q, "slope_q": slope_q}
-            genres += part
+    rows, genres = align_models(cfg, *sides, align_file(cfg, None)), []
+    for vision, metric in itertools.product([m.model for m in films.vision], cfg.alignment.metrics):
+        x, part = [r["score"] for r in rows if (r["vision"], r["metric"]) == (vision, metric)], []
+        for genre in ["macro", *films.genres]:
+            y = [m["f1_macro"] if genre == "macro" else m["f1"][genre] for m in models]
+            fit = slope(x, y)
+            part.append({"vision": vision, "metric": metric, "genre": genre, **spearman(x, y), "slope": fit["slope"], "slope_p": fit["p"]})
+        for p, q in (("p", "q"), ("slope_p", "slope_q")):
+            for r, value in zip(part[1:], benjamini_hochberg([r[p] for r in part[1:]]), strict=True):
+                r[q] = value
+        genres += part
     always = {"f1_macro": float(genre_f1(torch.ones_like(labels, dtype=torch.bool), labels).mean())}
-    return {"synthetic": data.synthetic, "models": models, "alignment": rows, "genres": genres, "chance": always, "n_test": len(test),
+    return {"synthetic": films.synthetic, "models": models, "alignment": rows, "genres": genres, "chance": always, "n_test": len(test),
             "n_aligned": len(films.test_sample)}
 
 
@@ -1593,76 +1613,62 @@ def report_mmimdb(result):
     score = {(r["language"], r["vision"], r["metric"]): r for r in result["alignment"]}
     columns = list(dict.fromkeys((r["vision"], r["metric"]) for r in result["alignment"]))
     table = [["chance: all genres of every film", f"{result['chance']['f1_macro']:.3f}", *["-"] * (len(keys) - 1 + 3 * len(columns))]]
-    for m in result["models"]:
-        found = [score[(m["model"], *column)] for column in columns]
-        table.append([m["model"], *(f"{m[k]:.3f}" for k in keys), *(f"{r[k]:.3f}" for r in found for k in ("score", "null_mean", "calibrated"))])
-    text = (f"mmimdb: linear probes on {len(result['models'])} language models, {result['n_test']:,} test films, and alignment with the posters on "
-            f"{result['n_aligned']:,}\n" + common.format_table(["language model", *keys,
-                                                                *(c for _, m in columns for c in (m, "chance", "calibrated"))], table))
-    rows = [[g["genre"], g["n"], number(g["rho"], "+.3f"), number(g["p"], ".2g"), number(g.get("q"), ".2g"), number(g["slope"], "+.2f"),
-             number(g["slope_p"], ".2g"),
-             number(g.get("slope_q"), ".2g")] for g in result["genres"] if (g["vision"], g["metric"]) == columns[0]]
-    return (f"{text}\n\nF1 against alignment over language models ({columns[0][1]} with {columns[0][0]}): rho, slope; p, and q over the genres\n"
+    table += [[m["model"], *(number(m[key], ".3f") for key in keys),
+               *(f"{score[(m['model'], *column)][key]:.3f}" for column in columns for key in REPORTED)] for m in result["models"]]
+    forms = {"rho": "+.3f", "p": ".2g", "q": ".2g", "slope": "+.2f", "slope_p": ".2g", "slope_q": ".2g"}
+    rows = [[g["genre"], g["n"], *(number(g.get(key), form) for key, form in forms.items())]
+            for g in result["genres"] if (g["vision"], g["metric"]) == columns[0]]
+    return (f"mmimdb: linear probes on {len(result['models'])} language models, {result['n_test']:,} test films, and alignment with the posters on "
+            f"{result['n_aligned']:,}\n" + common.format_table(["language model", *keys, *metric_header(m for _, m in columns)], table)
+            + f"\n\nF1 against alignment over language models ({columns[0][1]} with {columns[0][0]}): rho, slope; p, and q over the genres\n"
             + common.format_table(["genre", "n", "rho", "p", "q", "slope", "slope p", "slope q"], rows))
 
 
 @torch.no_grad()
 def evaluate_finetune(cfg, data, states):
     """Test F1 and alignment of the two towers for every weight and seed, each at its dev-chosen epoch."""
-    a, films, rows = cfg.alignment, data.source, []
+    a, rows = cfg.alignment, []
     for job in data.jobs:
         data = select(data, job)
         model = trained(build_model(cfg, data), states, data)
-        test, sample = make_batch(data, data.splits["test"]), make_batch(data, films.test_sample)
-        logit, labels = model(test)[2], test["labels"]
-        image, text, _ = model(sample)
-        dev = make_batch(data, data.splits["val"])
+        test, dev, sample = (make_batch(data, part) for part in (data.splits["test"], data.splits["val"], data.source.test_sample))
+        (image, text, _), logit, labels = model(sample), model(test)[2], test["labels"]
         threshold = best_threshold(model(dev)[2], dev["labels"])
         f1, f1_tuned = (genre_f1((logit > t)[:, None], labels[:, None]).item() for t in (0, threshold))
-        retrieval = common.retrieval_metrics(F.normalize(text, dim=1), F.normalize(image, dim=1), torch.arange(len(text)), torch.arange(len(image)),
-                                             ks=(10,))
-        row = {"weight": job["weight"], "seed": job["seed"], "f1": f1, "f1_dev_threshold": f1_tuned,
-               "average_precision": common.multilabel_metrics(logit[:, None], labels[:, None])["mAP"], "text_to_image_R@10": retrieval["R@10"]}
-        for metric in a.metrics:
-            row[metric] = {k: v for k, v in permutation_null(text, image, metric, a.k, a.n_permutations, cfg.seed, a.alpha).items() if k != "null"}
-        rows.append(row)
+        index = torch.arange(len(text))
+        retrieval = common.retrieval_metrics(F.normalize(text, dim=1), F.normalize(image, dim=1), index, index, ks=(10,))
+        rows.append({"weight": job["weight"], "seed": job["seed"], "f1": f1, "f1_dev_threshold": f1_tuned,
+                     "average_precision": common.multilabel_metrics(logit[:, None], labels[:, None])["mAP"], "text_to_image_R@10": retrieval["R@10"],
+                     **{metric: summary(permutation_null(text, image, metric, a.k, a.n_permutations, cfg.seed, a.alpha)) for metric in a.metrics}})
     weights = [r["weight"] for r in rows]
-    correlations = [{"metric": metric, "of": "w, alignment", "at": "all runs", **spearman(weights, [r[metric]["score"] for r in rows])}
-                    for metric in a.metrics]
-    correlations += [{"metric": key, "of": "w, " + key, "at": "all runs", **spearman(weights, [r[key] for r in rows])}
-                     for key in ("f1", "f1_dev_threshold", "average_precision")]
+    correlations = [correlation(metric, "w, alignment", "all runs", weights, [r[metric]["score"] for r in rows]) for metric in a.metrics]
+    correlations += [correlation(key, f"w, {key}", "all runs", weights, [r[key] for r in rows]) for key in FINETUNE_SCORES]
     share = float(labels.mean())
-    return {"synthetic": data.synthetic, "genre": data.jobs[0]["genre"], "rows": rows, "correlations": correlations, "n_test": len(labels),
+    return {"synthetic": data.source.synthetic, "genre": data.jobs[0]["genre"], "rows": rows, "correlations": correlations, "n_test": len(labels),
             "n_positive": int(labels.sum()),
             "chance": {"f1": 2 * share / (1 + share), "f1_dev_threshold": 2 * share / (1 + share), "average_precision": share,
                        "text_to_image_R@10": 10 / len(text)}}
 
 
+FINETUNE_SCORES = ("f1", "f1_dev_threshold", "average_precision")
+
+
 def report_finetune(result):
-    metrics = [k for k, v in result["rows"][0].items() if isinstance(v, dict)]
-    groups = {}
-    for r in result["rows"]:
-        groups.setdefault(r["weight"], []).append(r)
+    metrics, plain = [k for k, v in result["rows"][0].items() if isinstance(v, dict)], (*FINETUNE_SCORES, "text_to_image_R@10")
 
     def cell(values):
         return f"{np.mean(values):.3f}" + (f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
-    plain = ("f1", "f1_dev_threshold", "average_precision", "text_to_image_R@10")
     table = [["chance: all positive", "", *(f"{result['chance'][k]:.3f}" for k in plain), *["-"] * (3 * len(metrics))]]
-    table += [[f"w = {w:g}", len(g), *(cell([r[k] for r in g]) for k in plain),
-               *(cell([r[m][k] for r in g]) for m in metrics for k in ("score", "null_mean", "calibrated"))]
-              for w, g in groups.items()]
+    for (w,), part in grouped(result["rows"], "weight").items():
+        table.append([f"w = {w:g}", len(part), *(cell([r[k] for r in part]) for k in plain),
+                      *(cell([r[m][k] for r in part]) for m in metrics for k in REPORTED)])
     return (f"finetune: genre {result['genre']}, {result['n_positive']} of {result['n_test']:,} test films; loss = w InfoNCE + BCE, "
             "epoch chosen on dev by AP; mean +- sd over seeds\n"
-            + common.format_table(["", "seeds", "F1", "F1 (dev threshold)", "AP", "T2I R@10",
-                                   *(c for m in metrics for c in (m, "chance", "calibrated"))], table)
+            + common.format_table(["", "seeds", "F1", "F1 (dev threshold)", "AP", "T2I R@10", *metric_header(metrics)], table)
             + f"\n\n{correlation_table(result['correlations'])}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- plots
-
-def mark(title, synthetic):
-    return f"{title} (synthetic data)" if synthetic else title
-
 
 def file_name(text):
     return re.sub(r"[^a-zA-Z0-9.]+", "_", text)
@@ -1672,172 +1678,156 @@ def stated(c):
     return f"rho {number(c['rho'], '+.2f')}, n = {c['n']}, p = {number(c['p'], '.2g')}"
 
 
+def chance_line(axis, x, y):
+    axis.plot(x, y, color="grey", linestyle=":", label="chance")
+
+
+def label(axis, xlabel, ylabel, title=""):
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set_title(title, fontsize=8)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=6)
+
+
+def save(figure, path, title, synthetic=False):
+    figure.suptitle(f"{title} (synthetic data)" if synthetic else title, fontsize=10)
+    common.save_figure(figure, path)
+
+
 def plot_synthetic(folder, result):
-    rows, correlations = result["rows"], result["correlations"]
-    for metric in dict.fromkeys(c["metric"] for c in correlations):
-        depths = sorted({r["D"] for r in rows})
+    """Two pictures a metric: alignment against U, a panel a depth D; accuracy of x2's encoders against alignment, a panel a U."""
+    depths, levels = (sorted({r[key] for r in result["rows"]}) for key in ("D", "U"))
+    for (metric,), correlations in grouped(result["correlations"], "metric").items():
+        rho = {c["at"]: stated(c) for c in correlations}
+
+        def means(rows, key, metric=metric):
+            return [np.mean([r[metric][key] for r in rows if r["U"] == u]) for u in levels]
         figure, axes = common.new_figure(len(depths), width=3.8)
         for axis, depth in zip(axes, depths, strict=True):
-            for x2_depth in sorted({r["x2_depth"] for r in rows}):
-                part = {}
-                for r in rows:
-                    if (r["D"], r["x2_depth"]) == (depth, x2_depth):
-                        part.setdefault(r["U"], []).append(r[metric]["score"])
-                axis.plot(sorted(part), [np.mean(part[u]) for u in sorted(part)], marker=".", label=f"x2's encoder: {x2_depth} layers")
-            null = {u: np.mean([r[metric]["null_mean"] for r in rows if (r["D"], r["U"]) == (depth, u)]) for u in sorted({r["U"] for r in rows})}
-            axis.plot(list(null), list(null.values()), color="grey", linestyle=":", label="chance")
-            found = next(c for c in correlations if (c["metric"], c["at"]) == (metric, f"D={depth}"))
-            axis.set(xlabel="unique bits U", ylabel=f"alignment ({metric})", title=f"D = {depth}: {stated(found)}")
-            axis.title.set_fontsize(8)
-            axis.legend(fontsize=6)
-        figure.suptitle(mark("alignment against uniqueness", result["synthetic"]))
-        common.save_figure(figure, folder / f"alignment_vs_uniqueness_{metric}.png")
-        levels = sorted({r["U"] for r in rows})
+            rows = [r for r in result["rows"] if r["D"] == depth]
+            for (layers,), part in grouped(rows, "x2_depth").items():
+                axis.plot(levels, means(part, "score"), marker=".", label=f"x2's encoder: {layers} layers")
+            chance_line(axis, levels, means(rows, "null_mean"))
+            label(axis, "unique bits U", f"alignment ({metric})", f"D = {depth}: {rho[f'D={depth}']}")
+        save(figure, folder / f"alignment_vs_uniqueness_{metric}.png", "alignment against uniqueness", result["synthetic"])
         figure, axes = common.new_figure(len(levels), width=3.4)
         for axis, u in zip(axes, levels, strict=True):
-            for depth in depths:
-                part = [r for r in rows if (r["U"], r["D"]) == (u, depth)]
+            for (depth,), part in grouped([r for r in result["rows"] if r["U"] == u], "D").items():
                 axis.scatter([r[metric]["score"] for r in part], [r["accuracy_x2"] for r in part], s=14, label=f"D = {depth}")
-            found = next(c for c in correlations if (c["metric"], c["at"]) == (metric, f"U={u}"))
-            axis.set(xlabel=f"alignment ({metric})", ylabel="test accuracy of x2's encoder", title=f"U = {u}: {stated(found)}")
-            axis.title.set_fontsize(8)
-            axis.legend(fontsize=6)
-        figure.suptitle(mark("alignment against performance", result["synthetic"]))
-        common.save_figure(figure, folder / f"alignment_vs_performance_{metric}.png")
+            label(axis, f"alignment ({metric})", "test accuracy of x2's encoder", f"U = {u}: {rho[f'U={u}']}")
+        save(figure, folder / f"alignment_vs_performance_{metric}.png", "alignment against performance", result["synthetic"])
 
 
 def plot_align(folder, result):
-    for metric in dict.fromkeys(r["metric"] for r in result["rows"]):
-        rows = [r for r in result["rows"] if r["metric"] == metric]
-        largest = max(r["score"] for r in rows)
-        for model in dict.fromkeys(r["language"] for r in rows):
-            shown = sorted((r for r in rows if r["language"] == model), key=lambda r: -r["score"])[:6]
-            figure, axes = common.new_figure(len(shown), width=3.6)
-            for axis, r in zip(axes, shown, strict=True):
-                image = axis.imshow(r["matrix"], vmin=min(0, np.min(r["matrix"])), vmax=largest, cmap="viridis", aspect="auto", origin="lower")
-                axis.scatter(r["layers"][1], r["layers"][0], marker="x", color="red",
-                             label=f"best {r['score']:.3f}, calibrated {r['calibrated']:.3f}")
-                axis.set(xlabel=f"layer of {r['vision']}", ylabel=f"layer of {model}")
-                for numbers in (axis.xaxis, axis.yaxis):
-                    numbers.get_major_locator().set_params(integer=True)
-                axis.legend(fontsize=7, loc="upper left")
-            figure.colorbar(image, ax=axes, label=metric)
-            n_models = sum(r["language"] == model for r in rows)
-            best = f"; the best {len(shown)} of {n_models} vision models" if len(shown) < n_models else ""
-            figure.suptitle(mark(f"{model}, {r['n']:,} items{best}", result["synthetic"]), fontsize=10)
-            common.save_figure(figure, folder / f"heatmap_{metric}_{file_name(model)}.png")
-    metric = result["rows"][0]["metric"]
+    """Heatmaps of all layer pairs, a picture a language model with the (at most six) vision models it agrees with best; the score against N."""
+    for (metric, model), rows in grouped(result["rows"], "metric", "language").items():
+        largest_score = max(r["score"] for r in result["rows"] if r["metric"] == metric)
+        shown = sorted(rows, key=lambda r: -r["score"])[:6]
+        figure, axes = common.new_figure(len(shown), width=3.6)
+        for axis, r in zip(axes, shown, strict=True):
+            image = axis.imshow(r["matrix"], vmin=min(0, np.min(r["matrix"])), vmax=largest_score, cmap="viridis", aspect="auto", origin="lower")
+            axis.scatter(r["layers"][1], r["layers"][0], marker="x", color="red", label=f"best {r['score']:.3f}, calibrated {r['calibrated']:.3f}")
+            for numbers in (axis.xaxis, axis.yaxis):
+                numbers.get_major_locator().set_params(integer=True)
+            label(axis, f"layer of {r['vision']}", f"layer of {model}")
+        figure.colorbar(image, ax=axes, label=metric)
+        best = f"; the best {len(shown)} of {len(rows)} vision models" if len(shown) < len(rows) else ""
+        save(figure, folder / f"heatmap_{metric}_{file_name(model)}.png", f"{model}, {rows[0]['n']:,} items{best}", result["synthetic"])
+    metric, sizes = result["rows"][0]["metric"], sorted({p["n"] for p in result["against_n"]})
     figure, (axis,) = common.new_figure(width=5.4)
-    for model in dict.fromkeys(p["vision"] for p in result["against_n"]):
-        part = [p for p in result["against_n"] if p["vision"] == model]
-        axis.errorbar([p["n"] for p in part], [p["mean"] for p in part], [p["sd"] for p in part], marker=".", capsize=2,
-                      label=f"{model} - {part[0]['language']}")
+    for (vision, language), part in grouped(result["against_n"], "vision", "language").items():
+        axis.errorbar(sizes, [p["mean"] for p in part], [p["sd"] for p in part], marker=".", capsize=2, label=f"{vision} - {language}")
     if metric == "mutual_knn":
-        sizes = sorted({p["n"] for p in result["against_n"]})
-        axis.plot(sizes, [result["k"] / (n - 1) for n in sizes], color="grey", linestyle=":", label="chance k / (N - 1)")
-    axis.set_xticks(sorted({p["n"] for p in result["against_n"]}))
-    axis.set(xlabel="items N (5 subsamples, mean +- sd)", ylabel=metric, title=mark("the score depends on N", result["synthetic"]))
-    axis.legend(fontsize=6)
-    common.save_figure(figure, folder / "alignment_vs_n.png")
+        chance_line(axis, sizes, [result["k"] / (n - 1) for n in sizes])
+    axis.set_xticks(sizes)
+    label(axis, "items N (5 subsamples, mean +- sd)", metric)
+    save(figure, folder / "alignment_vs_n.png", "the score depends on N", result["synthetic"])
 
 
 def plot_uniqueness(folder, result, same_scale):
-    for metric in dict.fromkeys(c["metric"] for c in result["curves"]):
-        baseline = result["text_only"] if result["text_only"] and metric in result["text_only"] else None
-        figure, axes = common.new_figure(3 if baseline else 2, width=5, height=4)
-        for axis, key in zip(axes[:2], ("score", "calibrated"), strict=True):
-            for c in result["curves"]:
-                if c["metric"] == metric:
-                    found = next(r for r in result["correlations"] if r["metric"] == metric and r["at"] == c["vision"] and r["of"].startswith("u,"))
-                    axis.plot(c["u"], c[key], marker=".", label=f"{c['vision']}: {stated(found)}" if key == "score" else None)
-            if key == "score":
-                axis.plot(c["u"], next(c["null_mean"] for c in result["curves"] if c["metric"] == metric), color="grey", linestyle=":",
-                          label="chance")
-            axis.set(xlabel="u: share of words replaced [%]", ylabel=f"{metric}{'' if key == 'score' else ', calibrated'}")
-        axes[0].legend(fontsize=6)
-        if baseline:
+    """A picture a metric: raw and calibrated alignment against u, and the text-only baseline; a picture a family of vision models where language
+    models carry bits per byte: alignment against performance, a panel a level."""
+    wanted = [u for u in (10, 30, 50, 70, 90) if u in result["levels"]] or result["levels"]
+    for (metric,), curves in grouped(result["curves"], "metric").items():
+        rho = {(c["of"].split(",")[0].split(" ")[0], c["at"]): stated(c) for c in result["correlations"] if c["metric"] == metric}
+        text = result["text_only"] if metric in (result["text_only"] or ()) else None
+        figure, axes = common.new_figure(3 if text else 2, width=5, height=4)
+        for c in curves:
+            axes[0].plot(c["u"], c["score"], marker=".", label=f"{c['vision']}: {rho['u', c['vision']]}")
+            axes[1].plot(c["u"], c["calibrated"], marker=".")
+        chance_line(axes[0], curves[0]["u"], curves[0]["null_mean"])
+        label(axes[0], "u: share of words replaced [%]", metric)
+        label(axes[1], "u: share of words replaced [%]", f"{metric}, calibrated")
+        if text:
             found = next(c for c in result["correlations"] if c["metric"] == metric and "text-only" in c["of"])
-            axes[2].plot(baseline["u"], baseline[metric], color="black", marker=".", label=f"TF-IDF: {stated(found)}")
-            axes[2].set(xlabel="u: share of words replaced [%]", ylabel=f"{metric}, originals with rewrites",
-                        title=f"text only, {baseline['n']:,} captions")
-            axes[2].legend(fontsize=7)
-        figure.suptitle(mark(f"alignment against caption uniqueness, {result['n']:,} items", result["synthetic"]))
-        common.save_figure(figure, folder / f"alignment_vs_uniqueness_{metric}.png")
-        rows = [r for r in result["rows"] if r["metric"] == metric and r["bpb"] is not None]
-        for name in dict.fromkeys(family(r["vision"]) for r in rows):
-            part = [r for r in rows if family(r["vision"]) == name]
-            correlations = {c["at"]: c for c in result["correlations"] if c["metric"] == metric and c["of"].startswith("performance")}
-            levels = [u for u in (10, 30, 50, 70, 90) if u in result["levels"]] or result["levels"]
-            if f"{name}, u={levels[0]}" not in correlations:
+            axes[2].plot(text["u"], text[metric], color="black", marker=".", label=f"TF-IDF: {stated(found)}")
+            label(axes[2], "u: share of words replaced [%]", f"{metric}, originals with rewrites", f"text only, {text['n']:,} captions")
+        save(figure, folder / f"alignment_vs_uniqueness_{metric}.png", f"alignment against caption uniqueness, {result['n']:,} items",
+             result["synthetic"])
+        rows = [r | {"family": family(r["vision"])} for r in result["rows"] if r["metric"] == metric and r["bpb"] is not None]
+        for (name,), part in grouped(rows, "family").items():
+            if any(("performance", f"{name}, u={u}") not in rho for u in wanted):
                 continue
-            figure, axes = common.new_figure(len(levels), width=3.3)
-            for axis, u in zip(axes, levels, strict=True):
-                for model in dict.fromkeys(r["vision"] for r in part):
-                    line = sorted((-r["bpb"], r["score"]) for r in part if r["u"] == u and r["vision"] == model)
-                    axis.plot(*zip(*line, strict=True), marker=".", label=model)
-                axis.set(xlabel="- bits per byte", ylabel=metric, title=f"u = {u}: {stated(correlations[f'{name}, u={u}'])}")
-                axis.title.set_fontsize(8)
-                axis.legend(fontsize=6)
+            figure, axes = common.new_figure(len(wanted), width=3.3)
+            for axis, u in zip(axes, wanted, strict=True):
+                for (model,), line in grouped([r for r in part if r["u"] == u], "vision").items():
+                    axis.plot(*zip(*sorted((-r["bpb"], r["score"]) for r in line), strict=True), marker=".", label=model)
+                label(axis, "- bits per byte", metric, f"u = {u}: {rho['performance', f'{name}, u={u}']}")
                 if same_scale:
                     axis.set_ylim(min(0, min(r["score"] for r in part)), 1.05 * max(r["score"] for r in part))
-            figure.suptitle(mark(f"{name}: alignment against language performance", result["synthetic"]))
-            common.save_figure(figure, folder / f"performance_{metric}_{file_name(name)}.png")
+            save(figure, folder / f"performance_{metric}_{file_name(name)}.png", f"{name}: alignment against language performance",
+                 result["synthetic"])
 
 
 def plot_mmimdb(folder, result):
-    first = result["genres"][0]
-    part = [g for g in result["genres"] if (g["vision"], g["metric"]) == (first["vision"], first["metric"])]
+    """Of the first vision model and metric: macro F1 against alignment, and over genres histograms of rho and slope."""
+    macro, *genres = grouped(result["genres"], "vision", "metric")[result["genres"][0]["vision"], result["genres"][0]["metric"]]
+    vision, metric = macro["vision"], macro["metric"]
+    score = {r["language"]: r["score"] for r in result["alignment"] if (r["vision"], r["metric"]) == (vision, metric)}
     figure, axes = common.new_figure(3, width=4.4)
-    score = {r["language"]: r["score"] for r in result["alignment"] if (r["vision"], r["metric"]) == (first["vision"], first["metric"])}
     for m in result["models"]:
-        axes[0].scatter(score[m["model"]], m["f1_macro"], color="tab:blue", s=18)
-        axes[0].annotate(m["model"], (score[m["model"]], m["f1_macro"]), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes[0].axhline(result["chance"]["f1_macro"], color="grey", linestyle=":", linewidth=1, label="chance: every genre")
-    axes[0].legend(fontsize=6)
+        point = score[m["model"]], m["f1_macro"]
+        axes[0].scatter(*point, color="tab:blue", s=18)
+        axes[0].annotate(m["model"], point, fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes[0].axhline(result["chance"]["f1_macro"], color="grey", linestyle=":", label="chance: every genre")
     axes[0].margins(x=0.2)  # room for the names
-    axes[0].set(xlabel=f"alignment ({first['metric']}) with {first['vision']}", ylabel="test macro F1", title=f"macro: {stated(first)}")
-    for axis, key, label in zip(axes[1:], ("rho", "slope"), ("Spearman's rho", "slope"), strict=True):
-        values = [g[key] for g in part[1:] if math.isfinite(g[key])]
-        significant = sum(g[q] < 0.05 for g in part[1:] for q in ["q" if key == "rho" else "slope_q"] if math.isfinite(g[q]))
+    label(axes[0], f"alignment ({metric}) with {vision}", "test macro F1", f"macro: {stated(macro)}")
+    for axis, key, q, name in zip(axes[1:], ("rho", "slope"), ("q", "slope_q"), ("Spearman's rho", "slope"), strict=True):
+        values = [g[key] for g in genres if math.isfinite(g[key])]
         axis.hist(values, bins=12)
         axis.axvline(0, color="grey", linewidth=1)
-        axis.set(xlabel=f"{label} of F1 against alignment", ylabel="genres",
-                 title=f"{len(values)} genres, {significant} with q < .05; n = {first['n']} models")
-    for axis in axes:
-        axis.title.set_fontsize(8)
-    figure.suptitle(mark("does alignment predict the probes' F1?", result["synthetic"]))
-    common.save_figure(figure, folder / "mmimdb_correlations.png")
+        label(axis, f"{name} of F1 against alignment", "genres",
+              f"{len(values)} genres, {sum(g[q] < 0.05 for g in genres)} with q < .05; n = {macro['n']} models")
+    save(figure, folder / "mmimdb_correlations.png", "does alignment predict the probes' F1?", result["synthetic"])
 
 
 def plot_finetune(folder, result):
-    metrics = [k for k, v in result["rows"][0].items() if isinstance(v, dict)]
+    """Test scores, and the alignment by each metric, against the contrastive weight: mean and standard deviation over seeds."""
+    metrics, by_weight = [k for k, v in result["rows"][0].items() if isinstance(v, dict)], sorted(grouped(result["rows"], "weight").items())
+    rho, places = {c["metric"]: stated(c) for c in result["correlations"]}, range(len(by_weight))
     figure, axes = common.new_figure(1 + len(metrics), width=4.2)
-    weights = sorted({r["weight"] for r in result["rows"]})
-    for axis, keys in zip(axes, (("f1", "f1_dev_threshold", "average_precision"), *((m,) for m in metrics)), strict=True):
+    for axis, keys in zip(axes, (FINETUNE_SCORES, *((m,) for m in metrics)), strict=True):
         for key in keys:
-            values = [[r[key]["score"] if isinstance(r[key], dict) else r[key] for r in result["rows"] if r["weight"] == w] for w in weights]
-            bars = axis.errorbar(range(len(weights)), [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values],
-                                 marker=".", capsize=2, label=key)
-            if key in result["chance"] and key != "f1_dev_threshold":  # of equal chance as f1
+            values = [[r[key]["score"] if key in metrics else r[key] for r in part] for _, part in by_weight]
+            bars = axis.errorbar(places, [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], marker=".",
+                                 capsize=2, label=key)
+            if key in metrics:
+                chance_line(axis, places, [np.mean([r[key]["null_mean"] for r in part]) for _, part in by_weight])
+            elif key != "f1_dev_threshold":  # whose chance is f1's
                 axis.axhline(result["chance"][key], color=bars[0].get_color(), linestyle=":", linewidth=1, label=f"{key}, all positive")
-        if keys[0] in metrics:
-            axis.plot(range(len(weights)), [np.mean([r[keys[0]]["null_mean"] for r in result["rows"] if r["weight"] == w]) for w in weights],
-                      color="grey", linestyle=":", label="chance")
-        found = next(c for c in result["correlations"] if c["metric"] == keys[0])
-        axis.set(xlabel="contrastive weight w", ylabel="test score" if keys[0] == "f1" else f"alignment ({keys[0]})",
-                 title=f"{keys[0]}: {stated(found)}")
-        axis.set_xticks(range(len(weights)), [f"{w:g}" for w in weights])
-        axis.title.set_fontsize(8)
+        axis.set_xticks(places, [f"{w:g}" for (w,), _ in by_weight])
+        label(axis, "contrastive weight w", f"alignment ({keys[0]})" if keys[0] in metrics else "test score", f"{keys[0]}: {rho[keys[0]]}")
         axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(mark(f"fine-tuning for {result['genre']}: mean +- sd over {len(result['rows']) // len(weights)} seeds", result["synthetic"]))
-    common.save_figure(figure, folder / "finetune.png")
+    save(figure, folder / "finetune.png", f"fine-tuning for {result['genre']}: mean +- sd over {len(by_weight[0][1])} seeds", result["synthetic"])
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
-REPORTS = {"synthetic": report_synthetic, "align": report_align, "uniqueness": report_uniqueness, "mmimdb": report_mmimdb,
-           "finetune": report_finetune}
-STAGES = ("all", *REPORTS)
+EVALUATE_REPORT_PLOT = {
+    "synthetic": (evaluate_synthetic, report_synthetic, plot_synthetic), "align": (evaluate_align, report_align, plot_align),
+    "uniqueness": (evaluate_uniqueness, report_uniqueness, plot_uniqueness), "mmimdb": (evaluate_mmimdb, report_mmimdb, plot_mmimdb),
+    "finetune": (evaluate_finetune, report_finetune, plot_finetune)}
+STAGES = ("all", *EVALUATE_REPORT_PLOT)
 
 
 def evaluate(cfg, stages=None):
@@ -1847,16 +1837,10 @@ def evaluate(cfg, stages=None):
     plots = Path(at_level(cfg.plot_dir)) if cfg.plot_dir else folder
     plots.mkdir(parents=True, exist_ok=True)
     for stage in [s for s in stages or cfg.stages if s not in results["stages"]]:
-        if stage in TRAINED:
-            states = common.load_checkpoint(folder / "best_model.pt")["model_state_dict"]
-            result = {"synthetic": evaluate_synthetic, "mmimdb": evaluate_mmimdb,
-                      "finetune": evaluate_finetune}[stage](cfg, load_data(cfg, stage), states)
-        else:
-            result = {"align": evaluate_align, "uniqueness": evaluate_uniqueness}[stage](cfg)
-        if stage == "uniqueness":
-            plot_uniqueness(plots, result, cfg.same_scale)
-        else:
-            {"synthetic": plot_synthetic, "align": plot_align, "mmimdb": plot_mmimdb, "finetune": plot_finetune}[stage](plots, result)
+        evaluate_stage, _, plot = EVALUATE_REPORT_PLOT[stage]
+        trains = (load_data(cfg, stage), common.load_checkpoint(folder / "best_model.pt")["model_state_dict"]) if stage in TRAINED else ()
+        result = evaluate_stage(cfg, *trains)
+        plot(plots, result, *[cfg.same_scale] * (stage == "uniqueness"))
         results["stages"][stage], results["synthetic"] = result, results["synthetic"] or result["synthetic"]
         common.write_json(file, results)
     return results
@@ -1866,8 +1850,9 @@ def evaluate(cfg, stages=None):
 def main(argv):
     args = common.parse_command_line(argv, (Config,), __doc__, STAGES)
     cfg = common.load_config(Config, args.config, args.overrides, demo=args.demo)
-    for key, values in (("stages", cfg.stages), ("alignment.metrics", cfg.alignment.metrics), ("finetune.weights", cfg.finetune.weights),
-                        ("mmimdb.learning_rates", cfg.mmimdb.learning_rates), ("mmimdb.weight_decays", cfg.mmimdb.weight_decays)):
+    lists = ("stages", "alignment.metrics", "synthetic.uniqueness", "synthetic.transform_depths", "synthetic.x2_depths", "mmimdb.learning_rates",
+             "mmimdb.weight_decays", "finetune.weights")
+    for key, values in ((key, operator.attrgetter(key)(cfg)) for key in lists):
         if not values or len(set(values)) != len(values):
             raise UserError(f"{key} must name at least one, and each once")
     if args.stage not in ("all", *cfg.stages):
@@ -1879,19 +1864,16 @@ def main(argv):
         cfg.features_dir, cfg.vision_dir, cfg.captions_file = f"{folder}/gpt_u={{u}}_features", f"{folder}/vision", f"{folder}/captions.json"
         cfg.mmimdb.dir = demo_data.write_mmimdb("data/demo/mmimdb")
     folder, stages = start(cfg, args.fresh), cfg.stages if args.stage == "all" else [args.stage]
-    if any(stage in TRAINED and stage not in known_stages(folder) for stage in stages):
+    known = common.read_json(folder / "results.json")["stages"] if (folder / "results.json").exists() else ()
+    if any(stage in TRAINED and stage not in known for stage in stages):
         train(cfg, stages, folder)
     results = evaluate(cfg, stages)
     for stage in stages:
         kind = "controlled" if stage == "synthetic" else "demo"
         marked = f"  [SYNTHETIC {kind} data]" if results["stages"][stage]["synthetic"] else ""
-        first, _, rest = REPORTS[stage](results["stages"][stage]).partition("\n")
+        first, _, rest = EVALUATE_REPORT_PLOT[stage][1](results["stages"][stage]).partition("\n")
         print(f"\n{first}{marked}\n{rest}")
     print(f"files: {folder}/ (results.json, *.png)")
-
-
-def known_stages(folder):
-    return common.read_json(folder / "results.json")["stages"] if (folder / "results.json").exists() else {}
 
 
 if __name__ == "__main__":

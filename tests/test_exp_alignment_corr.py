@@ -214,7 +214,6 @@ def test_blocks_of_rows_and_many_layers_change_nothing(metric, monkeypatch):
     b = torch.cat([b, b.flip(1)], dim=1)
     whole = exp.alignment_matrix(a, b, metric, 6)
     monkeypatch.setattr(exp, "BLOCK_BYTES", 4000)
-    monkeypatch.setattr(exp, "WORD_BITS", 4)
     assert torch.allclose(exp.alignment_matrix(a, b, metric, 6), whole, atol=1e-6)
 
 
@@ -226,6 +225,13 @@ def test_permuted_sides_equal_permuted_features(metric):
     assert torch.allclose(turned, exp.alignment_matrix(a[order], b, metric, 5), atol=1e-6)
     # the items' order itself means nothing
     assert torch.allclose(exp.alignment_matrix(a[order], b[order], metric, 5), exp.alignment_matrix(a, b, metric, 5), atol=1e-6)
+
+
+def test_more_neighbours_than_a_byte_counts():
+    a = torch.randn(140, 8, generator=torch.Generator().manual_seed(0))
+    assert exp.lcs_knn(a, a, 130) == 130
+    assert exp.edit_distance_knn(a, a, 130) == 1
+    assert exp.edit_distance_knn(a, a.flip(1) ** 2, 130) == pytest.approx(loop_metric("edit_distance_knn", a, a.flip(1) ** 2, 130))
 
 
 def test_symmetric_product_by_blocks():
@@ -300,6 +306,9 @@ def test_calibration_formula():
     assert out["calibrated"] == pytest.approx((0.5 - 0.19) / 0.81)
     assert out["p_value"] == 1 / 20
     assert exp.calibrate(0.1, np.full(19, 0.3))["calibrated"] == 0
+    for k, per_mille in itertools.product((9, 19, 99, 200, 999), range(5, 1000, 5)):  # 1 - .7 is a little more than .3
+        place = -(-(1000 - per_mille) * (k + 1) // 1000)  # in whole numbers
+        assert exp.calibrate(k, np.arange(k), per_mille / 1000)["threshold"] == place - 1
     assert exp.permutation_null(*case_a(), "lcs_knn", n_permutations=19)["score"] == pytest.approx(0.3609375)
 
 
@@ -314,6 +323,7 @@ def test_intervals_cover_the_score_and_shrink():
             assert low < getattr(exp, metric)(a, b) < high
             widths.append(high - low)
         assert 2 < widths[0] / widths[1] < 8 if metric == "unbiased_cka" else widths[0] > widths[1]  # as 1 / sqrt(n): 4
+    assert all(math.isnan(end) for end in exp.score_interval(a[:18], b[:18], "lcs_knn"))  # 9 of 18 rows have no 10 neighbours
 
 
 @pytest.mark.parametrize("n", [4, 7, 20])
@@ -484,12 +494,14 @@ BAD_FEATURES = {
     "misordered": ({"ids": [f"item{i}" for i in range(30)][::-1]}, "same ids .* in another order"),
     "other items": ({"ids": [f"film{i}" for i in range(30)]}, "row 0 is film0, there item0"),
     "fewer": ({"feats": torch.randn(20, 2, 6), "ids": [f"item{i}" for i in range(20)]}, "vision/m.pt: 20 items"),
-    "nan": ({"feats": torch.full((30, 2, 6), math.nan)}, "vision/m.pt: layer 0: 30 of 30 rows hold NaN"),
+    "nan": ({"feats": torch.full((30, 2, 6), math.nan)}, "vision/m.pt: layer 0: 30 of 30 rows of features hold NaN"),
     "inf": ({"feats": torch.randn(30, 1, 6).index_fill(0, torch.tensor([3]), math.inf)}, "the first is row 3"),
     "no feats": ({"feats": None}, "expected float features"),
     "whole numbers": ({"feats": torch.ones(30, 2, 6, dtype=torch.int64)}, "int64"),
     "ids": ({"ids": ["a"]}, "30 rows of features but 1 ids"),
     "dims": ({"dims": [6, 7]}, "dims must give the width"),
+    "words as dims": ({"dims": ["a", "b"]}, "must be lists of names and of widths"),
+    "bits per byte": ({"bpb": math.nan}, r"bpb \(bits per byte\) is nan"),
 }
 
 
@@ -515,7 +527,7 @@ def test_bad_features_are_one_line_naming_the_file(tmp_path, capsys, case):
     (["alignment.ladder=[lsa:9]"], "expected pca:WIDTH"), (["captions_file=nowhere.json"], "nowhere.json"),
                                                     (["--stage", "finetune"], "for finetune set stages"),
     (["stages=[mmimdb]", "mmimdb.dir=nowhere"], "nowhere/split.json"), (["stages=[synthetic]", "synthetic.uniqueness=[9]"], "from 0 to 8"),
-    (["stages=[synthetic]", "synthetic.k=600"], "more than k=600")])
+    (["stages=[synthetic]", "synthetic.k=600"], "more than k=600"), (["synthetic.x2_depths=[1, 1]"], "each once")])
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, overrides, message):
     monkeypatch.delenv("BASE_DIR", raising=False)
     write_features(tmp_path / "language/m.pt")
@@ -545,6 +557,39 @@ def test_damaged_file_bare_tensor_and_constant_rows(tmp_path, capsys):
         exp.mutual_knn(tensor, tensor * math.nan)
     with pytest.raises(UserError, match="more than k"):
         exp.mutual_knn(tensor[:10], tensor[:10], 10)
+
+
+def test_tensors_and_whole_numbers_as_facts_of_a_file(tmp_path):
+    write_features(tmp_path / "a.pt", dims=torch.tensor([4, 6]), bpb=torch.tensor(0.5), ids=torch.arange(30))
+    write_features(tmp_path / "b.pt", ids=[str(i) for i in range(30)])
+    a, b = (exp.read_features(tmp_path / f"{name}.pt", exp.AlignmentConfig(), "cpu") for name in "ab")
+    assert [x.shape[1] for x in a.layers] == [4, 6]
+    assert (a.bpb, b.bpb) == (0.5, None)
+    exp.check_same_items([a, b])  # 7 and "7" are one item
+
+
+def test_models_are_told_apart_by_name_and_side(tmp_path, capsys):
+    """CLIP's two towers bear one name; the score against N and the intervals are of the layers that were best."""
+    for folder, layers, seed in (("language", 2, 0), ("vision", 4, 1)):
+        write_features(tmp_path / folder / "clip.pt", n=60, layers=layers, seed=seed)
+    assert cli(tmp_path, "alignment.k=5", "alignment.metrics=[mutual_knn]") == 0
+    result = common.read_json(tmp_path / "run/results.json")["stages"]["align"]
+    (row,) = result["rows"]
+    assert row["interval"][0] < row["score"] < row["interval"][1]
+    assert next(p["mean"] for p in result["against_n"] if p["n"] == 60) == pytest.approx(row["score"])
+    write_features(tmp_path / "language/other.pt", n=60, seed=2, model="clip")
+    assert cli(tmp_path, "alignment.k=5", f"output_dir={tmp_path}/again") == 2
+    assert "a second model of the name clip" in capsys.readouterr().err
+
+
+def test_few_items_have_no_interval_and_the_second_report_is_the_first(tmp_path, capsys):
+    for i, folder in enumerate(("language", "vision")):
+        write_features(tmp_path / folder / f"m{i}.pt", n=9, seed=i)
+    assert cli(tmp_path, "alignment.k=5", "alignment.metrics=[lcs_knn]") == 0
+    out = capsys.readouterr().out
+    assert "- .. -" in out
+    assert cli(tmp_path, "alignment.k=5", "alignment.metrics=[lcs_knn]") == 0
+    assert capsys.readouterr().out == out
 
 
 def test_align_stage_reports_every_pair_and_resumes_from_its_matrices(tmp_path, capsys, monkeypatch):
@@ -597,7 +642,7 @@ def test_both_shapes_of_captions_and_the_text_only_baseline(tmp_path):
     for content in (one, two):
         (tmp_path / "c.json").write_text(json.dumps(content))
         assert exp.read_captions(tmp_path / "c.json") == {0: ["a b"], 10: ["a c"]}
-    for broken in ([{"Index - 0": {"sentences": {"Caption 1 - 10%": "a"}}}], {"a": 1}, [1]):
+    for broken in ([{"Index - 0": {"sentences": {"Caption 1 - 10%": "a"}}}], {"a": 1}, [1], [{"Index - 0": {"original": None, "sentences": {}}}]):
         (tmp_path / "c.json").write_text(json.dumps(broken))
         with pytest.raises(UserError, match=r"c\.json"):
             exp.read_captions(tmp_path / "c.json")
@@ -690,7 +735,14 @@ def test_index_files_choose_films(tmp_path, films):
     (lambda root: (root / "split.json").write_text(json.dumps({"train": ["nobody"], "dev": ["x"], "test": ["y"]})), "1 films of train are not in"),
     (lambda root: np.save(root / "latents/mm_imdb1_globals_aug3_clip_text.npy", np.zeros((7, 4))), "expected 120 films x views_per_sample"),
     (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_image.npy").unlink(), "no mm_imdb1_globals_aug*_image.npy"),
-    (lambda root: np.save(root / "latents/mm_imdb1_globals_aug3_clip_text.npy", np.full((360, 4), np.nan)), "NaN")])
+    (lambda root: np.save(root / "latents/mm_imdb1_globals_aug3_clip_text.npy", np.full((360, 4), np.nan)), "NaN"),
+    (lambda root: np.save(root / "labels/labels_all_23.npy", np.full((120, 23), 2)), "of 0 and 1"),
+    (lambda root: (root / "split.json").write_text(json.dumps({"train": 5})), "no films of train"),
+    (lambda root: (root / "test.json").write_text("[1, 2"), "test.json: expected ids of films"),
+    (lambda root: (root / "test").write_bytes(b"\x80\xff"), "test: expected ids of films"),
+    (lambda root: (root / "test.txt").write_text("0 1 tt99"), "'tt99' is neither"),
+    (lambda root: (root / "dev.txt").write_text(""), "it is empty"),
+    (lambda root: (root / "test.txt").write_text(" ".join(map(str, range(10)))), "10 test films are too few")])
 def test_bad_films_are_one_line(tmp_path, films, capsys, damage, message):
     root = tmp_path / "damaged"
     shutil.copytree(films, root)
@@ -742,6 +794,18 @@ def test_a_genre_that_dev_lacks_is_refused(tmp_path, films):
     np.save(root / "labels/labels_all_23.npy", labels)
     with pytest.raises(UserError, match="War has none or all of the 12 films of dev"):
         exp.load_data(film_config(tmp_path, root, "finetune.class_idx=War"))
+
+
+def test_a_ladder_or_a_warm_up_longer_than_the_data_is_refused(tmp_path, films):
+    with pytest.raises(UserError, match=r"warmup_epochs=30 must be less than finetune\.epochs=30"):
+        exp.load_data(film_config(tmp_path, films, "finetune.warmup_epochs=30"))
+    root = tmp_path / "short"
+    shutil.copytree(films, root)
+    (root / "train.json").write_text(json.dumps(list(range(20))))
+    with pytest.raises(UserError, match="clip_text has 48 features of 20 items"):
+        exp.load_data(film_config(tmp_path, root, "stages=[mmimdb]", "alignment.ladder=[pca:30]"))
+    with pytest.raises(UserError, match="a second model of the name pca4"):
+        exp.load_data(film_config(tmp_path, films, "stages=[mmimdb]", "alignment.ladder=[pca:4, pca:4]"))
 
 
 def test_threshold_that_maximises_f1():

@@ -155,7 +155,7 @@ def clamp_outliers(stack, q=0.95, exact=True):
     """Features clamped to [-t, t], one threshold t for the whole stack (Huh et al. 2024, appendix).
 
     exact: t is the int(q n) + 1 smallest of all n = N L D absolute values; else the mean over samples of each sample's q-quantile.
-    Takes and returns [N, L, D], [N, D] or a list of [N, D_l]; q = 1 changes nothing.
+    Takes and returns [N, L, D], [N, D] or a list of [N, D_l]; q = 1 changes nothing. Raises: UserError if t is 0, which sparse features have.
     """
     layers = as_layers(stack)
     values = torch.cat([x.reshape(len(x), -1) for x in layers], dim=1).abs().float()  # [N, sum D_l]
@@ -165,6 +165,8 @@ def clamp_outliers(stack, q=0.95, exact=True):
         t = float(np.partition(flat, place)[place])
     else:
         t = float(np.quantile(values.cpu().numpy(), q, axis=1).mean())
+    if t == 0 and values.any():
+        raise UserError(f"the {q:g} quantile of |value| is 0, as most values are: clamping would leave nothing; set alignment.clamp_quantile=1")
     return [x.clamp(-t, t) for x in stack] if isinstance(stack, (list, tuple)) else stack.clamp(-t, t)
 
 
@@ -716,11 +718,10 @@ def read_features(path, a, device, pool=""):
         raise UserError(f"{path}: dims must give the width of each of the {feats.shape[1]} layers, at most {feats.shape[2]}, found {dims}")
     if bpb is not None and not math.isfinite(bpb):
         raise UserError(f"{path}: bpb (bits per byte) is {bpb}; leave it out or correct it")
-    raw = [feats[:, i, :d].float() for i, d in enumerate(dims)]
-    layers = [x.to(device) for x in clamped(path, raw, a)]
-    if constant := sum(int((x.amax(1) == x.amin(1)).sum()) for x in raw if x.shape[1] > 1):
-        warnings.warn(f"{path}: {constant} constant rows (no direction to compare) over all layers", stacklevel=2)
-    return Features(str(content.get("model") or Path(path).stem), layers, ids, bpb, str(path), bool(content.get("synthetic")))
+    layers = clamped(path, [feats[:, i, :d].float() for i, d in enumerate(dims)], a)
+    if constant := sum(int((x.amax(1) == x.amin(1)).sum()) for x in layers if x.shape[1] > 1):
+        warnings.warn(f"{path}: {constant} constant rows (no direction to compare) over all layers, after the clamp", stacklevel=2)
+    return Features(str(content.get("model") or Path(path).stem), [x.to(device) for x in layers], ids, bpb, str(path), bool(content.get("synthetic")))
 
 
 def at_level(pattern, level=None):
@@ -1226,11 +1227,8 @@ def train_step(model, batch, optimizer):
 
 # -------------------------------------------------------------------------------------------------------------- training
 
-def learning_rate(cfg, stage, epoch_fraction):
-    """Learning rate of fine-tuning after that many epochs; None where the optimizer's own rates stay."""
-    if stage != "finetune":
-        return None
-    f = cfg.finetune
+def learning_rate(f, epoch_fraction):
+    """Learning rate of fine-tuning (section f) after that many epochs."""
     if epoch_fraction < f.warmup_epochs:
         return f.learning_rate * epoch_fraction / f.warmup_epochs
     factor = common.warmup_cosine(epoch_fraction - f.warmup_epochs, f.epochs - f.warmup_epochs, 0)
@@ -1242,10 +1240,6 @@ def epoch_batches(data, batch_size, seed, epoch):
     rows = data.splits["train"]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1000003 * seed + epoch)).to(rows.device)
     return rows[order].tensor_split(max(1, len(rows) // batch_size))
-
-
-def job_label(stage, job):
-    return " ".join([stage, *(f"{k}={v}" for k, v in job.items())])  # no comma: a cell of metrics.csv
 
 
 def train(cfg, stages=None, folder=None):
@@ -1268,7 +1262,8 @@ def train(cfg, stages=None, folder=None):
     started = saved_at = time.time()
     with common.StopSignal() as stop:
         for stage, data, i in todo:
-            data, section, name, label = select(data, data.jobs[i]), getattr(cfg, stage), f"{stage}/{i}", job_label(stage, data.jobs[i])
+            data, section, name = select(data, data.jobs[i]), getattr(cfg, stage), f"{stage}/{i}"
+            title = " ".join([stage, *(f"{k}={v}" for k, v in data.job.items())])  # no comma: a cell of metrics.csv
             seed, device = data.job.get("seed", cfg.seed), data.splits["train"].device
             common.seed_everything(seed)
             model = build_model(cfg, data)
@@ -1280,21 +1275,21 @@ def train(cfg, stages=None, folder=None):
                 common.set_rng_state(resumed["rng"])
                 best = {k: v.to(device) for k, v in resumed["position"]["best"].items()}
                 best_score, first_epoch = resumed["position"]["best_score"].to(device), resumed["epoch"]
-                print(f"resuming {folder} in {label}, epoch {first_epoch + 1}")
+                print(f"resuming {folder} in {title}, epoch {first_epoch + 1}")
+            history = [row for row in history if row["job"] != title or row["epoch"] <= first_epoch]  # another stage may have been run in between
             for epoch in range(first_epoch, section.epochs):
                 batches, losses = epoch_batches(data, section.batch_size, seed, epoch), []
                 model.train()
                 for step, rows in enumerate(batches):
-                    rate = learning_rate(cfg, stage, epoch + (step + 1) / len(batches))
-                    for group in optimizer.param_groups if rate is not None else []:
-                        group["lr"] = rate
+                    for group in optimizer.param_groups if stage == "finetune" else []:
+                        group["lr"] = learning_rate(section, epoch + (step + 1) / len(batches))
                     losses.append(train_step(model, make_batch(data, rows), optimizer)["loss"])
                 losses = torch.stack(losses).tolist()
                 model.eval()
                 score, state = model.score(data, "val"), model.state_dict()
                 bad = [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
                 if bad := bad or ([] if torch.isfinite(score).all() else [len(losses)]):
-                    raise FloatingPointError(f"non-finite loss or prediction in {label}, epoch {epoch + 1}, step {bad[0]}, learning rate "
+                    raise FloatingPointError(f"non-finite loss or prediction in {title}, epoch {epoch + 1}, step {bad[0]}, learning rate "
                                              f"{optimizer.param_groups[0]['lr']:g}; lower the learning rate of {stage}")
                 if best is None:
                     best_score, best = score, {k: v.clone() for k, v in state.items()}
@@ -1302,14 +1297,14 @@ def train(cfg, stages=None, folder=None):
                     better = score > best_score
                     best_score = torch.where(better, score, best_score)
                     best = {k: torch.where(better.view(-1, *[1] * (v.ndim - 1)) if better.ndim else better, v, best[k]) for k, v in state.items()}
-                history.append({"stage": stage, "job": label, "epoch": epoch + 1, "train_loss": sum(losses) / len(losses),
+                history.append({"stage": stage, "job": title, "epoch": epoch + 1, "train_loss": sum(losses) / len(losses),
                                 "val_score": score.double().mean().item(), "learning_rate": optimizer.param_groups[0]["lr"]})
                 last = epoch + 1 == section.epochs
                 if last:
                     finished |= {f"{name}/{k}": v.cpu() for k, v in best.items()}
                     done = [*done, name]
                     common.save_checkpoint(best_file, {"model_state_dict": finished, "config": dataclasses.asdict(cfg)}, keep_previous=False)
-                    print(f"{label}: {epoch + 1} epochs, best validation score {best_score.double().mean().item():.3f}", flush=True)
+                    print(f"{title}: {epoch + 1} epochs, best validation score {best_score.double().mean().item():.3f}", flush=True)
                 if last or stop.signum or time.time() - saved_at > SAVE_SECONDS:
                     common.save_checkpoint(latest, {
                         "epoch": epoch + 1, "global_step": (epoch + 1) * len(batches), "best_val_loss": -best_score.double().mean().item(),
@@ -1319,26 +1314,26 @@ def train(cfg, stages=None, folder=None):
                     log.write(history)
                     saved_at = time.time()
                 if stop.signum:
-                    raise common.Stopped(stop.signum, f"stopped in {label} after epoch {epoch + 1}; the same command goes on from {latest}")
+                    raise common.Stopped(stop.signum, f"stopped in {title} after epoch {epoch + 1}; the same command goes on from {latest}")
             common.record_environment(folder, device=str(device), train_seconds=round(time.time() - started, 2))
     log.close()
     return history
 
 
-def has_levels(cfg):
-    return "{" in cfg.features_dir.replace("{BASE_DIR}", "")
+def levels_of(cfg):
+    """The caption levels of features_dir, or [None] where it has no placeholder and none is needed. Raises: UserError."""
+    return caption_levels(cfg.features_dir) if "uniqueness" in cfg.stages or "{u}" in at_level(cfg.features_dir) else [None]
 
 
 def start(cfg, fresh=False):
     """The run folder, after the checks that every stage needs: input files there, same config and same data as the folder's run."""
     common.check_run(cfg, fresh)
-    files, device = [], common.pick_device(cfg.device)
+    files = []
     if {"align", "uniqueness"} & set(cfg.stages):
-        levels = caption_levels(cfg.features_dir) if has_levels(cfg) or "uniqueness" in cfg.stages else [None]
-        files += [f for level in levels for _, _, found in files_of_sides(cfg, level) for f in found]
+        files += [f for level in levels_of(cfg) for _, _, found in files_of_sides(cfg, level) for f in found]
         files += [at_level(cfg.captions_file)] if cfg.captions_file else []
     if {"mmimdb", "finetune"} & set(cfg.stages):
-        files += read_films(cfg, device).files
+        files += read_films(cfg, "cpu").files
     try:
         digest = common.fingerprint(dict.fromkeys(map(str, files)))
     except OSError as error:
@@ -1470,7 +1465,7 @@ def align_file(cfg, level):
 def evaluate_align(cfg):
     """All pairs at the lowest caption level, the score against N, and correlations over language models. Returns a dict."""
     a, device = cfg.alignment, common.pick_device(cfg.device)
-    level = caption_levels(cfg.features_dir)[0] if has_levels(cfg) else None
+    level = levels_of(cfg)[0]
     language, vision = read_models(cfg, level, device)
     language = climb(a.ladder, language, read_captions(at_level(cfg.captions_file))[0] if cfg.captions_file else None)
     rows, first = align_models(cfg, language, vision, align_file(cfg, level)), a.metrics[0]

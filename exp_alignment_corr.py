@@ -420,6 +420,7 @@ def masked_hsic(a, layer, b):
 
 
 def prepare_both(stack_a, stack_b, metric, k):
+    """`prepare` of two stacks of the same N items. Raises: UserError."""
     a, b = as_layers(stack_a), as_layers(stack_b)
     if len(a[0]) != len(b[0]):
         raise UserError(f"the two sides have {len(a[0])} and {len(b[0])} items; they must be the same items in the same order")
@@ -427,56 +428,57 @@ def prepare_both(stack_a, stack_b, metric, k):
 
 
 def alignment_matrix(stack_a, stack_b, metric, k=10):
-    """Scores of all layer pairs, [La, Lb] float64, of two stacks of the same N items in the same order; a metric is defined at its function below.
+    """Scores of all layer pairs, [La, Lb] float64, of two stacks of the same N items in the same order, [N, L, D] or lists of [N, D_l].
 
+    metric: one of METRICS, each defined at the function of its name below; those take one layer a side, a [N, Da] and b [N, Db], and return a float.
     Rows are L2-normalised inside. Raises: UserError for an unknown metric, N <= k, N < 4, different N, non-finite features.
     """
     return scores(*prepare_both(stack_a, stack_b, metric, k), metric)
 
 
 def mutual_knn(a, b, k=10):
-    """Mean overlap of the two sets of k nearest neighbours / k (Huh et al. 2024, sec. 2), of features [N, Da], [N, Db].
-
-    In [0, 1], chance k / (N - 1). Raises, as all of these: see `alignment_matrix`.
-    """
+    """Mean overlap of the two sets of k nearest neighbours / k (Huh et al. 2024, appendix A); a, b [N, D]; in [0, 1], chance k / (N - 1)."""
     return alignment_matrix(a, b, "mutual_knn", k).item()
 
 
 def cycle_knn(a, b, k=10):
-    """Share of items i that are among a's neighbours of some j of b's neighbours of i; in [0, 1], asymmetric, chance 1 - (1 - k / (N - 1))^k."""
+    """Share of items i that are among a's neighbours of some j of b's neighbours of i; a, b [N, D]; in [0, 1], chance 1 - (1 - k / (N - 1))^k.
+
+    Asymmetric, and raised by hubs.
+    """
     return alignment_matrix(a, b, "cycle_knn", k).item()
 
 
 def lcs_knn(a, b, k=10):
-    """Mean longest common subsequence of the two lists of k neighbours, nearest first; in [0, k]."""
+    """Mean longest common subsequence of the two lists of k neighbours, nearest first; a, b [N, D]; in [0, k]."""
     return alignment_matrix(a, b, "lcs_knn", k).item()
 
 
 def edit_distance_knn(a, b, k=10):
-    """1 - mean Levenshtein distance of the two lists of k neighbours, nearest first, / k; in [0, 1], chance near 0."""
+    """1 - mean Levenshtein distance of the two lists of k neighbours, nearest first, / k; a, b [N, D]; in [0, 1], chance near 0."""
     return alignment_matrix(a, b, "edit_distance_knn", k).item()
 
 
 def cka(a, b):
-    """Linear CKA (Kornblith et al. 2019, eq. 1); in [0, 1]. Biased: independent features score about [(1 + N / Da)(1 + N / Db)]^-1/2."""
+    """Linear CKA (Kornblith et al. 2019, eq. 1); a [N, Da], b [N, Db]; in [0, 1], chance about [(1 + N / Da)(1 + N / Db)]^-1/2: biased."""
     return alignment_matrix(a, b, "cka").item()
 
 
 def unbiased_cka(a, b):
-    """Linear CKA with the unbiased HSIC (Song et al. 2012, eq. 4); at most 1, about 0 and possibly negative for independent features."""
+    """Linear CKA with the unbiased HSIC (Song et al. 2012, eq. 4); a, b [N, D]; at most 1, chance 0, possibly negative."""
     return alignment_matrix(a, b, "unbiased_cka").item()
 
 
 def cknna(a, b, k=10):
-    """Unbiased CKA with both Grams restricted to pairs that are neighbours of each other in a and in b (Huh et al. 2024, appendix A).
+    """Unbiased CKA with both Grams restricted to pairs that are neighbours of each other in a and in b (Huh et al. 2024, appendix A); a, b [N, D].
 
-    At most 1, about 0 for independent features, 0 where there are too few such pairs.
+    1 of a with itself, chance about 0, 0 where there are too few such pairs.
     """
     return alignment_matrix(a, b, "cknna", k).item()
 
 
 def svcca(a, b):
-    """Mean canonical correlation of the first 10 singular directions of the standardised features (Raghu et al. 2017); in [0, 1]."""
+    """Mean canonical correlation of the first 10 singular directions of the standardised features (Raghu et al. 2017); a, b [N, D]; in [0, 1]."""
     return alignment_matrix(a, b, "svcca").item()
 
 
@@ -589,8 +591,10 @@ def spearman(x, y):
 def slope(x, y):
     """Least-squares slope of y on x with its two-sided p (Student's t, n - 2 degrees of freedom); nan for n < 3 or constant x."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(x) < 3 or x.std() == 0:
+    if len(x) < 3 or np.ptp(x) == 0:
         return {"slope": math.nan, "p": math.nan, "n": len(x)}
+    if np.ptp(y) == 0:  # the fit would leave rounding errors, and a p of those
+        return {"slope": 0.0, "p": 1.0, "n": len(x)}
     gradient, offset = np.polyfit(x, y, 1)
     error = math.sqrt(max(((y - gradient * x - offset) ** 2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum(), 1e-300))
     return {"slope": float(gradient), "p": student_p(gradient / error, len(x) - 2), "n": len(x)}

@@ -375,6 +375,8 @@ def test_spearman_and_slope_where_they_are_not_defined():
     assert math.isnan(exp.spearman([1, 2], [1, 2])["rho"])
     assert math.isnan(exp.spearman([1, 1, 1, 1], [1, 2, 3, 4])["p"])
     assert math.isnan(exp.slope([2, 2, 2], [1, 2, 3])["slope"])
+    for constant in (0, 0.3, 1 / 3):
+        assert exp.slope(np.random.RandomState(0).rand(10), [constant] * 10) == {"slope": 0, "p": 1, "n": 10}
 
 
 def test_slope_and_false_discovery_rate_against_scipy():

@@ -1829,14 +1829,18 @@ STAGES = ("all", *EVALUATE_REPORT_PLOT)
 def evaluate(cfg, stages=None):
     """Evaluate every stage that results.json does not hold yet; writes results.json and the plots. Returns the results."""
     folder, file = Path(cfg.output_dir), Path(cfg.output_dir) / "results.json"
-    results = common.read_json(file) if file.exists() else {"experiment": cfg.experiment, "seed": cfg.seed, "synthetic": False, "stages": {}}
+    if file.exists():
+        results = common.read_json(file)
+    else:
+        data = common.read_json(folder / "environment.json").get("data_fingerprint")
+        results = {"experiment": cfg.experiment, "seed": cfg.seed, "data_fingerprint": data, "synthetic": False, "stages": {}}
     plots = Path(at_level(cfg.plot_dir)) if cfg.plot_dir else folder
     plots.mkdir(parents=True, exist_ok=True)
     for stage in [s for s in stages or cfg.stages if s not in results["stages"]]:
         evaluate_stage, _, plot = EVALUATE_REPORT_PLOT[stage]
-        trains = (load_data(cfg, stage), common.load_checkpoint(folder / "best_model.pt")["model_state_dict"]) if stage in TRAINED else ()
-        result = evaluate_stage(cfg, *trains)
-        plot(plots, result, *[cfg.same_scale] * (stage == "uniqueness"))
+        inputs = (load_data(cfg, stage), common.load_checkpoint(folder / "best_model.pt")["model_state_dict"]) if stage in TRAINED else ()
+        result = evaluate_stage(cfg, *inputs)
+        plot(plots, result, **({"same_scale": cfg.same_scale} if stage == "uniqueness" else {}))
         results["stages"][stage], results["synthetic"] = result, results["synthetic"] or result["synthetic"]
         common.write_json(file, results)
     return results

@@ -869,6 +869,7 @@ def test_a_run_leaves_the_documented_files(whole):
                      "mmimdb_correlations.png", "alignment_vs_uniqueness_mutual_knn.png", "alignment_vs_performance_unbiased_cka.png"}
     results = common.read_json(folder / "results.json")
     assert results["synthetic"] is True
+    assert results["data_fingerprint"] == common.read_json(folder / "environment.json")["data_fingerprint"]
     state = common.load_checkpoint(folder / "checkpoint_latest.pt")
     assert state.keys() >= {"epoch", "global_step", "best_val_loss", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
                             "scaler_state_dict", "history", "config", "rng", "position"}

@@ -155,7 +155,7 @@ def clamp_outliers(stack, q=0.95, exact=True):
     """Features clamped to [-t, t], one threshold t for the whole stack (Huh et al. 2024, appendix).
 
     exact: t is the int(q n) + 1 smallest of all n = N L D absolute values; else the mean over samples of each sample's q-quantile.
-    Takes and returns [N, L, D], [N, D] or a list of [N, D_l]; q = 1 changes nothing.
+    Takes and returns [N, L, D], [N, D] or a list of [N, D_l]; q = 1 changes nothing. Raises: UserError if t is 0, which sparse features have.
     """
     layers = as_layers(stack)
     values = torch.cat([x.reshape(len(x), -1) for x in layers], dim=1).abs().float()  # [N, sum D_l]
@@ -165,6 +165,8 @@ def clamp_outliers(stack, q=0.95, exact=True):
         t = float(np.partition(flat, place)[place])
     else:
         t = float(np.quantile(values.cpu().numpy(), q, axis=1).mean())
+    if t == 0 and values.any():
+        raise UserError(f"the {q:g} quantile of |value| is 0, as most values are: clamping would leave nothing; set alignment.clamp_quantile=1")
     return [x.clamp(-t, t) for x in stack] if isinstance(stack, (list, tuple)) else stack.clamp(-t, t)
 
 
@@ -418,6 +420,7 @@ def masked_hsic(a, layer, b):
 
 
 def prepare_both(stack_a, stack_b, metric, k):
+    """`prepare` of two stacks of the same N items. Raises: UserError."""
     a, b = as_layers(stack_a), as_layers(stack_b)
     if len(a[0]) != len(b[0]):
         raise UserError(f"the two sides have {len(a[0])} and {len(b[0])} items; they must be the same items in the same order")
@@ -425,56 +428,57 @@ def prepare_both(stack_a, stack_b, metric, k):
 
 
 def alignment_matrix(stack_a, stack_b, metric, k=10):
-    """Scores of all layer pairs, [La, Lb] float64, of two stacks of the same N items in the same order; a metric is defined at its function below.
+    """Scores of all layer pairs, [La, Lb] float64, of two stacks of the same N items in the same order, [N, L, D] or lists of [N, D_l].
 
+    metric: one of METRICS, each defined at the function of its name below; those take one layer a side, a [N, Da] and b [N, Db], and return a float.
     Rows are L2-normalised inside. Raises: UserError for an unknown metric, N <= k, N < 4, different N, non-finite features.
     """
     return scores(*prepare_both(stack_a, stack_b, metric, k), metric)
 
 
 def mutual_knn(a, b, k=10):
-    """Mean overlap of the two sets of k nearest neighbours / k (Huh et al. 2024, sec. 2), of features [N, Da], [N, Db].
-
-    In [0, 1], chance k / (N - 1). Raises, as all of these: see `alignment_matrix`.
-    """
+    """Mean overlap of the two sets of k nearest neighbours / k (Huh et al. 2024, appendix A); a, b [N, D]; in [0, 1], chance k / (N - 1)."""
     return alignment_matrix(a, b, "mutual_knn", k).item()
 
 
 def cycle_knn(a, b, k=10):
-    """Share of items i that are among a's neighbours of some j of b's neighbours of i; in [0, 1], asymmetric, chance 1 - (1 - k / (N - 1))^k."""
+    """Share of items i that are among a's neighbours of some j of b's neighbours of i; a, b [N, D]; in [0, 1], chance 1 - (1 - k / (N - 1))^k.
+
+    Asymmetric, and raised by hubs.
+    """
     return alignment_matrix(a, b, "cycle_knn", k).item()
 
 
 def lcs_knn(a, b, k=10):
-    """Mean longest common subsequence of the two lists of k neighbours, nearest first; in [0, k]."""
+    """Mean longest common subsequence of the two lists of k neighbours, nearest first; a, b [N, D]; in [0, k]."""
     return alignment_matrix(a, b, "lcs_knn", k).item()
 
 
 def edit_distance_knn(a, b, k=10):
-    """1 - mean Levenshtein distance of the two lists of k neighbours, nearest first, / k; in [0, 1], chance near 0."""
+    """1 - mean Levenshtein distance of the two lists of k neighbours, nearest first, / k; a, b [N, D]; in [0, 1], chance near 0."""
     return alignment_matrix(a, b, "edit_distance_knn", k).item()
 
 
 def cka(a, b):
-    """Linear CKA (Kornblith et al. 2019, eq. 1); in [0, 1]. Biased: independent features score about [(1 + N / Da)(1 + N / Db)]^-1/2."""
+    """Linear CKA (Kornblith et al. 2019, eq. 1); a [N, Da], b [N, Db]; in [0, 1], chance about [(1 + N / Da)(1 + N / Db)]^-1/2: biased."""
     return alignment_matrix(a, b, "cka").item()
 
 
 def unbiased_cka(a, b):
-    """Linear CKA with the unbiased HSIC (Song et al. 2012, eq. 4); at most 1, about 0 and possibly negative for independent features."""
+    """Linear CKA with the unbiased HSIC (Song et al. 2012, eq. 4); a, b [N, D]; at most 1, chance 0, possibly negative."""
     return alignment_matrix(a, b, "unbiased_cka").item()
 
 
 def cknna(a, b, k=10):
-    """Unbiased CKA with both Grams restricted to pairs that are neighbours of each other in a and in b (Huh et al. 2024, appendix A).
+    """Unbiased CKA with both Grams restricted to pairs that are neighbours of each other in a and in b (Huh et al. 2024, appendix A); a, b [N, D].
 
-    At most 1, about 0 for independent features, 0 where there are too few such pairs.
+    1 of a with itself, chance about 0, 0 where there are too few such pairs.
     """
     return alignment_matrix(a, b, "cknna", k).item()
 
 
 def svcca(a, b):
-    """Mean canonical correlation of the first 10 singular directions of the standardised features (Raghu et al. 2017); in [0, 1]."""
+    """Mean canonical correlation of the first 10 singular directions of the standardised features (Raghu et al. 2017); a, b [N, D]; in [0, 1]."""
     return alignment_matrix(a, b, "svcca").item()
 
 
@@ -587,8 +591,10 @@ def spearman(x, y):
 def slope(x, y):
     """Least-squares slope of y on x with its two-sided p (Student's t, n - 2 degrees of freedom); nan for n < 3 or constant x."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(x) < 3 or x.std() == 0:
+    if len(x) < 3 or np.ptp(x) == 0:
         return {"slope": math.nan, "p": math.nan, "n": len(x)}
+    if np.ptp(y) == 0:  # the fit would leave rounding errors, and a p of those
+        return {"slope": 0.0, "p": 1.0, "n": len(x)}
     gradient, offset = np.polyfit(x, y, 1)
     error = math.sqrt(max(((y - gradient * x - offset) ** 2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum(), 1e-300))
     return {"slope": float(gradient), "p": student_p(gradient / error, len(x) - 2), "n": len(x)}
@@ -716,11 +722,10 @@ def read_features(path, a, device, pool=""):
         raise UserError(f"{path}: dims must give the width of each of the {feats.shape[1]} layers, at most {feats.shape[2]}, found {dims}")
     if bpb is not None and not math.isfinite(bpb):
         raise UserError(f"{path}: bpb (bits per byte) is {bpb}; leave it out or correct it")
-    raw = [feats[:, i, :d].float() for i, d in enumerate(dims)]
-    layers = [x.to(device) for x in clamped(path, raw, a)]
-    if constant := sum(int((x.amax(1) == x.amin(1)).sum()) for x in raw if x.shape[1] > 1):
-        warnings.warn(f"{path}: {constant} constant rows (no direction to compare) over all layers", stacklevel=2)
-    return Features(str(content.get("model") or Path(path).stem), layers, ids, bpb, str(path), bool(content.get("synthetic")))
+    layers = clamped(path, [feats[:, i, :d].float() for i, d in enumerate(dims)], a)
+    if constant := sum(int((x.amax(1) == x.amin(1)).sum()) for x in layers if x.shape[1] > 1):
+        warnings.warn(f"{path}: {constant} constant rows (no direction to compare) over all layers, after the clamp", stacklevel=2)
+    return Features(str(content.get("model") or Path(path).stem), [x.to(device) for x in layers], ids, bpb, str(path), bool(content.get("synthetic")))
 
 
 def at_level(pattern, level=None):
@@ -1227,11 +1232,8 @@ def train_step(model, batch, optimizer):
 
 # -------------------------------------------------------------------------------------------------------------- training
 
-def learning_rate(cfg, stage, epoch_fraction):
-    """Learning rate of fine-tuning after that many epochs; None where the optimizer's own rates stay."""
-    if stage != "finetune":
-        return None
-    f = cfg.finetune
+def learning_rate(f, epoch_fraction):
+    """Learning rate of fine-tuning (section f) after that many epochs."""
     if epoch_fraction < f.warmup_epochs:
         return f.learning_rate * epoch_fraction / f.warmup_epochs
     factor = common.warmup_cosine(epoch_fraction - f.warmup_epochs, f.epochs - f.warmup_epochs, 0)
@@ -1243,10 +1245,6 @@ def epoch_batches(data, batch_size, seed, epoch):
     rows = data.splits["train"]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1000003 * seed + epoch)).to(rows.device)
     return rows[order].tensor_split(max(1, len(rows) // batch_size))
-
-
-def job_label(stage, job):
-    return " ".join([stage, *(f"{k}={v}" for k, v in job.items())])  # no comma: a cell of metrics.csv
 
 
 def train(cfg, stages=None, folder=None):
@@ -1269,7 +1267,8 @@ def train(cfg, stages=None, folder=None):
     started = saved_at = time.time()
     with common.StopSignal() as stop:
         for stage, data, i in todo:
-            data, section, name, label = select(data, data.jobs[i]), getattr(cfg, stage), f"{stage}/{i}", job_label(stage, data.jobs[i])
+            data, section, name = select(data, data.jobs[i]), getattr(cfg, stage), f"{stage}/{i}"
+            title = " ".join([stage, *(f"{k}={v}" for k, v in data.job.items())])  # no comma: a cell of metrics.csv
             seed, device = data.job.get("seed", cfg.seed), data.splits["train"].device
             common.seed_everything(seed)
             model = build_model(cfg, data)
@@ -1281,21 +1280,21 @@ def train(cfg, stages=None, folder=None):
                 common.set_rng_state(resumed["rng"])
                 best = {k: v.to(device) for k, v in resumed["position"]["best"].items()}
                 best_score, first_epoch = resumed["position"]["best_score"].to(device), resumed["epoch"]
-                print(f"resuming {folder} in {label}, epoch {first_epoch + 1}")
+                print(f"resuming {folder} in {title}, epoch {first_epoch + 1}")
+            history = [row for row in history if row["job"] != title or row["epoch"] <= first_epoch]  # another stage may have been run in between
             for epoch in range(first_epoch, section.epochs):
                 batches, losses = epoch_batches(data, section.batch_size, seed, epoch), []
                 model.train()
                 for step, rows in enumerate(batches):
-                    rate = learning_rate(cfg, stage, epoch + (step + 1) / len(batches))
-                    for group in optimizer.param_groups if rate is not None else []:
-                        group["lr"] = rate
+                    for group in optimizer.param_groups if stage == "finetune" else []:
+                        group["lr"] = learning_rate(section, epoch + (step + 1) / len(batches))
                     losses.append(train_step(model, make_batch(data, rows), optimizer)["loss"])
                 losses = torch.stack(losses).tolist()
                 model.eval()
                 score, state = model.score(data, "val"), model.state_dict()
                 bad = [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
                 if bad := bad or ([] if torch.isfinite(score).all() else [len(losses)]):
-                    raise FloatingPointError(f"non-finite loss or prediction in {label}, epoch {epoch + 1}, step {bad[0]}, learning rate "
+                    raise FloatingPointError(f"non-finite loss or prediction in {title}, epoch {epoch + 1}, step {bad[0]}, learning rate "
                                              f"{optimizer.param_groups[0]['lr']:g}; lower the learning rate of {stage}")
                 if best is None:
                     best_score, best = score, {k: v.clone() for k, v in state.items()}
@@ -1303,14 +1302,14 @@ def train(cfg, stages=None, folder=None):
                     better = score > best_score
                     best_score = torch.where(better, score, best_score)
                     best = {k: torch.where(better.view(-1, *[1] * (v.ndim - 1)) if better.ndim else better, v, best[k]) for k, v in state.items()}
-                history.append({"stage": stage, "job": label, "epoch": epoch + 1, "train_loss": sum(losses) / len(losses),
+                history.append({"stage": stage, "job": title, "epoch": epoch + 1, "train_loss": sum(losses) / len(losses),
                                 "val_score": score.double().mean().item(), "learning_rate": optimizer.param_groups[0]["lr"]})
                 last = epoch + 1 == section.epochs
                 if last:
                     finished |= {f"{name}/{k}": v.cpu() for k, v in best.items()}
                     done = [*done, name]
                     common.save_checkpoint(best_file, {"model_state_dict": finished, "config": dataclasses.asdict(cfg)}, keep_previous=False)
-                    print(f"{label}: {epoch + 1} epochs, best validation score {best_score.double().mean().item():.3f}", flush=True)
+                    print(f"{title}: {epoch + 1} epochs, best validation score {best_score.double().mean().item():.3f}", flush=True)
                 if last or stop.signum or time.time() - saved_at > SAVE_SECONDS:
                     common.save_checkpoint(latest, {
                         "epoch": epoch + 1, "global_step": (epoch + 1) * len(batches), "best_val_loss": -best_score.double().mean().item(),
@@ -1320,26 +1319,26 @@ def train(cfg, stages=None, folder=None):
                     log.write(history)
                     saved_at = time.time()
                 if stop.signum:
-                    raise common.Stopped(stop.signum, f"stopped in {label} after epoch {epoch + 1}; the same command goes on from {latest}")
+                    raise common.Stopped(stop.signum, f"stopped in {title} after epoch {epoch + 1}; the same command goes on from {latest}")
             common.record_environment(folder, device=str(device), train_seconds=round(time.time() - started, 2))
     log.close()
     return history
 
 
-def has_levels(cfg):
-    return "{" in cfg.features_dir.replace("{BASE_DIR}", "")
+def levels_of(cfg):
+    """The caption levels of features_dir, or [None] where it has no placeholder and none is needed. Raises: UserError."""
+    return caption_levels(cfg.features_dir) if "uniqueness" in cfg.stages or "{u}" in at_level(cfg.features_dir) else [None]
 
 
 def start(cfg, fresh=False):
     """The run folder, after the checks that every stage needs: input files there, same config and same data as the folder's run."""
     common.check_run(cfg, fresh)
-    files, device = [], common.pick_device(cfg.device)
+    files = []
     if {"align", "uniqueness"} & set(cfg.stages):
-        levels = caption_levels(cfg.features_dir) if has_levels(cfg) or "uniqueness" in cfg.stages else [None]
-        files += [f for level in levels for _, _, found in files_of_sides(cfg, level) for f in found]
+        files += [f for level in levels_of(cfg) for _, _, found in files_of_sides(cfg, level) for f in found]
         files += [at_level(cfg.captions_file)] if cfg.captions_file else []
     if {"mmimdb", "finetune"} & set(cfg.stages):
-        files += read_films(cfg, device).files
+        files += read_films(cfg, "cpu").files
     try:
         digest = common.fingerprint(dict.fromkeys(map(str, files)))
     except OSError as error:
@@ -1469,7 +1468,7 @@ def align_file(cfg, level):
 def evaluate_align(cfg):
     """All pairs at the lowest caption level, the score against N, and correlations over language models. Returns a dict."""
     a, device = cfg.alignment, common.pick_device(cfg.device)
-    level = caption_levels(cfg.features_dir)[0] if has_levels(cfg) else None
+    level = levels_of(cfg)[0]
     language, vision = read_models(cfg, level, device)
     language = climb(a.ladder, language, read_captions(at_level(cfg.captions_file))[0] if cfg.captions_file else None)
     rows, first = align_models(cfg, language, vision, align_file(cfg, level)), a.metrics[0]
@@ -1833,14 +1832,18 @@ STAGES = ("all", *EVALUATE_REPORT_PLOT)
 def evaluate(cfg, stages=None):
     """Evaluate every stage that results.json does not hold yet; writes results.json and the plots. Returns the results."""
     folder, file = Path(cfg.output_dir), Path(cfg.output_dir) / "results.json"
-    results = common.read_json(file) if file.exists() else {"experiment": cfg.experiment, "seed": cfg.seed, "synthetic": False, "stages": {}}
+    if file.exists():
+        results = common.read_json(file)
+    else:
+        data = common.read_json(folder / "environment.json").get("data_fingerprint")
+        results = {"experiment": cfg.experiment, "seed": cfg.seed, "data_fingerprint": data, "synthetic": False, "stages": {}}
     plots = Path(at_level(cfg.plot_dir)) if cfg.plot_dir else folder
     plots.mkdir(parents=True, exist_ok=True)
     for stage in [s for s in stages or cfg.stages if s not in results["stages"]]:
         evaluate_stage, _, plot = EVALUATE_REPORT_PLOT[stage]
-        trains = (load_data(cfg, stage), common.load_checkpoint(folder / "best_model.pt")["model_state_dict"]) if stage in TRAINED else ()
-        result = evaluate_stage(cfg, *trains)
-        plot(plots, result, *[cfg.same_scale] * (stage == "uniqueness"))
+        inputs = (load_data(cfg, stage), common.load_checkpoint(folder / "best_model.pt")["model_state_dict"]) if stage in TRAINED else ()
+        result = evaluate_stage(cfg, *inputs)
+        plot(plots, result, **({"same_scale": cfg.same_scale} if stage == "uniqueness" else {}))
         results["stages"][stage], results["synthetic"] = result, results["synthetic"] or result["synthetic"]
         common.write_json(file, results)
     return results

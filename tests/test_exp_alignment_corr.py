@@ -103,6 +103,21 @@ def test_clamp_of_lists_and_of_nothing():
     assert exp.clamp_outliers(stack[:, 0]).shape == (96, 24)
 
 
+def test_a_clamp_that_would_erase_sparse_features_is_refused(tmp_path):
+    """All rows would be zeros, their neighbours the lowest indices: two unrelated models in full agreement."""
+    g = torch.Generator().manual_seed(0)
+    sparse = torch.rand(40, 1, 100, generator=g) * (torch.rand(40, 1, 100, generator=g) < 0.02)
+    sparse[:, :, 0] = 1
+    write_features(tmp_path / "m.pt", feats=sparse, ids=list(range(40)))
+    with pytest.raises(UserError, match=r"m\.pt: the 0\.95 quantile of \|value\| is 0.*clamp_quantile=1"):
+        exp.read_features(tmp_path / "m.pt", exp.AlignmentConfig(), "cpu")
+    assert torch.equal(exp.read_features(tmp_path / "m.pt", exp.AlignmentConfig(clamp_quantile=1), "cpu").layers[0], sparse[:, 0])
+    layers = torch.rand(40, 2, 5, generator=g) + torch.tensor([0.0, 9.0])[:, None]  # the second lies wholly above the threshold
+    write_features(tmp_path / "m.pt", feats=layers, ids=list(range(40)))
+    with pytest.warns(UserWarning, match="40 constant rows"):
+        exp.read_features(tmp_path / "m.pt", exp.AlignmentConfig(clamp_quantile=0.4), "cpu")
+
+
 # The null's recipe: draws of RandomState(123).permutation, K = 99.
 @pytest.mark.parametrize(("metric", "tau", "calibrated"), [("mutual_knn", 0.1875, 0.5442307546), ("cka", 0.171073824, 0.7978133933),
                                                            ("unbiased_cka", 0.0437373, 0.798214), ("cknna", 0.1898357, 0.608584)])
@@ -360,6 +375,8 @@ def test_spearman_and_slope_where_they_are_not_defined():
     assert math.isnan(exp.spearman([1, 2], [1, 2])["rho"])
     assert math.isnan(exp.spearman([1, 1, 1, 1], [1, 2, 3, 4])["p"])
     assert math.isnan(exp.slope([2, 2, 2], [1, 2, 3])["slope"])
+    for constant in (0, 0.3, 1 / 3):
+        assert exp.slope(np.random.RandomState(0).rand(10), [constant] * 10) == {"slope": 0, "p": 1, "n": 10}
 
 
 def test_slope_and_false_discovery_rate_against_scipy():
@@ -852,6 +869,7 @@ def test_a_run_leaves_the_documented_files(whole):
                      "mmimdb_correlations.png", "alignment_vs_uniqueness_mutual_knn.png", "alignment_vs_performance_unbiased_cka.png"}
     results = common.read_json(folder / "results.json")
     assert results["synthetic"] is True
+    assert results["data_fingerprint"] == common.read_json(folder / "environment.json")["data_fingerprint"]
     state = common.load_checkpoint(folder / "checkpoint_latest.pt")
     assert state.keys() >= {"epoch", "global_step", "best_val_loss", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
                             "scaler_state_dict", "history", "config", "rng", "position"}
@@ -882,6 +900,24 @@ def test_interrupted_at_any_step_and_rerun_equals_uninterrupted(whole, tmp_path,
     monkeypatch.setattr(exp, "train_step", real)
     assert exp.main([str(whole[0]), f"output_dir={tmp_path / 'run'}"]) == 0
     assert_same_run(tmp_path / "run", whole[1])
+
+
+def test_a_job_left_for_another_stage_is_logged_once(whole, tmp_path, monkeypatch):
+    real, taken = exp.train_step, itertools.count()
+
+    def interrupted(*args):
+        if next(taken) == 2:  # in the third epoch of the first job
+            raise KeyboardInterrupt
+        return real(*args)
+    command = [str(whole[0]), f"output_dir={tmp_path / 'run'}"]
+    monkeypatch.setattr(exp, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(exp, "train_step", interrupted)
+    assert exp.main([*command, "--stage", "finetune"]) == 130
+    monkeypatch.setattr(exp, "train_step", real)
+    assert exp.main([*command, "--stage", "mmimdb"]) == 0
+    assert exp.main(command) == 0
+    assert sorted((tmp_path / "run/metrics.csv").read_text().splitlines()) == sorted((whole[1] / "metrics.csv").read_text().splitlines())
+    assert common.read_json(tmp_path / "run/results.json") == common.read_json(whole[1] / "results.json")
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])

@@ -311,7 +311,7 @@ def test_coco_files_hold_ids_in_order_and_count_bad_images(coco, model, tmp_path
 @pytest.mark.parametrize("layout", [[], ["--repeat-images"]])
 def test_coco_heads_trains_on_the_files(coco, model, tmp_path, layout):
     run(*coco_args(coco, model, tmp_path / "data", *layout))
-    images = torch.load(tmp_path / "data/train2017_image_embeddings.pt")
+    images = torch.load(tmp_path / "data/train2017_image_embeddings.pt", weights_only=True)
     metadata = json.loads((tmp_path / "data/train2017_metadata.json").read_text())
     assert images.dtype == torch.float16
     assert len(images) == (len(metadata["image_ids"]) if layout else 26)
@@ -328,7 +328,7 @@ def test_batch_size_does_not_change_a_row(coco, model, tmp_path):
     rows = {}
     for size in (1, 3, 64):
         run(*coco_args(coco, model, tmp_path / str(size), "--dtype", "float32", "--batch-size", size))
-        rows[size] = [torch.load(tmp_path / str(size) / f"train2017_{part}_embeddings.pt") for part in ("image", "text")]
+        rows[size] = [torch.load(tmp_path / str(size) / f"train2017_{part}_embeddings.pt", weights_only=True) for part in ("image", "text")]
     for size in (3, 64):
         for a, b in zip(rows[1], rows[size], strict=True):
             assert (a - b).abs().max() < 1e-5 * a.abs().max()
@@ -337,7 +337,7 @@ def test_batch_size_does_not_change_a_row(coco, model, tmp_path):
 def test_instruction_and_limit(coco, model, tmp_path):
     run(*coco_args(coco, model, tmp_path / "plain", "--limit", "3", "--dtype", "bfloat16"))
     run(*coco_args(coco, model, tmp_path / "told", "--limit", "3", "--dtype", "bfloat16", "--instruction", "Find the picture"))
-    plain, told = (torch.load(tmp_path / name / "train2017_text_embeddings.pt") for name in ("plain", "told"))
+    plain, told = (torch.load(tmp_path / name / "train2017_text_embeddings.pt", weights_only=True) for name in ("plain", "told"))
     assert plain.dtype == torch.bfloat16
     assert len(plain) == len(told) == 7
     assert ((plain - told).float().abs().amax(1) > 1e-3).all()
@@ -442,7 +442,7 @@ def test_shards_before_the_first_good_row_are_filled_with_nan(tmp_path):
     manifest = encode_them({5, 6, 8})
     assert manifest["kept"] == [5, 6, 8]
     assert list(manifest["bad_images"]) == [name for i, name in enumerate(names) if i not in (5, 6, 8)]
-    rows = torch.load(tmp_path / "x.pt")
+    rows = torch.load(tmp_path / "x.pt", weights_only=True)
     assert rows.shape == (9, 2)
     assert rows[:, 0].nan_to_num(-1).tolist() == [-1, -1, -1, -1, -1, 5, 6, -1, 8]
     for file in tmp_path.iterdir():

@@ -784,7 +784,8 @@ def compare(cfg):
 
     def cell(values):
         return f"{np.mean(values):.3f}" + (f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
-    table = []
+    chance = groups[0][1][0]["chance"]
+    table = [["chance: every genre", "-", *(cell([chance[c]]) for c in ("f1_micro", "f1_macro", "f1_weighted", "f1_samples", "mAP")), *["-"] * 6]]
     for label, found in groups:
         both, corrupted = [r["inputs"]["both"] for r in found], []
         for which in (("one", 0.5), ("one", 1.0), ("both", 0.5)):

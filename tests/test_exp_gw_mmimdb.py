@@ -428,7 +428,7 @@ def test_rerun_reports_compare_tabulates_and_draws(whole, films, tmp_path, capsy
     assert (tmp_path / "out/compare.png").exists()
     lines = (tmp_path / "out/compare.txt").read_text().splitlines()
     assert lines[-1] == "[SYNTHETIC demo data]"
-    assert [line.split("  ")[0] for line in lines[2:-1]] == ["run (1)", "run (2)"]  # folders of equal name
+    assert [line.split("  ")[0] for line in lines[2:-1]] == ["chance: every genre", "run (1)", "run (2)"]  # folders of equal name
     (tmp_path / "other").mkdir()
     common.write_json(tmp_path / "other/results.json", {"experiment": "coco_heads"})
     (tmp_path / "other/config.yaml").write_text("seed: 1\n")

@@ -1,9 +1,9 @@
-"""What the five experiments share: config, losses, schedule, metrics, checkpoints, the run folder, a few plots.
+"""What the five experiments share: losses, schedule, metrics, checkpoints, a run's folder, config, tables, a few plots.
 
-Nothing here is an experiment: no data set, model, parameter group or training loop, and nothing that an ablation
-would want to change. Functions take plain tensors and numbers, never a config section.
+Nothing here is an experiment: no data set, model, parameter group or training loop, and nothing that an ablation would
+want to change. Functions take plain tensors and numbers, never a config section.
 
-Shapes: N rows (pairs) of D features; Q queries against G gallery rows; C classes.
+Shapes: N rows (pairs) of D features; Q queries against G gallery rows; C classes; R bootstrap resamples.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import json
 import math
 import operator
 import os
+import pickle
 import platform
 import random
 import re
@@ -28,8 +29,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 import typing
+import uuid
 import warnings
 import zipfile
 from pathlib import Path
@@ -46,273 +49,513 @@ class UserError(ValueError):
     """A mistake that the user can mend (config, data, folder): reported in one line, exit code 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# -------------------------------------------------------------------------------------------------------------- losses
 
-# Keys that do not change what is trained: they neither name the run's folder nor make it a different run. So are all that end in dir, _file or
-# parquet: the data they name are known by their fingerprint.
-NEUTRAL_KEYS = ("device", "num_workers", "wandb", "evaluation", "compare", "dim")
+BLOCK = 1024  # rows of the [N, N] logits held at once
 
 
-def is_neutral(key):
-    """Whether a dotted config key leaves the run what it is."""
-    return key.split(".")[0] in NEUTRAL_KEYS or key.endswith(("dir", "_file", "parquet", ".cache"))
+def _row_blocks(block_fn, n_rows, chunk_size):
+    """[block_fn(slice of rows), ...]; each block's [chunk, N] intermediates are recomputed in backward, not stored."""
+    size = min(n_rows, chunk_size or BLOCK)
+    rows = [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]
+    if len(rows) == 1 or not torch.is_grad_enabled():
+        return [block_fn(r) for r in rows]
+    options = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+    return [checkpoint(block_fn, r, **options) for r in rows]
 
 
-def ranged(default, *bounds):
-    """A dataclass field whose value must satisfy every bound, e.g. `ranged(0.1, ">= 0", "< 1")`."""
-    return dataclasses.field(default=default, metadata={"bounds": bounds})
+def _check_pairs(a, b, ids, false_negatives):
+    if a.ndim != 2 or a.shape != b.shape or len(a) == 0:
+        raise ValueError(f"a and b must be equal [N, D] with N > 0, found {list(a.shape)} and {list(b.shape)}")
+    if false_negatives not in ("ignore", "mask", "multi_positive"):
+        raise ValueError(f"false_negatives must be ignore, mask or multi_positive, found {false_negatives!r}")
+    if false_negatives != "ignore" and ids is None:
+        raise ValueError(f"false_negatives={false_negatives!r} needs ids [N]; without ids use 'ignore'")
+    if ids is not None and ids.shape != a.shape[:1]:
+        raise ValueError(f"ids must be [{len(a)}], found {list(ids.shape)}")
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)  # also under autocast
+    return a.to(dtype), b.to(dtype)
 
 
-class _StrictLoader(yaml.BaseLoader):
-    """YAML with every scalar left a string (the dataclass types it) and duplicate keys refused."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise UserError(f"line {node.value[i][0].start_mark.line + 1}: duplicate key {key!r}; keep one of the two")
-        return super().construct_mapping(node, deep)
+def _groups(ids):
+    """(ids as int32 ranks, number of rows that carry each row's id), both [N], without a host synchronisation."""
+    ordered = ids.sort().values
+    first = torch.searchsorted(ordered, ids)
+    return first.int(), torch.searchsorted(ordered, ids, right=True) - first
 
 
-def read_yaml(path):
-    """The mapping in a YAML file, all scalars as strings. Raises UserError: no such file, bad syntax, duplicate key."""
-    path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except FileNotFoundError:
-        known = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such config{_nearest(str(path), known)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if raw in (None, ""):
-        return {}
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found a {type(raw).__name__}")
-    return raw
+def _same(ids, rows, diagonal=True):
+    """[chunk, N] bool: pairs of equal id, with or without the pairs of a row and its own partner."""
+    same = ids[rows, None] == ids
+    if not diagonal:
+        same[:, rows].fill_diagonal_(False)
+    return same
 
 
-def _nearest(word, known):
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
+def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smoothing=0.0, chunk_size=None):
+    """Symmetric InfoNCE: mean over rows and over both directions of the cross-entropy of logit_scale * a b^T.
 
-
-def _describe(kind):
-    """A field type in the words of an error message."""
-    if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(k) for k in typing.get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null", dict: "a section"}
-    return names.get(kind) or f"a list of {_describe((typing.get_args(kind) or (str,))[0]).removeprefix('a ')}s"
-
-
-def _convert(value, kind):
-    """What YAML gave, a string, list or dict, as `kind`; ValueError if it is not one."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        for option in sorted(args, key=lambda k: k is str):  # str takes anything: last
-            try:
-                return _convert(value, option)
-            except ValueError:
-                pass
-        raise ValueError
-    if origin is list or kind is list:
-        if not isinstance(value, list):
-            raise ValueError
-        return [_convert(v, args[0] if args else str) for v in value]
-    if kind is dict and isinstance(value, dict):
-        return value
-    if kind is dict or not isinstance(value, str):
-        raise ValueError
-    value, words = re.sub(r'^\\"(.*)\\"$', r"\1", value.strip()), None  # \"siglip\": quotes escaped by a Markdown editor
-    if origin is typing.Literal:
-        words = {str(option): option for option in args}
-    elif kind is type(None):
-        words = dict.fromkeys(("", "~", "null", "Null", "NULL", "None"))
-    elif kind is bool:
-        value, words = value.lower(), {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    if words is not None:
-        if value not in words:
-            raise ValueError
-        return words[value]
-    number = kind(value)  # int("512"), float("1e-4"), str("no")
-    if kind is float and not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def flatten(tree, prefix="", leaves=()):
-    """{'a': {'b': 1}} -> {'a.b': 1}, except for the dicts named in leaves. Raises: UserError on a key that is there twice, dotted and nested."""
-    flat = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict) and prefix + key not in leaves
-        for name, leaf in (flatten(value, f"{prefix}{key}.", leaves) if nested else {prefix + key: value}).items():
-            if name in flat:
-                raise UserError(f"duplicate key {name} (dotted and in its section); keep one of the two")
-            flat[name] = leaf
-    return flat
-
-
-def config_schema(Config, prefix=""):
-    """{'training.batch_size': (field, type)} in the order of the dataclasses; a section maps to None."""
-    hints, keys = typing.get_type_hints(Config), {}
-    for field in dataclasses.fields(Config):
-        section = dataclasses.is_dataclass(hints[field.name])
-        keys[prefix + field.name] = None if section else (field, hints[field.name])
-        if section:
-            keys.update(config_schema(hints[field.name], f"{prefix}{field.name}."))
-    return keys
-
-
-def typed(flat, schema, where):
-    """A flat {dotted key: raw value} checked and converted against the schema of `config_schema`.
-
-    Raises: UserError that begins with `where` and names the key: unknown, a section, of a wrong type, out of range.
+    a, b: [N, D] float, L2-normalised; row i of a is the partner of row i of b. logit_scale: scalar (1 / temperature).
+    ids: [N] int, which image or movie a row belongs to. false_negatives: what becomes of pairs of equal id off the
+    diagonal: "ignore" leaves them as negatives, "mask" drops them from the denominator, "multi_positive" makes them
+    positives (soft targets, each row normalised). label_smoothing: eps spread evenly over the columns of a row that are
+    not dropped. chunk_size: rows of logits held at once (default 1024); it changes memory, not the value.
+    Returns: scalar, float32 (float64 for float64 input).
+    Raises: ValueError on shapes that disagree, ids that are missing, label_smoothing outside [0, 1].
+    Source: van den Oord et al. 2018, equation 4; the symmetric form of CLIP (Radford et al. 2021, figure 3). Soft
+        targets as in UniCL (Yang et al. 2022); smoothing of Szegedy et al. 2016, section 7.
     """
-    values = {}
-    for key, raw in flat.items():
-        if key not in schema:
-            known = [k for k in schema if schema[k]]
-            same_leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-            hint = f"; did you mean {same_leaf[0]}?" if same_leaf else _nearest(key, known)
-            raise UserError(f"{where}: unknown key {key}{hint} (-h lists every key)")
-        if schema[key] is None:  # a section: `training:` with nothing under it is fine, a value is not
-            if raw == "":
-                continue
-            raise UserError(f"{where}: {key} is a section; set {key}.<key> instead of {key}={raw}")
-        field, kind = schema[key]
-        try:
-            value = _convert(raw, kind)
-        except (ValueError, OverflowError):
-            hint = _nearest(str(raw), list(map(str, typing.get_args(kind)))) if typing.get_origin(kind) is typing.Literal else ""
-            raise UserError(f"{where}: {key}: expected {_describe(kind)}, found {raw!r}{hint}") from None
-        for bound in field.metadata.get("bounds", ()):
-            op, limit = bound.split()
-            numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
-            compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}[op]
-            if not all(compare(v, float(limit)) for v in numbers):
-                raise UserError(f"{where}: {key}: must be {bound}, found {raw}")
-        values[key] = value
+    a, b = _check_pairs(a, b, ids, false_negatives)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], found {label_smoothing}")
+    n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
+    dropped = torch.finfo(a.dtype).min / 4  # finite: a block may drop all of a column, and -inf - -inf is nan
+    with torch.autocast(a.device.type, enabled=False):
+        if masked or soft:
+            ids, group = _groups(ids)
+        if label_smoothing:
+            share = 1 / (n + 1 - group).to(a.dtype) if masked else a.new_full((n,), 1 / n)  # 1 / columns kept, [N]
+
+        def block(rows):
+            """log-sum-exp of these rows; of each column over these rows; what the targets take off, both ways."""
+            logits = (logit_scale * a[rows]) @ b.T  # [chunk, N]
+            target = 0 if soft else 2 * (1 - label_smoothing) * logit_scale * (a[rows] * b[rows]).sum(1)  # [chunk]
+            if masked:
+                logits = logits.masked_fill_(_same(ids, rows, diagonal=False), dropped)
+            if soft:
+                same = _same(ids, rows)
+                target = 2 * (1 - label_smoothing) * (logits * same).sum(1) / group[rows]
+            if label_smoothing:
+                kept = logits.masked_fill(logits == dropped, 0)
+                target = target + label_smoothing * (kept.sum(1) * share[rows] + kept @ share)
+            return logits.logsumexp(1), logits.logsumexp(0), target
+
+        row_lse, column_lse, target = zip(*_row_blocks(block, n, chunk_size), strict=True)
+        return (torch.cat(row_lse) + torch.stack(column_lse).logsumexp(0) - torch.cat(target)).mean() / 2
+
+
+def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignore", chunk_size=None):
+    """Pairwise sigmoid loss: -sum_ij log sigmoid(z_ij (logit_scale a_i.b_j + logit_bias)) / N, z = +-1 (partners: +1).
+
+    a, b: [N, D] float, L2-normalised. logit_scale, logit_bias: scalars. ids, false_negatives, chunk_size: as in
+    `info_nce`; "mask" drops pairs of equal id off the diagonal, "multi_positive" gives them z = 1.
+    Returns: scalar, float32 (float64 for float64 input).
+    Raises: ValueError on shapes that disagree or ids that are missing.
+    Source: SigLIP, Zhai et al. 2023, algorithm 1 (the sum is divided by N, not N^2).
+    """
+    a, b = _check_pairs(a, b, ids, false_negatives)
+    n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
+    with torch.autocast(a.device.type, enabled=False):
+        if masked or soft:
+            ids, _ = _groups(ids)
+
+        def block(rows):
+            logits = (logit_scale * a[rows]) @ b.T
+            logits += logit_bias  # [chunk, N]
+            positive = (logits * _same(ids, rows)).sum() if soft else 0
+            if masked:
+                logits = logits.masked_fill_(_same(ids, rows, diagonal=False), torch.finfo(a.dtype).min / 4)
+            # -log sigmoid(-x) = softplus(x), -log sigmoid(x) = softplus(x) - x; beyond 40 it is x in float64 too
+            return F.softplus(logits, threshold=40).sum() - positive
+
+        total = torch.stack(_row_blocks(block, n, chunk_size)).sum()
+        if not soft:
+            total = total - (logit_scale * (a * b).sum() + n * logit_bias)
+        return total / n
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+def warmup_cosine(step, total_steps, warmup_steps):
+    """Learning-rate factor in [0, 1] of a step, from 0: linear 0 -> 1 over warmup_steps, half a cosine to 0 at total_steps.
+
+    Source: Loshchilov & Hutter 2017 (SGDR), equation 5, no restarts; clamped to 0 past its end, where a cosine rises.
+    """
+    step = max(step, 0)
+    if step < warmup_steps:
+        return step / warmup_steps
+    if step >= total_steps:
+        return 0.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+def _miss_probability(better, tied, own, k):
+    """P(none of the top k is one's own): `better` others above, `tied` others level, ties in random order; [Q] float64.
+
+    1 - C(t+m-r, m) / C(t+m, m) is the hit; the quotient is written as the product of (t-j) / (t+m-j) over j < r.
+    """
+    places = (k - better).clamp(min=0)  # of the tied group inside the top k
+    miss = torch.ones_like(better, dtype=torch.float64)
+    for j in range(int(min(k, (tied + own).max()))):
+        inside = (j < places) & (j < tied + own)
+        miss = torch.where(inside, miss * (tied - j).clamp(min=0) / (tied + own - j).clamp(min=1), miss)
+    return miss
+
+
+def _check_retrieval(queries, gallery, query_ids, gallery_ids):
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries [Q, D], gallery [G, D] needed, found {list(queries.shape)}, {list(gallery.shape)}")
+    if query_ids.shape != queries.shape[:1] or gallery_ids.shape != gallery.shape[:1]:
+        raise ValueError(f"one id a row needed, found {list(query_ids.shape)} ids for {len(queries)} queries and "
+                         f"{list(gallery_ids.shape)} for {len(gallery)} gallery rows")
+    if not len(queries) or not len(gallery):
+        raise ValueError(f"nothing to retrieve: {len(queries)} queries, {len(gallery)} gallery rows")
+    for name, x in (("queries", queries), ("gallery", gallery)):
+        if not torch.isfinite(x).all():
+            bad = int((~torch.isfinite(x)).any(1).sum())
+            raise ValueError(f"{name}: {bad} rows of {len(x)} hold non-finite values")
+
+
+def _block_scores(queries, gallery, gallery32, own_columns, tolerance, scores, work):
+    """Fill `scores` [q, G] float32 with q . g: where a score is close to an own row's it is computed in float64 first.
+
+    So equal rows tie whatever the block size. `work` is a buffer of the same shape.
+    """
+    with full_precision():
+        torch.mm(queries.float(), gallery32.T, out=scores)
+    if not torch.isfinite(torch.stack([scores.amax(), scores.amin()])).all():
+        raise ValueError("scores overflow float32; normalise the rows")
+    near = None
+    if own_columns.shape[1] <= 32:
+        close = torch.zeros_like(scores, dtype=torch.bool)
+        for columns in own_columns.T:
+            exact = (queries.double() * gallery[columns].double()).sum(1, keepdim=True).float()  # [q, 1]
+            close |= torch.sub(scores, exact, out=work).abs_() <= tolerance
+        near = close.nonzero()
+    if near is None or len(near) * 16 > scores.numel():  # many own rows, or a collapsed model: all are near
+        return (queries.double() @ gallery.double().T).float()
+    for part in near.split(65536):
+        q, g = part.unbind(1)
+        scores[q, g] = (queries[q].double() * gallery[g].double()).sum(1).float()
+    return scores
+
+
+def _average_precision(scores, own_columns, is_own, n_own, ks):
+    """{k: AP@k [q]} of scores [q, G], own rows below all that tie with them; divided by min(k, own rows)."""
+    scores = scores.double()  # so that a hair is less than the gap to the next float32
+    own = scores.gather(1, own_columns).masked_fill(~is_own, -torch.inf)
+    below = torch.nextafter(own, torch.full_like(own, -torch.inf))
+    scores = scores.scatter(1, own_columns, torch.where(is_own, below, below[:, :1]))
+    mine = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, own_columns, True)
+    top = mine.gather(1, scores.topk(min(max(ks), scores.shape[1]), dim=1).indices).double()
+    places = torch.arange(1, top.shape[1] + 1, device=scores.device)
+    precision = top @ (places[:, None] <= places).double() / places  # own rows so far / place
+    return {k: (precision * top)[:, :k].sum(1) / n_own.clamp(max=k) for k in ks}
+
+
+def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=256):
+    """Retrieval quality of every query; `retrieval_metrics` averages it, a bootstrap resamples it.
+
+    queries: [Q, D], gallery: [G, D], float, L2-normalised for cosine. query_ids: [Q], gallery_ids: [G] int; the gallery
+    rows that carry the query's id are its own, and the best of them counts. Ties: the expectation over their random
+    order; AP ranks an own row below every other row of the same score. AP@k is divided by min(k, own rows).
+    Returns: dict of [Q] float64 on the CPU: `hit@k` (probability), `AP@k`, `rank` (expected, from 1), `chance@k`.
+    Raises: ValueError on non-finite input, shapes that disagree, or a query without an own row in the gallery.
+    """
+    _check_retrieval(queries, gallery, query_ids, gallery_ids)
+    device = torch.device("cpu") if queries.device.type == "mps" else queries.device  # MPS has no float64
+    queries, gallery = queries.detach().to(device), gallery.detach().to(device)
+    gallery_ids, order = gallery_ids.to(device).sort(stable=True)  # own rows of a query become one range
+    gallery, query_ids = gallery[order], query_ids.to(device)
+    first = torch.searchsorted(gallery_ids, query_ids)
+    n_own = torch.searchsorted(gallery_ids, query_ids, right=True) - first  # [Q]
+    if (n_own == 0).any():
+        raise ValueError(f"{int((n_own == 0).sum())} of {len(queries)} queries have no row of their id in the gallery, "
+                         f"the first is id {int(query_ids[n_own == 0][0])}")
+    offsets = torch.arange(int(n_own.max()), device=device)
+    gallery32 = gallery.float()
+    eps = 16 * torch.finfo(torch.float32).eps  # of a float32 product
+    tolerance = eps * queries.float().norm(dim=1, keepdim=True) * gallery32.norm(dim=1).max()
+    out = {name: [] for name in (*(f"hit@{k}" for k in ks), *(f"AP@{k}" for k in map_ks), "rank")}
+    buffers = gallery32.new_empty(2, min(chunk_size, len(queries)), len(gallery))  # fresh ones pile up in the heap
+    for i in range(0, len(queries), chunk_size):
+        rows = slice(i, i + chunk_size)
+        scores, work = buffers[:, :len(queries[rows])]  # [q, G]
+        is_own = offsets < n_own[rows, None]  # [q, most own rows of any query]
+        own_columns = first[rows, None] + offsets * is_own  # filled up with the first
+        scores = _block_scores(queries[rows], gallery, gallery32, own_columns, tolerance[rows], scores, work)
+        own = scores.gather(1, own_columns).masked_fill(~is_own, -torch.inf)
+        best = own.amax(1, keepdim=True)
+        level = (own == best).sum(1)  # m, own rows at the best own score
+        better = torch.gt(scores, best, out=work).sum(1).long()  # b; a float sum is faster and exact to 2^24
+        tied = torch.ge(scores, best, out=work).sum(1).long() - better - level  # t
+        out["rank"].append(better + (tied + level + 1).double() / (level + 1))
+        for k in ks:
+            out[f"hit@{k}"].append(1 - _miss_probability(better, tied, level, k))
+        if not map_ks:
+            continue
+        if len(offsets) == 1:
+            worst = (better + tied + 1).double()
+            precisions = {k: torch.where(worst <= k, 1 / worst, 0.0) for k in map_ks}
+        else:
+            precisions = _average_precision(scores, own_columns, is_own, n_own[rows], map_ks)
+        for k in map_ks:
+            out[f"AP@{k}"].append(precisions[k])
+    values = {name: torch.cat(parts).cpu() for name, parts in out.items()}
+    for k in ks:  # all G rows level
+        values[f"chance@{k}"] = (1 - _miss_probability(torch.zeros_like(n_own), len(gallery) - n_own, n_own, k)).cpu()
     return values
 
 
-def load_config(Config, path, overrides=(), demo=False):
-    """The config dataclass from a YAML file and `key=value` overrides.
+def retrieval_metrics(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=256):
+    """Means over queries of `retrieval_per_query` (same arguments, ties and errors).
 
-    Strings in the file are converted by the field's type, so `1e-4` is a number and `no` a word where a word is asked for.
-    The file's `demo:` section is checked always and applied with `demo=True` (before the overrides). An empty
-    `output_dir` becomes `results/[demo/]<file name>[,overrides that change the run]`.
-
-    Args: Config: dataclass, nested one dataclass a section, with an `experiment` name and an `output_dir`.
-        path: a YAML file, or None for the defaults. overrides: list of 'section.key=value'.
-    Raises: UserError (a ValueError), in one line: unknown or duplicate key, wrong type, out of range, missing file,
-        a YAML of another experiment.
+    Returns: dict of floats: `R@k` (0..1), `median_rank`, `mean_rank` (expected ranks, from 1), `MRR`, `mAP@k`.
     """
-    cfg, schema = Config(), config_schema(Config)
-    raw = read_yaml(path) if path is not None else {}
-    name = raw.get("experiment", cfg.experiment)
-    if name != cfg.experiment:
-        raise UserError(f"{path}: is a config of exp_{name}.py (experiment: {name}), not of exp_{cfg.experiment}.py")
-    demo_section = raw.pop("demo", None) or {}
-    if not isinstance(demo_section, dict):
-        raise UserError(f"{path}: demo is a section of keys, found {demo_section!r}")
+    q = retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks, map_ks, chunk_size)
+    return {**{f"R@{k}": q[f"hit@{k}"].mean().item() for k in ks},
+            "median_rank": float(np.median(q["rank"].numpy())), "mean_rank": q["rank"].mean().item(),
+            "MRR": (1 / q["rank"]).mean().item(), **{f"mAP@{k}": q[f"AP@{k}"].mean().item() for k in map_ks}}
+
+
+def _ranking_scores(score, positive, weights):
+    """(average precision, ROC-AUC), each [R], of scores [N] for labels [N] of 0/1, weights [R, N]; nan if undefined."""
+    order = np.argsort(-score, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # last place of each run of equal scores
+    weights = weights[:, order]
+    seen = weights.cumsum(1)[:, ends]  # [R, distinct scores]
+    hits = (weights * positive[order]).cumsum(1)[:, ends]
+    n, n_positive = seen[:, -1:], hits[:, -1:]
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is the nan that is promised
+        precision = (np.diff(hits, prepend=0) * hits / np.maximum(seen, 1)).sum(1) / n_positive[:, 0]
+        recall, fall_out = hits / n_positive, (seen - hits) / (n - n_positive)
+        recall_before = np.concatenate([np.zeros_like(n), recall[:, :-1]], axis=1)
+        auc = (np.diff(fall_out, prepend=0) * (recall + recall_before) / 2).sum(1)
+    return precision, auc
+
+
+def _defined_mean(values):
+    """Mean over the first axis of [C, R], nan left out; nan where there is nothing else."""
+    defined = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, values, 0).sum(0) / defined.sum(0)
+
+
+def multilabel_metrics(logits, targets, threshold=0.5, weights=None):
+    """F1 at a probability threshold, mAP and ROC-AUC of multi-label predictions, over the whole set at once.
+
+    logits: [N, C] float. targets: [N, C] of 0/1. A label is predicted when sigmoid(logit) > threshold.
+    weights: [R, N] how often each row counts in each of R resamples of a bootstrap; each value is then an array [R].
+    Returns: dict of floats `f1_micro`, `f1_macro`, `f1_weighted`, `f1_samples` (an F1 of 0/0 counts as 0), `mAP` and
+    `roc_auc` (macro, over the classes where they are defined: with a positive; with a positive and a negative; else
+    nan), `mAP_micro` (of all rows x classes as one list).
+    Raises: ValueError on shapes that disagree, non-finite logits, targets other than 0/1, a threshold outside (0, 1).
+    Definitions as in scikit-learn, which the tests compare with.
+    """
+    if logits.ndim != 2 or logits.shape != targets.shape or not logits.numel():
+        found = f"{list(logits.shape)} and {list(targets.shape)}"
+        raise ValueError(f"logits and targets must be equal [N, C] with N, C > 0, found {found}")
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must lie in (0, 1), found {threshold}")
+    x, y = logits.detach().cpu().double().numpy(), targets.detach().cpu().double().numpy()
+    if not np.isfinite(x).all():
+        raise ValueError(f"logits: {int((~np.isfinite(x)).any(1).sum())} rows of {len(x)} hold non-finite values")
+    if not np.isin(y, (0, 1)).all():
+        raise ValueError("targets must be 0 or 1")
+    w = np.ones((1, len(x))) if weights is None else np.asarray(weights, dtype=np.float64)
+    predicted = x > math.log(threshold / (1 - threshold))
+    hit, wrong = predicted * y, (predicted != y).astype(np.float64)  # [N, C]
+
+    def f1(hits, errors):
+        return 2 * hits / np.maximum(2 * hits + errors, 1)  # hits is 0 where the sum is
+
+    of_class, support = f1(w @ hit, w @ wrong), w @ y  # [R, C]
+    columns = [_ranking_scores(x[:, c], y[:, c], w) for c in range(x.shape[1])]
+    precision, auc = (np.stack(part) for part in zip(*columns, strict=True))  # [C, R]
+    out = {"f1_micro": f1((w @ hit).sum(1), (w @ wrong).sum(1)), "f1_macro": of_class.mean(1),
+           "f1_samples": w @ f1(hit.sum(1), wrong.sum(1)) / w.sum(1),
+           "f1_weighted": (of_class * support).sum(1) / np.maximum(support.sum(1), 1),
+           "mAP": _defined_mean(precision), "roc_auc": _defined_mean(auc),
+           "mAP_micro": _ranking_scores(x.ravel(), y.ravel(), w.repeat(x.shape[1], axis=1))[0]}
+    return {name: float(value[0]) for name, value in out.items()} if weights is None else out
+
+
+def bootstrap(statistic, n, groups=None, n_resamples=1000, seed=0):
+    """{name: values [R]} of a statistic in resamples of n test items (Efron 1979); of two models they are paired.
+
+    statistic: weights [r, n], how often each item counts in each of r resamples, -> {name: values [r]}. The resamples
+    depend on n, groups, n_resamples and seed alone.
+    groups: [n] ints from 0; items of one group (captions of an image) are drawn together.
+    """
+    n_groups = n if groups is None else int(np.max(groups)) + 1
+    draws, parts = np.random.default_rng(seed), []
+    for start in range(0, n_resamples, 50):  # bounds the memory of [r, n] arrays
+        size = min(50, n_resamples - start)
+        weights = draws.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=size).astype(np.float64)
+        parts.append(statistic(weights if groups is None else weights[:, groups]))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def interval(values):
+    """(low, high), the 95% percentile interval of resampled values [R]."""
+    return tuple(float(v) for v in np.nanquantile(values, (0.025, 0.975)))
+
+
+def bootstrap_interval(statistic, n, groups=None, n_resamples=1000, seed=0):
+    """{name: (low, high)}: the 95% intervals of `bootstrap`; of a difference taken inside `statistic` it is a paired one."""
+    return {name: interval(values) for name, values in bootstrap(statistic, n, groups, n_resamples, seed).items()}
+
+
+def moments(x, rows, chunk=8192):
+    """(mean, deviation), each [D] float32, of some rows [n] of x [N, D], by float64 sums; a constant one: 1.
+
+    Raises: ValueError if every feature is constant.
+    """
+    total, squares = 0, 0
+    for part in rows.split(chunk):
+        block = x[part.to(x.device)].cpu().double()
+        total = total + block.sum(0)
+        squares = squares + block.square().sum(0)
+    mean = total / len(rows)
+    variance = squares / len(rows) - mean.square()
+    constant = variance <= 1e-10 * mean.square().clamp(min=1e-12)
+    if constant.all():
+        raise ValueError(f"all {len(constant)} features are constant over {len(rows):,} rows: nothing to learn from")
+    return mean.float(), variance.masked_fill(constant, 1).sqrt().float()
+
+
+# ---------------------------------------------------------------------------------------------- files and checkpoints
+
+def _previous(path):
+    return path.with_name(f"{path.name}.previous")
+
+
+def _reason(error):
+    """What went wrong in a few words of one line."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it holds more than tensors and plain types, or is damaged"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['empty'])[0]}"
+
+
+def guarded(read, path):
+    """read(path); whatever goes wrong there is a UserError of one line that names the file."""
     try:
-        flat, demo_flat = flatten(raw, leaves=[k for k, v in schema.items() if v and v[1] is dict]), flatten(demo_section)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    values, demo_values = typed(flat, schema, path), typed(demo_flat, schema, f"{path}: demo")
-    if demo:
-        values.update(demo_values)
-    changed = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise UserError(f"{item!r}: an override is written key=value, e.g. seed=1")
-        changed[key.strip()] = value = text.strip()
-        if value.startswith(("[", "{", '"', "'")):  # the rest stays as it is: a path may hold ` #` or `: `
-            with contextlib.suppress(yaml.YAMLError):
-                changed[key.strip()] = yaml.load(value, Loader=_StrictLoader)
-    values.update(typed(changed, schema, "command line"))
-    if "output_dir" in schema and values.get("output_dir", "") in ("", "null", "~"):
-        stem = Path(path).stem if path is not None else cfg.experiment
-        named = [f"{key}={_plain(changed[key])}" for key in sorted(changed) if not is_neutral(key)]
-        folder = re.sub(r"[^\w.=,+\-\[\]]+", "_", ",".join([stem, *named]))
-        if len(folder) > 200:  # file systems stop at 255 bytes
-            folder = f"{folder[:180]}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
-        values["output_dir"] = str(Path("results", "demo" if demo else "", folder))
-    for key, value in values.items():
-        *sections, leaf = key.split(".")
-        value = os.path.expanduser(value) if leaf.endswith("dir") else value
-        setattr(functools.reduce(getattr, sections, cfg), leaf, value)
-    return cfg
+        return read(path)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # numpy, json, zip and pickle raise kinds of their own
+        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
 
 
-def _plain(value):
-    return "[" + ",".join(map(_plain, value)) + "]" if isinstance(value, list) else "null" if value is None else str(value)
+def atomic_write(path, write, keep_previous=False):
+    """Call write(binary file) on a temporary file, fsync, rename onto path: at any moment path is whole, old or new.
 
-
-def _config_help(section, prefix=""):
-    """One line a key: name, default, the trailing comment on the field in the source, choices and bounds."""
-    source, lines = inspect.getsource(type(section)).splitlines(), []
-    hints = typing.get_type_hints(type(section))
-    statements = {n.target.id: source[n.end_lineno - 1] for n in ast.parse("\n".join(source)).body[0].body if isinstance(n, ast.AnnAssign)}
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            lines += ["", *_config_help(value, f"{prefix}{field.name}.")]
-            continue
-        choices = f" [{_describe(hints[field.name])}]" if typing.get_origin(hints[field.name]) is typing.Literal else ""
-        bounds = "".join(f" ({b})" for b in field.metadata.get("bounds", ()))
-        lines.append(f"  {f'{prefix}{field.name}={_plain(value)}':44} {statements[field.name].partition('# ')[2]}{choices}{bounds}")
-    return lines
-
-
-def parse_command_line(argv, configs, doc, stages):
-    """`config.yaml [key=value ...] [--stage S] [--demo] [--fresh]` -> arguments; -h lists every key of the config dataclasses."""
-    keys = "\n\n".join("\n".join(_config_help(Config())) for Config in configs)
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"config keys, defaults and meaning (set in the YAML, or as key=value):\n{keys}")
-    parser.add_argument("config", help="a YAML file in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a config key, e.g. seed=1 training.learning_rate=3e-4")
-    parser.add_argument("--stage", choices=stages, default="all", help="run only this part (default: all)")
-    parser.add_argument("--demo", action="store_true", help="synthetic stand-in data, a run of about a minute on a laptop CPU")
-    parser.add_argument("--fresh", action="store_true", help="move an existing run folder to .old-N and start again")
-    args = parser.parse_intermixed_args(argv)
-    if "=" in args.config and not Path(args.config).exists():
-        parser.error(f"the config file comes first, found {args.config!r}")
-    return args
-
-
-def exit_codes(main):
-    """Make `main(argv)` return 0 done, 2 a user's mistake, 1 anything else, 130/143 stopped by Ctrl-C/SIGTERM.
-
-    What a user can cause is one line on stderr; only a bug shows a traceback.
+    Raises: OSError naming the path (disk full, no permission); what was there stays.
     """
-    @functools.wraps(main)
-    def wrapped(argv=None):
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, _previous(path))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error}); all that was saved before is kept, and the same command "
+                      "resumes from it once this is mended") from None
+
+
+def write_text(path, text):
+    """Write a text file atomically."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, value):
+    """Write JSON atomically; a non-finite number becomes null. Raises: OSError naming the path."""
+    def plain(v):
+        if isinstance(v, dict):
+            return {str(k): plain(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [plain(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+    write_text(path, json.dumps(plain(value), indent=2) + "\n")
+
+
+def read_json(path):
+    """The object in a JSON file, a dict. Raises: UserError naming the file if it is missing or not a JSON object."""
+    value = guarded(lambda p: json.loads(Path(p).read_text(encoding="utf-8")), path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def check_crc(path):
+    """Raise UserError if a member of a zip file (.pt, .npz) does not match its checksum, at which torch.load never looks."""
+    def check(p):
+        with zipfile.ZipFile(p) as archive:
+            return archive.testzip()
+    if damaged := guarded(check, path):
+        raise UserError(f"{path}: {damaged} does not match its checksum: the file is damaged; copy or encode it again")
+
+
+def fingerprint(paths, whole=1 << 31, blocks=512):
+    """16 hex digits of the SHA-256 over the contents of files, in the order given.
+
+    Of a file larger than `whole` bytes it takes the size and `blocks` blocks of 1 MiB, spread from first to last.
+    Raises: UserError if a .pt or .npz does not match its own checksums.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        if Path(path).suffix in (".pt", ".npz") and zipfile.is_zipfile(path):
+            check_crc(path)
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            if size > whole:
+                digest.update(str(size).encode())
+                for i in range(blocks):
+                    file.seek((size - (1 << 20)) * i // (blocks - 1))
+                    digest.update(file.read(1 << 20))
+            else:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def save_checkpoint(path, state, keep_previous=True):
+    """Write a dict of tensors and plain types atomically; the file it replaces is kept as `<path>.previous`.
+
+    Raises: OSError naming the path; the last good checkpoint stays.
+    """
+    atomic_write(path, lambda file: torch.save(state, file), keep_previous)
+
+
+def load_checkpoint(path):
+    """The dict that `save_checkpoint` wrote, on the CPU (weights_only=True). A missing or damaged file falls back to
+    `<path>.previous`, where there is one, with a warning; the damaged one becomes `<path>.damaged`.
+
+    Raises: FileNotFoundError if neither is there, UserError if none can be read.
+    """
+    path, problems = Path(path), []
+    for candidate in (path, _previous(path)):
+        if not candidate.exists():
+            continue
         try:
-            main(sys.argv[1:] if argv is None else argv)
-            return 0
+            check_crc(candidate)
+            state = guarded(lambda p: torch.load(p, map_location="cpu", weights_only=True), candidate)
         except UserError as error:
-            message, code = str(error), 2
-        except Stopped as stop:
-            message, code = str(stop), 128 + stop.signum
-        except KeyboardInterrupt:
-            message, code = "stopped by Ctrl-C", 130
-        except torch.OutOfMemoryError as error:
-            message, code = f"out of GPU memory ({str(error).split('. ')[0]}); lower the batch size or evaluation.chunk_size", 1
-        except (OSError, FloatingPointError) as error:
-            message, code = str(error), 1
-        print(f"error: {' '.join(message.split())}" if code < 128 else message, file=sys.stderr)
-        return code
-    return wrapped
+            problems.append(str(error))
+            continue
+        if candidate != path:
+            warnings.warn(f"{problems[0] if problems else f'{path} is missing'}; using {candidate}", stacklevel=2)
+            if problems:  # else the next save would put it in the good one's place
+                path.replace(path.with_name(f"{path.name}.damaged"))
+        return state
+    if problems:
+        raise UserError(f"{'; '.join(problems)}; use --fresh to start again")
+    raise FileNotFoundError(f"{path}: no such checkpoint; run the training first")
 
 
-# ---------------------------------------------------------------------------------------------------- device, seeds, stop
+# ---------------------------------------------------------------------------------------------- device, seeds, signals
 
 def pick_device(name="auto"):
     """torch.device from "auto" (cuda, else mps, else cpu), "cuda", "mps" or "cpu"; also switches TF32 matmul on.
@@ -325,7 +568,8 @@ def pick_device(name="auto"):
     kind = name.partition(":")[0]
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if not available.get(kind, False) or name not in (kind, *(f"{kind}:{i}" for i in range(count))):
-        raise UserError(f"device={name} is not available here; use one of auto, {', '.join(k for k in available if available[k])}")
+        choices = ", ".join(k for k in available if available[k])
+        raise UserError(f"device={name} is not available here; use one of auto, {choices}")
     torch.set_float32_matmul_precision("high")
     return torch.device(name)
 
@@ -342,7 +586,7 @@ def full_precision():
 
 
 def seed_everything(seed):
-    """Seed Python, NumPy and torch (all devices) and ask for deterministic kernels, so that equal runs give equal bits."""
+    """Seed Python, NumPy and torch (all devices), ask for deterministic kernels: equal runs give equal bits."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -355,7 +599,8 @@ def rng_state():
     """All random states as plain types and tensors (so that a checkpoint loads with weights_only=True)."""
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(),
+            "cuda": cuda}
 
 
 def set_rng_state(state):
@@ -392,451 +637,107 @@ class StopSignal:
 
     def _note(self, signum, frame):
         self.signum = signum
+        self.__exit__()
+
+    def __exit__(self, *error):
         for s, handler in self.previous.items():
             signal.signal(s, handler)
 
-    def __exit__(self, *exc):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
+
+# ------------------------------------------------------------------------------------------------------ a run's folder
+
+# Keys that leave a run what it is: they neither name its folder nor make it a different run. So are all that end in
+# dir, _file or parquet: the data they name are known by their fingerprint.
+NEUTRAL_KEYS = ("device", "num_workers", "wandb", "evaluation", "compare", "dim")
 
 
-# ---------------------------------------------------------------------------------------------------------------- losses
-
-BLOCK = 1024  # rows of the [N, N] logits held at once
-
-
-def _row_blocks(block_fn, n_rows, chunk_size):
-    """[block_fn(slice of rows), ...]; each block's [chunk, N] intermediates are recomputed in backward, not stored."""
-    size = min(n_rows, chunk_size or BLOCK)
-    rows = [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]
-    if len(rows) == 1 or not torch.is_grad_enabled():
-        return [block_fn(r) for r in rows]
-    return [checkpoint(block_fn, r, use_reentrant=False, preserve_rng_state=False, determinism_check="none") for r in rows]
-
-
-def _check_pairs(a, b, ids, false_negatives):
-    if a.ndim != 2 or a.shape != b.shape or len(a) == 0:
-        raise ValueError(f"a and b must be equal [N, D] with N > 0, found {list(a.shape)} and {list(b.shape)}")
-    if false_negatives not in ("ignore", "mask", "multi_positive"):
-        raise ValueError(f"false_negatives must be ignore, mask or multi_positive, found {false_negatives!r}")
-    if false_negatives != "ignore" and ids is None:
-        raise ValueError(f"false_negatives={false_negatives!r} needs ids [N]; without ids use 'ignore'")
-    if ids is not None and ids.shape != a.shape[:1]:
-        raise ValueError(f"ids must be [{len(a)}], found {list(ids.shape)}")
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)  # logits in float32 also under autocast
-    return a.to(dtype), b.to(dtype)
-
-
-def _groups(ids):
-    """(ids as int32 ranks, number of rows that carry each row's id), both [N], without a host synchronisation."""
-    ordered = ids.sort().values
-    first = torch.searchsorted(ordered, ids)
-    return first.int(), torch.searchsorted(ordered, ids, right=True) - first
-
-
-def _same(ids, rows, diagonal=True):
-    """[chunk, N] bool: pairs of equal id, with or without the pairs of a row and its own partner."""
-    same = ids[rows, None] == ids
-    if not diagonal:
-        same[:, rows].fill_diagonal_(False)
-    return same
-
-
-def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smoothing=0.0, chunk_size=None):
-    """Symmetric InfoNCE: mean over rows and over both directions of the cross-entropy of logit_scale * a b^T.
-
-    a, b: [N, D] float, L2-normalised; row i of a is the partner of row i of b. logit_scale: scalar (1 / temperature).
-    ids: [N] int, which image or movie a row belongs to. false_negatives: what becomes of pairs of equal id off the
-    diagonal: "ignore" leaves them as negatives, "mask" drops them from the denominator, "multi_positive" makes them
-    positives (soft targets, each row normalised). label_smoothing: eps spread evenly over the columns of a row that are
-    not dropped. chunk_size: rows of logits held at once (default 1024); it changes memory, not the value.
-    Returns: scalar, float32 (float64 for float64 input).
-    Raises: ValueError on shapes that disagree, ids that are missing, label_smoothing outside [0, 1].
-    Source: van den Oord et al. 2018, equation 4; the symmetric form of CLIP (Radford et al. 2021, figure 3). Soft targets as in UniCL
-    (Yang et al. 2022); smoothing of Szegedy et al. 2016, section 7.
-    """
-    a, b = _check_pairs(a, b, ids, false_negatives)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1], found {label_smoothing}")
-    n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
-    dropped = torch.finfo(a.dtype).min / 4  # finite: a block may drop all of a column, and -inf - -inf is nan
-    with torch.autocast(a.device.type, enabled=False):
-        if masked or soft:
-            ids, group = _groups(ids)
-        if label_smoothing:
-            share = 1 / (n + 1 - group).to(a.dtype) if masked else a.new_full((n,), 1 / n)  # 1 / columns kept, [N]
-
-        def block(rows):
-            """log-sum-exp of these rows; of each column over these rows; what the targets take off, both ways."""
-            logits = (logit_scale * a[rows]) @ b.T  # [chunk, N]
-            target = 0 if soft else 2 * (1 - label_smoothing) * logit_scale * (a[rows] * b[rows]).sum(1)  # [chunk]
-            if masked:
-                logits = logits.masked_fill_(_same(ids, rows, diagonal=False), dropped)
-            if soft:
-                same = _same(ids, rows)
-                target = 2 * (1 - label_smoothing) * (logits * same).sum(1) / group[rows]
-            if label_smoothing:
-                kept = logits.masked_fill(logits == dropped, 0)
-                target = target + label_smoothing * (kept.sum(1) * share[rows] + kept @ share)
-            return logits.logsumexp(1), logits.logsumexp(0), target
-
-        row_lse, column_lse, target = zip(*_row_blocks(block, n, chunk_size), strict=True)
-        return (torch.cat(row_lse) + torch.stack(column_lse).logsumexp(0) - torch.cat(target)).mean() / 2
-
-
-def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignore", chunk_size=None):
-    """Pairwise sigmoid loss: -sum_ij log sigmoid(z_ij (logit_scale a_i.b_j + logit_bias)) / N, z = 1 for partners, else -1.
-
-    a, b: [N, D] float, L2-normalised. logit_scale, logit_bias: scalars. ids, false_negatives, chunk_size: as in `info_nce`;
-    "mask" drops pairs of equal id off the diagonal, "multi_positive" gives them z = 1.
-    Returns: scalar, float32 (float64 for float64 input).
-    Raises: ValueError on shapes that disagree or ids that are missing.
-    Source: SigLIP, Zhai et al. 2023, algorithm 1 (the sum is divided by N, not N^2).
-    """
-    a, b = _check_pairs(a, b, ids, false_negatives)
-    n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
-    with torch.autocast(a.device.type, enabled=False):
-        if masked or soft:
-            ids, _ = _groups(ids)
-
-        def block(rows):
-            logits = (logit_scale * a[rows]) @ b.T
-            logits += logit_bias  # [chunk, N]
-            positive = (logits * _same(ids, rows)).sum() if soft else 0
-            if masked:
-                logits = logits.masked_fill_(_same(ids, rows, diagonal=False), torch.finfo(a.dtype).min / 4)
-            # -log sigmoid(-x) = softplus(x) and -log sigmoid(x) = softplus(x) - x; beyond 40 softplus(x) is x in float64 too
-            return F.softplus(logits, threshold=40).sum() - positive
-
-        total = torch.stack(_row_blocks(block, n, chunk_size)).sum()
-        if not soft:
-            total = total - (logit_scale * (a * b).sum() + n * logit_bias)
-        return total / n
-
-
-# -------------------------------------------------------------------------------------------------------------- schedule
-
-def warmup_cosine(step, total_steps, warmup_steps):
-    """Learning-rate factor in [0, 1] of a step, counted from 0: linear 0 -> 1 over warmup_steps, then half a cosine to 0 at
-    total_steps, and 0 ever after.
-
-    Source: Loshchilov & Hutter 2017 (SGDR), equation 5, without restarts; clamped, as an unclamped cosine rises again past its end.
-    """
-    step = max(step, 0)
-    if step < warmup_steps:
-        return step / warmup_steps
-    if step >= total_steps:
-        return 0.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
-
-
-# --------------------------------------------------------------------------------------------------------------- metrics
-
-def _miss_probability(better, tied, own, k):
-    """P(none of the top k is one's own) with `better` others above, `tied` others level, ties in random order; [Q] float64.
-
-    1 - C(t+m-r, m) / C(t+m, m) is the hit; the quotient is written as the product of (t-j) / (t+m-j) over j < r.
-    """
-    places = (k - better).clamp(min=0)  # of the tied group inside the top k
-    miss = torch.ones_like(better, dtype=torch.float64)
-    for j in range(int(min(k, (tied + own).max()))):
-        inside = (j < places) & (j < tied + own)
-        miss = torch.where(inside, miss * (tied - j).clamp(min=0) / (tied + own - j).clamp(min=1), miss)
-    return miss
-
-
-def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=256):
-    """Retrieval quality of every query; `retrieval_metrics` averages it, a bootstrap resamples it.
-
-    queries: [Q, D], gallery: [G, D], float, L2-normalised for cosine. query_ids: [Q], gallery_ids: [G] int; the gallery
-    rows that carry the query's id are its own, and the best of them counts. Scores close to those of own rows are computed
-    in float64 and compared in float32, so that equal rows tie whatever the block size. Ties: the expectation over their
-    random order; AP ranks an own row below every other row of the same score. AP@k is divided by min(k, own rows).
-    Returns: dict of [Q] float64 on the CPU: `hit@k` (probability), `AP@k`, `rank` (expected, from 1), `chance@k`.
-    Raises: ValueError on non-finite input, shapes that disagree, or a query without an own row in the gallery.
-    """
-    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"queries [Q, D] and gallery [G, D] needed, found {list(queries.shape)} and {list(gallery.shape)}")
-    if query_ids.shape != queries.shape[:1] or gallery_ids.shape != gallery.shape[:1]:
-        raise ValueError(f"one id a row needed, found {list(query_ids.shape)} ids for {len(queries)} queries and "
-                         f"{list(gallery_ids.shape)} for {len(gallery)} gallery rows")
-    if not len(queries) or not len(gallery):
-        raise ValueError(f"nothing to retrieve: {len(queries)} queries, {len(gallery)} gallery rows")
-    for name, x in (("queries", queries), ("gallery", gallery)):
-        if not torch.isfinite(x).all():
-            raise ValueError(f"{name}: {int((~torch.isfinite(x)).any(1).sum())} rows of {len(x)} hold non-finite values")
-    device = torch.device("cpu") if queries.device.type == "mps" else queries.device  # MPS has no float64
-    queries, gallery = queries.detach().to(device), gallery.detach().to(device)
-    gallery_ids, order = gallery_ids.to(device).sort(stable=True)  # own rows of a query become one range
-    gallery, query_ids = gallery[order], query_ids.to(device)
-    first = torch.searchsorted(gallery_ids, query_ids)
-    n_own = torch.searchsorted(gallery_ids, query_ids, right=True) - first  # [Q]
-    if (n_own == 0).any():
-        raise ValueError(f"{int((n_own == 0).sum())} of {len(queries)} queries have no row of their id in the gallery, "
-                         f"the first is id {int(query_ids[n_own == 0][0])}")
-    offsets = torch.arange(int(n_own.max()), device=device)
-    gallery32 = gallery.float()
-    tolerance = 16 * torch.finfo(torch.float32).eps * queries.float().norm(dim=1, keepdim=True) * gallery32.norm(dim=1).max()  # of a float32 product
-    out = {name: [] for name in (*(f"hit@{k}" for k in ks), *(f"AP@{k}" for k in map_ks), "rank")}
-    buffers = gallery32.new_empty(2, min(chunk_size, len(queries)), len(gallery))  # used again by every block: fresh ones pile up in the heap
-    for i in range(0, len(queries), chunk_size):
-        rows = slice(i, i + chunk_size)
-        scores, work = buffers[:, :len(queries[rows])]  # [q, G]
-        with full_precision():
-            torch.mm(queries[rows].float(), gallery32.T, out=scores)
-        if not torch.isfinite(torch.stack([scores.amax(), scores.amin()])).all():
-            raise ValueError("scores overflow float32; normalise the rows")
-        is_own = offsets < n_own[rows, None]  # [q, most own rows of any query]
-        own_columns = first[rows, None] + offsets * is_own  # filled up with the first
-        near = None
-        if len(offsets) <= 32:
-            exact = ((queries[rows].double() * gallery[c].double()).sum(1, keepdim=True).float() for c in own_columns.T)  # [q, 1] each
-            near = functools.reduce(torch.logical_or, (torch.sub(scores, own, out=work).abs_() <= tolerance[rows] for own in exact)).nonzero()
-        if near is None or len(near) * 16 > scores.numel():  # many own rows, or a collapsed model: all are near
-            scores = (queries[rows].double() @ gallery.double().T).float()
-        else:
-            for part in near.split(65536):
-                scores[part[:, 0], part[:, 1]] = (queries[i + part[:, 0]].double() * gallery[part[:, 1]].double()).sum(1).float()
-        own = scores.gather(1, own_columns).masked_fill(~is_own, -torch.inf)
-        best = own.amax(1, keepdim=True)
-        level = (own == best).sum(1)  # m, own rows at the best own score
-        better = torch.gt(scores, best, out=work).sum(1).long()  # b; a float sum is several times faster and exact to 2^24
-        tied = torch.ge(scores, best, out=work).sum(1).long() - better - level  # t
-        for k in ks:
-            out[f"hit@{k}"].append(1 - _miss_probability(better, tied, level, k))
-        out["rank"].append(better + (tied + level + 1).double() / (level + 1))
-        if map_ks:
-            if len(offsets) == 1:
-                worst = (better + tied + 1).double()
-                aps = {k: torch.where(worst <= k, 1 / worst, 0.0) for k in map_ks}
-            else:  # an own row a hair lower: below all rows that tie with it, above all that do not
-                scores, own = scores.double(), own.double()  # so that a hair is less than the gap to the next float32
-                below = torch.nextafter(own, torch.full_like(own, -torch.inf))
-                scores.scatter_(1, own_columns, torch.where(is_own, below, below[:, :1]))
-                mine = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, own_columns, True)
-                top = mine.gather(1, scores.topk(min(max(map_ks), len(gallery)), dim=1).indices).double()
-                places = torch.arange(1, top.shape[1] + 1, device=device)
-                precision = top @ (places[:, None] <= places).double() / places  # own rows so far / place
-                aps = {k: (precision * top)[:, :k].sum(1) / n_own[rows].clamp(max=k) for k in map_ks}
-            for k in map_ks:
-                out[f"AP@{k}"].append(aps[k])
-    values = {name: torch.cat(parts).cpu() for name, parts in out.items()}
-    for k in ks:  # all G rows level
-        values[f"chance@{k}"] = (1 - _miss_probability(torch.zeros_like(n_own), len(gallery) - n_own, n_own, k)).cpu()
-    return values
-
-
-def retrieval_metrics(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=256):
-    """Means over queries of `retrieval_per_query` (same arguments, ties and errors).
-
-    Returns: dict of floats: `R@k` (0..1), `median_rank`, `mean_rank` (expected ranks, from 1), `MRR`, `mAP@k`.
-    """
-    q = retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks, map_ks, chunk_size)
-    return {**{f"R@{k}": q[f"hit@{k}"].mean().item() for k in ks},
-            "median_rank": float(np.median(q["rank"].numpy())), "mean_rank": q["rank"].mean().item(),
-            "MRR": (1 / q["rank"]).mean().item(), **{f"mAP@{k}": q[f"AP@{k}"].mean().item() for k in map_ks}}
-
-
-def multilabel_metrics(logits, targets, threshold=0.5):
-    """F1 at a probability threshold, mAP and ROC-AUC of multi-label predictions, over the whole set at once.
-
-    logits: [N, C] float. targets: [N, C] of 0/1. A label is predicted when sigmoid(logit) > threshold.
-    Returns: dict of floats `f1_micro`, `f1_macro`, `f1_weighted`, `f1_samples` (an F1 of 0/0 counts as 0), `mAP` and
-    `roc_auc` (macro, over the classes where they are defined: with a positive; with a positive and a negative; else nan).
-    Raises: ValueError on shapes that disagree, non-finite logits, targets other than 0/1, a threshold outside (0, 1).
-    Definitions as in scikit-learn, which the tests compare with.
-    """
-    if logits.ndim != 2 or logits.shape != targets.shape or not logits.numel():
-        raise ValueError(f"logits and targets must be equal [N, C] with N, C > 0, found {list(logits.shape)} and {list(targets.shape)}")
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold must lie in (0, 1), found {threshold}")
-    x, y = logits.detach().cpu().double().numpy(), targets.detach().cpu().double().numpy()
-    if not np.isfinite(x).all():
-        raise ValueError(f"logits: {int((~np.isfinite(x)).any(1).sum())} rows of {len(x)} hold non-finite values")
-    if not np.isin(y, (0, 1)).all():
-        raise ValueError("targets must be 0 or 1")
-    predicted = x > math.log(threshold / (1 - threshold))
-
-    def f1(axis):
-        hits, wrong = (predicted * y).sum(axis), (predicted != y).sum(axis)
-        return 2 * hits / np.maximum(2 * hits + wrong, 1)  # hits is 0 where the sum is
-
-    average_precision, auc = [], []
-    for c in range(x.shape[1]):
-        order = np.argsort(-x[:, c], kind="stable")
-        score, positive = x[order, c], y[order, c]
-        ends = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)  # last place of each run of equal scores
-        hits, seen = positive.cumsum()[ends], ends + 1
-        if hits[-1]:
-            average_precision.append((np.diff(hits, prepend=0) * hits / seen).sum() / hits[-1])
-        if 0 < hits[-1] < len(score):
-            recall, fall_out = np.append(0, hits / hits[-1]), np.append(0, (seen - hits) / (len(score) - hits[-1]))
-            auc.append((np.diff(fall_out) * (recall[1:] + recall[:-1]) / 2).sum())
-    support = y.sum(0)
-    return {"f1_micro": float(f1(None)), "f1_macro": float(f1(0).mean()), "f1_samples": float(f1(1).mean()),
-            "f1_weighted": float((f1(0) * support).sum() / max(support.sum(), 1)),
-            "mAP": float(np.mean(average_precision)) if average_precision else math.nan,
-            "roc_auc": float(np.mean(auc)) if auc else math.nan}
-
-
-# ----------------------------------------------------------------------------------------------------------- checkpoints
-
-def _previous(path):
-    return path.with_name(f"{path.name}.previous")
-
-
-def atomic_write(path, write, keep_previous=False):
-    """Call write(binary file) on a temporary file, fsync, rename onto path: at any moment path is whole, old or new.
-
-    Raises: OSError naming the path (disk full, no permission); what was there stays.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            os.replace(path, _previous(path))
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error}); all that was saved before is kept, and the same command "
-                      "resumes from it once this is mended") from None
-
-
-def save_checkpoint(path, state, keep_previous=True):
-    """Write a dict of tensors and plain types atomically; the file it replaces is kept as `<path>.previous`.
-
-    Raises: OSError naming the path; the last good checkpoint stays.
-    """
-    atomic_write(path, lambda file: torch.save(state, file), keep_previous)
-
-
-def load_checkpoint(path):
-    """The dict that `save_checkpoint` wrote, on the CPU (weights_only=True). A missing or damaged file falls back to
-    `<path>.previous`, where there is one, with a warning; the damaged one becomes `<path>.damaged`.
-
-    Raises: FileNotFoundError if neither is there, UserError if none can be read.
-    """
-    path, problems = Path(path), []
-    for candidate in (path, _previous(path)):
-        try:
-            with zipfile.ZipFile(candidate) as archive:  # torch.load does not check the CRCs it writes
-                if damaged := archive.testzip():
-                    raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
-            state = torch.load(candidate, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            continue
-        except Exception as error:  # zipfile, pickle and torch each raise their own kinds on a damaged file
-            problems.append(f"{candidate} is damaged ({type(error).__name__}: {str(error).splitlines()[0]})")
-            continue
-        if candidate != path:
-            warnings.warn(f"{problems[0] if problems else f'{path} is missing'}; using {candidate}", stacklevel=2)
-            if problems:  # else the next save would put it in the good one's place
-                path.replace(path.with_name(f"{path.name}.damaged"))
-        return state
-    if problems:
-        raise UserError(f"{'; '.join(problems)}; use --fresh to start again")
-    raise FileNotFoundError(f"{path}: no such checkpoint; run the training first")
-
-
-# ------------------------------------------------------------------------------------------------------- the run's folder
-
-def write_json(path, value):
-    """Write JSON atomically; a non-finite number becomes null. Raises: OSError naming the path."""
-    def plain(v):
-        if isinstance(v, dict):
-            return {str(k): plain(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [plain(x) for x in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-    text = json.dumps(plain(value), indent=2) + "\n"
-    atomic_write(path, lambda file: file.write(text.encode()))
-
-
-def read_json(path):
-    """The object in a JSON file, a dict. Raises: UserError naming the file if it is missing or not a JSON object."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
-
-
-def fingerprint(paths, whole=1 << 31, blocks=512):
-    """16 hex digits of the SHA-256 over the contents of the files, in the order given; of a file larger than `whole` bytes its size and `blocks`
-    blocks of 1 MiB, evenly spread from its first to its last."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            if size > whole:
-                digest.update(str(size).encode())
-                for i in range(blocks):
-                    file.seek((size - (1 << 20)) * i // (blocks - 1))
-                    digest.update(file.read(1 << 20))
-            else:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-    return digest.hexdigest()[:16]
+def is_neutral(key):
+    """Whether a dotted config key leaves the run what it is."""
+    return key.split(".")[0] in NEUTRAL_KEYS or key.endswith(("dir", "_file", "parquet", ".cache"))
 
 
 def _run_config(folder):
     """The config dict that a run's folder holds."""
+    path = Path(folder) / "config.yaml"
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.yaml'} is damaged; choose another output_dir= or move the run aside with --fresh")
+        raise UserError(f"{path} is damaged; choose another output_dir= or move the run aside with --fresh")
     return config
 
 
-def check_run(cfg, fresh=False):
-    """Raise UserError if cfg.output_dir holds a run of another config (unless `fresh`) or something else. Writes nothing."""
-    folder = Path(cfg.output_dir)
-    config_file = folder / "config.yaml"
-    if config_file.exists() and not fresh:
-        old, new = flatten(_run_config(folder)), flatten(dataclasses.asdict(cfg))
-        changes = [f"{k}={new.get(k)} (was {old.get(k)})" for k in {**old, **new} if not is_neutral(k) and old.get(k) != new.get(k)]
-        if changes:
-            raise UserError(f"{folder} holds a run of a different config: {', '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}; "
-                            "choose another output_dir= or move the old run aside with --fresh")
-    elif folder.is_dir() and not config_file.exists():
+def check_run(cfg, data_fingerprint=None):
+    """Raise UserError if cfg.output_dir holds a run of another config or data, or something else. Writes nothing."""
+    folder, remedy = Path(cfg.output_dir), "choose another output_dir= or move the old run aside with --fresh"
+    if folder.is_dir() and not (folder / "config.yaml").exists():
         others = [p.name for p in folder.iterdir() if not p.name.startswith((".", "compare."))]
         if others:
             raise UserError(f"{folder} is not empty and holds no run ({others[0]} ...); choose another output_dir=")
-
-
-def open_run(cfg, data_fingerprint, fresh=False):
-    """Create cfg.output_dir or reopen it to resume; writes config.yaml, and the data's fingerprint into environment.json. Returns its Path.
-
-    `fresh` moves an existing run to `<folder>.old-N` first.
-    Raises: UserError if the folder cannot be written, holds a run of another config or of other data, or holds something else.
-    """
-    check_run(cfg, fresh)
-    folder = Path(cfg.output_dir)
-    if fresh and (folder / "config.yaml").exists():
-        n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
-        print(f"moved the earlier run to {folder.with_name(f'{folder.name}.old-{n}')}")
+    if not (folder / "config.yaml").exists() or getattr(cfg, "fresh", False):
+        return
+    old, new = flatten(_run_config(folder)), flatten(dataclasses.asdict(cfg))
+    changed = [key for key in {**old, **new} if not is_neutral(key) and old.get(key) != new.get(key)]
+    changes = [f"{key}={new.get(key)} (was {old.get(key)})" for key in changed]
+    if changes:
+        shown = ", ".join(changes[:4]) + (" ..." if len(changes) > 4 else "")
+        raise UserError(f"{folder} holds a run of a different config: {shown}; {remedy}")
     environment = folder / "environment.json"
     known = read_json(environment).get("data_fingerprint") if environment.exists() else None
-    if known not in (None, data_fingerprint):
-        raise UserError(f"{folder} holds a run on other data (fingerprint {known}, now {data_fingerprint}); "
-                        "choose another output_dir= or move the old run aside with --fresh")
+    if None not in (known, data_fingerprint) and known != data_fingerprint:
+        raise UserError(f"{folder} holds a run on other data (fingerprint {known}, now {data_fingerprint}); {remedy}")
+
+
+_LOCKS = {}  # run folder -> its open .lock, for as long as this process lives
+
+
+def _lock(folder):
+    """Own a run's folder until this process ends, however it ends. Raises: UserError if another process owns it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock
+        return
+    path, own = folder / ".lock", _LOCKS.get(str(folder))
+    if own and path.exists() and os.path.samestat(os.fstat(own.fileno()), path.stat()):
+        return
+    file = open(path, "ab")  # noqa: SIM115, it stays open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        environment = folder / "environment.json"
+        owner = read_json(environment) if environment.exists() else {}
+        raise UserError(f"{folder} is in use by process {owner.get('process', '?')} on {owner.get('host', '?')} "
+                        f"({owner.get('command_line', '?')}); wait for it, or set output_dir=") from None
+    except OSError:  # a file system without locks
+        pass
+    _LOCKS[str(folder)] = file
+    os.register_at_fork(after_in_child=file.close)  # a killed run's workers do not keep it
+
+
+def open_run(cfg, data_fingerprint):
+    """Create cfg.output_dir or reopen it to resume; lock it, write config.yaml and environment.json. Returns its Path.
+
+    With --fresh (`cfg.fresh`) an existing run is moved to `<folder>.old-N` first.
+    Raises: UserError if the folder cannot be written, holds a run of another config or of other data, or something
+        else, or if another process is at work in it.
+    """
+    check_run(cfg, data_fingerprint)
+    folder = Path(cfg.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        _lock(folder)
+        if getattr(cfg, "fresh", False) and (folder / "config.yaml").exists():
+            n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
+            folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
+            print(f"moved the earlier run to {folder.with_name(f'{folder.name}.old-{n}')}")
+            folder.mkdir()
+            _lock(folder)
     except OSError as error:
-        raise UserError(f"the output folder {folder} cannot be written ({error.strerror or error}); set output_dir=") from None
-    atomic_write(folder / "config.yaml", lambda file: file.write(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False).encode()))
+        reason = error.strerror or error
+        raise UserError(f"the output folder {folder} cannot be written ({reason}); set output_dir=") from None
+    cfg.fresh = False
+    write_text(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
     record_environment(folder, data_fingerprint=data_fingerprint)
     return folder
 
@@ -845,11 +746,11 @@ def record_environment(folder, **facts):
     """Merge facts into environment.json: versions, device, git commit, command line, wall-clock times."""
     path = Path(folder) / "environment.json"
     environment = read_json(path) if path.exists() else {}
-    here = Path(__file__).parent
 
     def git(*command):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True,
+                                  timeout=10, check=True).stdout.strip()
 
     def version(package):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -857,13 +758,929 @@ def record_environment(folder, **facts):
 
     packages = ("torch", "numpy", "matplotlib", "pyarrow", "soundfile", "pillow")
     environment.update(
-        command_line=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), time=datetime.datetime.now().isoformat(timespec="seconds"),
-        python=platform.python_version(), platform=platform.platform(), processors=os.cpu_count(), threads=torch.get_num_threads(),
-        versions={p: version(p) for p in packages}, cuda=torch.version.cuda,
+        command_line=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        time=datetime.datetime.now().isoformat(timespec="seconds"), process=os.getpid(), host=platform.node(),
+        python=platform.python_version(), platform=platform.platform(), processors=os.cpu_count(),
+        threads=torch.get_num_threads(), versions={p: version(p) for p in packages}, cuda=torch.version.cuda,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         git_commit=git("rev-parse", "HEAD"), git_dirty=bool(git("status", "--porcelain")), **facts)
     write_json(path, environment)
 
+
+def progress(items, label, **options):
+    """tqdm over items (with the time that is left) when the terminal is interactive, else the items."""
+    return tqdm(items, desc=label, leave=False, dynamic_ncols=True, **options) if sys.stderr.isatty() else items
+
+
+def _open_wandb(folder, config):
+    """The folder's W&B run, whose id environment.json keeps: a new folder is a new run, a resumed one goes on."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb=true needs the package: pip install wandb") from None
+    run_id = read_json(folder / "environment.json").get("wandb_id")
+    if run_id is None:
+        run_id = uuid.uuid4().hex[:16]
+        record_environment(folder, wandb_id=run_id)
+    run = wandb.init(project=f"{config['experiment']}", name=folder.name, id=run_id, resume="allow", config=config,
+                     dir=str(folder))
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+class Run:
+    """What a training loop keeps in its folder, and the wish to stop. The loop itself stays in the script:
+
+        with common.Run(folder, cfg, model, optimizer, scheduler) as run:   # a run that is there is resumed here
+            for step in run.steps(last_step):                              # the steps that are left, from 1
+                run.add(train_step(...))                                   # 0-d tensors; nobody waits for the device
+                if step % every == 0:
+                    row = {"step": step, **run.means(), **validate(...)}
+                    run.log(row, score=row["dev_mAP"])
+
+    `history` holds the rows of metrics.csv, `n_stale` the scored rows since the best. Ctrl-C and SIGTERM end the loop
+    after the step in hand, with a checkpoint.
+    """
+
+    def __init__(self, folder, cfg, model, optimizer, scheduler=None, scaler=None, steps_per_epoch=None):
+        self.folder = Path(folder)
+        self.config = dataclasses.asdict(cfg)
+        self.parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        self.steps_per_epoch = steps_per_epoch
+        self.step, self.last_step, self.finished = 0, None, False
+        self.history, self.best_score, self.best_val_loss, self.n_stale = [], None, None, 0
+        self.latest = self.folder / "checkpoint_latest.pt"
+        self._pending, self._rates = [], []  # losses and learning rates of the steps since means() was called
+        self._rng, self._signal, self._wandb = None, StopSignal(), None
+        _check_memory(model)
+        if self.latest.exists() or _previous(self.latest).exists():
+            self._resume(load_checkpoint(self.latest))
+        self._first_step = self.step
+
+    def _resume(self, state):
+        for name, part in self.parts.items():
+            if part is not None:
+                part.load_state_dict(state[f"{name}_state_dict"])
+        device = next(self.parts["model"].parameters()).device
+        self.step, self.history, self._rng = state["global_step"], state["history"], state["rng"]
+        self.best_val_loss = state["best_val_loss"]
+        position = state["position"]
+        self.best_score, self.n_stale, self.finished = position["best_score"], position["n_stale"], position["finished"]
+        self._pending = [{name: value.to(device) for name, value in losses.items()} for losses in position["pending"]]
+        self._rates = position["rates"]
+        if self.history:  # a kill may have come between the checkpoint and this file
+            self._write_csv()
+
+    def __enter__(self):
+        if not self.finished:
+            (self.folder / "results.json").unlink(missing_ok=True)  # of an earlier state
+            if self.config.get("wandb"):
+                self._wandb = _open_wandb(self.folder, self.config)
+        self._started = time.time()
+        self._signal.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._signal.__exit__()
+        if self._wandb:
+            self._wandb.finish()
+        if done := self.step - self._first_step:
+            seconds = time.time() - self._started
+            before = read_json(self.folder / "environment.json").get("train_seconds", 0) if self._first_step else 0
+            record_environment(self.folder, train_seconds=round(before + seconds, 2),
+                               seconds_per_step=round(seconds / done, 4),
+                               device=str(next(self.parts["model"].parameters()).device))
+
+    def steps(self, last_step):
+        """The numbers of the steps that are left of last_step, from 1."""
+        self.last_step = last_step
+        if self.finished:
+            print(f"{self.folder}: training is complete")
+            return
+        if self.step:
+            print(f"{self.folder}: resuming at step {self.step} of {last_step}")
+            set_rng_state(self._rng)
+        first = self.step
+        for step in progress(range(first + 1, last_step + 1), "steps", initial=first, total=last_step):
+            self.step = step
+            yield step
+            if self.finished:
+                return
+            if self._signal.signum:
+                self.save()
+                message = f"stopped at step {step}; the same command resumes from {self.latest}"
+                raise Stopped(self._signal.signum, message)
+        self.finish()  # the last step was not logged
+
+    def finish(self):
+        """End the training with this step, for good: a rerun does not go on."""
+        self.finished = True
+        self.save()
+
+    def restart(self, scheduler):
+        """Begin a phase of its own: another scheduler, and a best score that is only of this phase."""
+        self.parts["scheduler"] = scheduler
+        self.best_score, self.n_stale = None, 0
+
+    def add(self, losses):
+        """Keep the losses of a step, {name: 0-d tensor}, on their device."""
+        self._pending.append({name: value.detach() for name, value in losses.items()})
+        rate = self.parts["optimizer"].param_groups[0]["lr"]
+        self._rates.append(rate.clone() if isinstance(rate, torch.Tensor) else rate)
+
+    def means(self):
+        """{name: mean since the last call}. Raises: FloatingPointError naming the term, its step and learning rate."""
+        names = list(dict.fromkeys(name for losses in self._pending for name in losses))
+        first, means = self.step + 1 - len(self._pending), {}
+        for name in reversed(names):  # the total last: its parts say more
+            places = [i for i, losses in enumerate(self._pending) if name in losses]
+            values = torch.stack([self._pending[i][name] for i in places]).tolist()
+            for i, value in zip(places, values, strict=True):
+                if not math.isfinite(value):
+                    rate = float(self._rates[i])
+                    raise FloatingPointError(f"non-finite {name} in step {first + i}, learning rate {rate:g}; lower it, "
+                                             "or look at the data")
+            means[name] = sum(values) / len(values)
+        self._pending, self._rates = [], []
+        return {name: means[name] for name in names}
+
+    def log(self, row, score=None, val_loss=None, show=(), **extras):
+        """Append a row to metrics.csv. With a score (higher is better) also save checkpoint_latest.pt and, if it is the
+        best so far, best_model.pt with the `extras` (plain types, tensors); True if so. `show`: columns to print."""
+        row = {name: value.item() if isinstance(value, (np.generic, torch.Tensor)) else value for name, value in row.items()}
+        self.history.append(row)
+        if val_loss is not None:
+            self.best_val_loss = min(float(val_loss), math.inf if self.best_val_loss is None else self.best_val_loss)
+        better = score is not None and (self.best_score is None or score > self.best_score)
+        if better:
+            self.best_score = float(score)
+            state = {"model_state_dict": self.parts["model"].state_dict(), "config": self.config, "step": self.step}
+            save_checkpoint(self.folder / "best_model.pt", {**state, **extras}, keep_previous=False)
+        if score is not None:
+            self.n_stale = 0 if better else self.n_stale + 1
+            self.save()
+        self._write_csv()
+        if self._wandb:
+            self._wandb.log({"step": self.step, **{name: value for name, value in row.items() if value is not None}})
+        if show:
+            left = (time.time() - self._started) / (self.step - self._first_step) * (self.last_step - self.step)
+            values = "  ".join(f"{name} {row[name]:.4g}" for name in show)
+            best = " *" if better else ""
+            print(f"step {self.step}/{self.last_step}  {values}{best}  ({_duration(left)} left)", flush=True)
+        return better
+
+    def save(self):
+        """Write checkpoint_latest.pt."""
+        self.finished = self.finished or self.step == self.last_step
+        states = {f"{name}_state_dict": {} if part is None else part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(self.latest, {
+            "epoch": self.step // self.steps_per_epoch if self.steps_per_epoch else 0, "global_step": self.step,
+            "best_val_loss": self.best_val_loss, **states, "history": self.history, "config": self.config,
+            "rng": rng_state(),
+            "position": {"pending": self._pending, "rates": self._rates, "best_score": self.best_score,
+                         "n_stale": self.n_stale, "finished": self.finished}})
+
+    def _write_csv(self):
+        columns = list(dict.fromkeys(name for row in self.history for name in row))
+        cells = [["" if row.get(name) is None else str(row[name]) for name in columns] for row in self.history]
+        write_text(self.folder / "metrics.csv", "".join(f"{','.join(line)}\n" for line in [columns, *cells]))
+
+
+def _duration(seconds):
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _check_memory(model):
+    """Raise UserError if weights, gradients and AdamW's moments exceed the machine's memory: it would be killed."""
+    trained = [p for p in model.parameters() if p.requires_grad and p.device.type == "cpu"]
+    needed = 4 * sum(p.numel() * p.element_size() for p in trained)
+    memory = needed
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # a system that does not tell
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(f"the model needs {needed / 1e9:.0f} GB with its gradients and optimizer, the machine has "
+                        f"{memory / 1e9:.0f}; lower the sizes of the model")
+
+
+def load_best(folder, model):
+    """Load a finished run's best_model.pt into the model, in eval mode; returns the checkpoint.
+
+    Raises: UserError if there is none, it is of another model, or training has not come to its end.
+    """
+    folder = Path(folder)
+    try:
+        best = load_checkpoint(folder / "best_model.pt")
+        latest = load_checkpoint(folder / "checkpoint_latest.pt")
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; a finished run that has lost it starts again with --fresh") from None
+    if not latest["position"]["finished"]:
+        step = latest["global_step"]
+        raise UserError(f"{folder}: training stopped at step {step}; the same command without --stage goes on")
+    try:
+        model.load_state_dict(best["model_state_dict"])
+    except RuntimeError:
+        path = folder / "best_model.pt"
+        raise UserError(f"{path} is of another model than the config and data ask for; use --fresh") from None
+    model.eval()
+    return best
+
+
+# -------------------------------------------------------------------------------------------- config and command line
+
+def ranged(default, *bounds):
+    """A dataclass field whose value must satisfy every bound, e.g. `ranged(0.1, ">= 0", "< 1")`."""
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
+
+
+class _StrictLoader(yaml.BaseLoader):
+    """YAML with every scalar left a string (the dataclass types it); no duplicates, no aliases, 20 levels at most."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        line = f"line {self.peek_event().start_mark.line + 1}"
+        if self.check_event(yaml.AliasEvent):
+            raise UserError(f"{line}: aliases (*name) are not read; write the value out")
+        if self.depth == 20:
+            raise UserError(f"{line}: nested more than 20 levels deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                line = node.value[i][0].start_mark.line + 1
+                raise UserError(f"line {line}: duplicate key {key!r}; keep one of the two")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path):
+    """The mapping in a YAML file, all scalars as strings. Raises UserError: no such file, bad syntax, duplicate key."""
+    path = Path(path)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except FileNotFoundError:
+        files = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such config{_nearest(str(path), files)}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:  # also bytes that are no UTF-8, a NUL in the path
+        raise UserError(f"{str(path)!r}: cannot be read ({error})") from None
+    if raw in (None, ""):
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found a {type(raw).__name__}")
+    return raw
+
+
+def _nearest(word, known):
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def nearest_key(word, keys):
+    """The key that was meant: the same leaf elsewhere, its initials (lr), a word of it (epochs), a near spelling."""
+    *section, leaf = word.replace("-", "_").split(".")
+
+    def closeness(key):
+        *key_section, key_leaf = key.split(".")
+        words = key_leaf.split("_")
+        if key_leaf == leaf:
+            score = 2.0
+        elif leaf in ("".join(w[0] for w in words), *words, "_".join(words[1:])):
+            score = 1.0
+        else:
+            score = difflib.SequenceMatcher(None, leaf, key_leaf).ratio()
+        return score + 0.2 * bool(section and section == key_section)
+    best = max(keys, key=closeness, default="")
+    return best if best and closeness(best) >= 0.6 else None
+
+
+def _describe(kind):
+    """A field type in the words of an error message."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(k) for k in typing.get_args(kind))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null",
+             dict: "a section"}
+    return names.get(kind) or f"a list of {_describe((typing.get_args(kind) or (str,))[0]).removeprefix('a ')}s"
+
+
+def _convert(value, kind):
+    """What YAML gave, a string, list or dict, as `kind`; ValueError if it is not one."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in sorted(args, key=lambda k: k is str):  # str takes anything: last
+            with contextlib.suppress(ValueError):
+                return _convert(value, option)
+        raise ValueError
+    if origin is list or kind is list:
+        if not isinstance(value, list):
+            raise ValueError
+        return [_convert(v, args[0] if args else str) for v in value]
+    if kind is dict and isinstance(value, dict):
+        return value
+    if kind is dict or not isinstance(value, str):
+        raise ValueError
+    value = re.sub(r'^\\"(.*)\\"$', r"\1", value.strip())  # \"siglip\": quotes escaped by a Markdown editor
+    if "\0" in value or value.encode("utf-8", "ignore").decode() != value:  # NUL, half of a surrogate pair: in no path
+        raise ValueError
+    words = None
+    if origin is typing.Literal:
+        words = {str(option): option for option in args}
+    elif kind is type(None):
+        words = dict.fromkeys(("", "~", "null", "Null", "NULL", "None"))
+    elif kind is bool:
+        value, words = value.lower(), {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if words is not None:
+        if value not in words:
+            raise ValueError
+        return words[value]
+    number = kind(value)  # int("512"), float("1e-4"), str("no")
+    if (kind is float and not math.isfinite(number)) or (kind is int and abs(number) >= 2**63):
+        raise ValueError
+    return number
+
+
+def _within(value, bound):
+    op, limit = bound.split()
+    compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}[op]
+    numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
+    return all(compare(v, float(limit)) for v in numbers)
+
+
+def _set(section, tree, where, keys, prefix="", seen=None):
+    """Set the fields of a config section, and of those in it, from nested dicts of strings; UserError names the key."""
+    hints = typing.get_type_hints(type(section))
+    seen = set() if seen is None else seen
+    for key, raw in tree.items():
+        key, _, rest = key.partition(".")  # training.seed: 1 is training: {seed: 1}
+        raw = {rest: raw} if rest else raw
+        name, kind = prefix + key, hints.get(key)
+        if kind is None:
+            meant = nearest_key(f"{name}.{rest}" if rest else name, keys)
+            hint = f"; did you mean {meant}?" if meant else ""
+            raise UserError(f"{where}: unknown key {name}{hint} (-h lists every key)")
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(raw, dict) and raw != "":  # `training:` with nothing under it is fine
+                raise UserError(f"{where}: {name} is a section; set {name}.<key> instead of {name}={raw}")
+            _set(getattr(section, key), raw or {}, where, keys, f"{name}.", seen)
+            continue
+        if name in seen:
+            raise UserError(f"{where}: duplicate key {name} (dotted and in its section); keep one of the two")
+        seen.add(name)
+        try:
+            value = _convert(raw, kind)
+        except (ValueError, OverflowError):
+            choices = [str(c) for c in typing.get_args(kind)] if typing.get_origin(kind) is typing.Literal else []
+            shown = repr(raw) if len(repr(raw)) < 80 else f"{repr(raw)[:60]}..."
+            hint = _nearest(str(raw), choices)
+            raise UserError(f"{where}: {name}: expected {_describe(kind)}, found {shown}{hint}") from None
+        for bound in type(section).__dataclass_fields__[key].metadata.get("bounds", ()):
+            if not _within(value, bound):
+                raise UserError(f"{where}: {name}: must be {bound}, found {raw}")
+        setattr(section, key, os.path.expanduser(value) if key.endswith("dir") else value)
+
+
+def load_config(Config, path, overrides=(), demo=False):
+    """The config dataclass from a YAML file and `key=value` overrides; every value is converted to its field's type.
+
+    The file's `demo:` section is checked always and applied, before the overrides, with `demo=True`. An empty
+    `output_dir` becomes `results/[demo/]<file name>[,overrides that change the run]`.
+    Args: Config: dataclass, nested one dataclass a section, with an `experiment` name and an `output_dir`.
+        path: a YAML file, or None for the defaults. overrides: list of 'section.key=value'.
+    Raises: UserError (a ValueError), in one line: unknown or duplicate key, wrong type, out of range, missing file,
+        a YAML of another experiment.
+    """
+    cfg, raw = Config(), read_yaml(path) if path is not None else {}
+    keys = list(flatten(dataclasses.asdict(cfg)))
+    name, demo_section = raw.get("experiment", cfg.experiment), raw.pop("demo", "") or {}
+    if name != cfg.experiment:
+        raise UserError(f"{path}: is a config of exp_{name}.py (experiment: {name}), not of exp_{cfg.experiment}.py; "
+                        "a copied script takes a copied YAML")
+    if not isinstance(demo_section, dict):
+        raise UserError(f"{path}: demo is a section of keys, found {demo_section!r}")
+    _set(cfg, raw, path, keys)
+    _set(cfg if demo else Config(), demo_section, f"{path}: demo", keys)
+    changed = {}
+    for item in overrides:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise UserError(f"{item!r}: an override is written key=value, e.g. seed=1")
+        if value.startswith(("[", "{", '"', "'")):  # the rest stays as it is: a path may hold ` #` or `: `
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.load(value, Loader=_StrictLoader)
+        _set(cfg, {key: value}, "command line", keys)
+        if not is_neutral(key):
+            changed[key] = _plain(value)
+    if getattr(cfg, "output_dir", "-") in ("", "null", "~"):
+        stem = Path(path).stem if path is not None else cfg.experiment
+        folder = ",".join([stem, *(f"{key}={changed[key]}" for key in sorted(changed))])
+        folder = re.sub(r"[^\w.=,+\-\[\]]+", "_", folder)
+        if len(folder) > 200:  # file systems stop at 255 bytes
+            folder = f"{folder[:180]}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
+        cfg.output_dir = str(Path("results", "demo" if demo else "", folder))
+    return cfg
+
+
+def flatten(tree, prefix=""):
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _plain(value):
+    if isinstance(value, list):
+        return f"[{','.join(map(_plain, value))}]"
+    return "null" if value is None else str(value)
+
+
+def _config_help(section, prefix=""):
+    """One line a key: name, default, the trailing comment on the field in the source, choices and bounds."""
+    source, lines = inspect.getsource(type(section)).splitlines(), []
+    hints = typing.get_type_hints(type(section))
+    statements = {node.target.id: source[node.end_lineno - 1] for node in ast.parse("\n".join(source)).body[0].body
+                  if isinstance(node, ast.AnnAssign)}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += ["", *_config_help(value, f"{prefix}{field.name}.")]
+            continue
+        choices = f" [{_describe(hints[field.name])}]" if typing.get_origin(hints[field.name]) is typing.Literal else ""
+        bounds = "".join(f" ({b})" for b in field.metadata.get("bounds", ()))
+        key = f"{prefix}{field.name}={_plain(value)}"
+        lines.append(f"  {key:44} {statements[field.name].partition('# ')[2]}{choices}{bounds}")
+    return lines
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (-h shows the usage)")
+
+
+def parse_command_line(argv, configs, doc, stages, compare=False):
+    """`config.yaml [key=value ...] [--stage S] [--demo] [--fresh]`, or `--compare FOLDER ...` -> arguments.
+
+    -h lists every key of the config dataclasses. Raises: UserError.
+    """
+    epilog = ""
+    if {"-h", "--help"} & set(argv):
+        epilog = "config keys, defaults and meaning (set in the YAML, or as key=value):\n" + "\n\n".join(
+            "\n".join(_config_help(Config())) for Config in configs)
+    parser = _Parser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     allow_abbrev=False)
+    parser.add_argument("config", nargs="?", help="a YAML file in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="change a config key, e.g. seed=1 training.learning_rate=3e-4")
+    parser.add_argument("--stage", choices=stages, default="all", help="run only this part (default: all)")
+    parser.add_argument("--demo", action="store_true", help="synthetic stand-in data, about a minute on a laptop CPU")
+    parser.add_argument("--fresh", action="store_true", help="move an existing run folder to .old-N and start again")
+    if compare:
+        parser.add_argument("--compare", nargs="+", metavar="FOLDER", help="finished runs side by side; needs no YAML")
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        option, _, value = unknown[0].partition("=")
+        following = [word for word in argv[argv.index(unknown[0]) + 1:][:1] if not word.startswith("-")]
+        keys = [key for Config in configs for key in flatten(dataclasses.asdict(Config()))]
+        meant = nearest_key(option.lstrip("-"), keys)
+        hint = f"did you mean {meant}={value or ''.join(following)}?" if meant else "config keys are written key=value"
+        raise UserError(f"{option}: no such option; {hint} (-h lists everything)")
+    if args.config is None and not getattr(args, "compare", None):
+        raise UserError("which config? The first argument is a YAML file, e.g. one of configs/ (-h shows the usage)")
+    if args.config and "=" in args.config and not Path(args.config).exists():
+        raise UserError(f"the config file comes first, found {args.config!r}")
+    return args
+
+
+def setup(argv, Config, doc, stages, use_demo, statistic=None):
+    """(cfg, stage) of a command line, with all that can be told before the data are read; `--compare` ends here.
+
+    use_demo(cfg) writes the stand-in data and points cfg at them. statistic: as in `compare_runs`.
+    Raises: UserError; SystemExit after -h and --compare.
+    """
+    args = parse_command_line(argv, (Config,), doc, stages, compare=True)
+    if args.compare:
+        compare_runs(args.compare, statistic)
+        raise SystemExit(0)
+    cfg = load_config(Config, args.config, args.overrides, demo=args.demo)
+    if args.demo:
+        before = flatten(dataclasses.asdict(cfg))
+        use_demo(cfg)
+        after = flatten(dataclasses.asdict(cfg))
+        for key in (item.partition("=")[0] for item in args.overrides):
+            if before[key] != after[key]:
+                raise UserError(f"--demo brings its own data; leave --demo or {key}= out")
+    if args.fresh and args.stage not in ("all", "train"):
+        raise UserError(f"--fresh starts a run again; --stage {args.stage} needs a trained one")
+    if args.stage == "evaluate" and not Path(cfg.output_dir, "checkpoint_latest.pt").exists():
+        raise UserError(f"{cfg.output_dir}: no trained run to evaluate; run the command without --stage first")
+    cfg.fresh = args.fresh
+    check_run(cfg)
+    return cfg, args.stage
+
+
+_ALLOCATION = re.compile("allocate memory|out of memory|Storage size calculation overflowed|Overflow when unpacking")
+
+
+def exit_codes(main):
+    """Make `main(argv)` return 0 done, 2 a user's mistake, 1 anything else, 130/143 stopped by Ctrl-C/SIGTERM.
+
+    What a user can cause is one line on stderr; only a bug shows a traceback.
+    """
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts' guard was for the imports
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+            return 0
+        except SystemExit as end:
+            return end.code or 0
+        except UserError as error:
+            message, code = str(error), 2
+        except Stopped as stop:
+            message, code = str(stop), 128 + stop.signum
+        except KeyboardInterrupt:
+            message, code = "stopped by Ctrl-C", 130
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError, TypeError) as error:
+            if isinstance(error, (RuntimeError, TypeError)) and not _ALLOCATION.search(str(error)):
+                raise
+            message, code = f"out of memory ({_reason(error)}); lower the batch size or the sizes of the model", 1
+        except (OSError, FloatingPointError) as error:
+            message, code = str(error), 1
+        line = " ".join(message.split())
+        print(f"error: {line}" if code < 128 else line, file=sys.stderr)
+        return code
+    return wrapped
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+def run_facts(cfg, data):
+    """What every results.json holds: experiment, seed, the data's fingerprint, whether they are synthetic, `source`."""
+    return {"experiment": cfg.experiment, "seed": cfg.seed, "data_fingerprint": data.fingerprint,
+            "synthetic": data.synthetic, "source": _source_hash(cfg)}
+
+
+def _source_hash(cfg):
+    """16 hex digits of the script's and this file's source, and of the evaluation's settings."""
+    script = inspect.getfile(type(cfg))
+    settings = dataclasses.asdict(cfg).get("evaluation", {})
+    content = b"".join(Path(p).read_bytes() for p in (script, __file__)) + repr(settings).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def published(cfg):
+    """results.json of cfg's run, or None if it is not there or the script has changed since (which is said)."""
+    path = Path(cfg.output_dir) / "results.json"
+    results = read_json(path) if path.exists() else None
+    if results and results.get("source") != _source_hash(cfg):
+        print(f"{path} is of another version of the script: the evaluation runs again (the training does not)")
+        return None
+    return results
+
+
+def publish(folder, results):
+    """Print results and write results.json, report.md and, for `--compare`, per_item.pt.
+
+    results: {"headline": str, "tables": {title: {row: {column: number}}}, "notes": [str], "curves": as in `plot_lines`,
+    "chosen": what was chosen on train and dev, "per_item": see `compare_runs`, and `run_facts`}. The columns
+    `<column> low` and `<column> high` are the interval of a column.
+    """
+    folder, results = Path(folder), dict(results)
+    per_item = results.pop("per_item", None)
+    if per_item is not None:
+        save_checkpoint(folder / "per_item.pt", per_item, keep_previous=False)
+    write_json(folder / "results.json", results)
+    print(f"\n{results_text(results)}")
+    write_text(folder / "report.md", _report(folder, results))
+    config = _run_config(folder)
+    if config.get("wandb") and per_item is not None:
+        run = _open_wandb(folder, config)
+        import wandb
+        for title, table in results["tables"].items():
+            header, rows = _cells(title, table)
+            run.log({title: wandb.Table(columns=header, data=rows)})
+        run.log({path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))})
+        run.finish()
+    print(f"files: {folder}/ (report.md, results.json, metrics.csv, best_model.pt, *.png)")
+
+
+def _number(value, largest):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return "-" if value is None else str(value)
+    if math.isnan(value):
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{1 if largest >= 10 else 3}f}"
+
+
+def _cells(title, table):
+    """(header, rows) of text of {row: {column: value}}; a column that reaches 10 gets one decimal, others three."""
+    names = list(dict.fromkeys(name for row in table.values() for name in row))
+    bounds = {f"{name} {side}" for name in names for side in ("low", "high")}
+    columns = [name for name in names if name not in bounds]
+    numbers = {name: [row[name] for row in table.values() if isinstance(row.get(name), float)] for name in columns}
+    rows = []
+    for label, row in table.items():
+        cells = [label]
+        for column in columns:
+            largest = max((abs(v) for v in numbers[column] if math.isfinite(v)), default=0)
+            low, high = row.get(f"{column} low"), row.get(f"{column} high")
+            interval = f" [{_number(low, largest)}, {_number(high, largest)}]" if low is not None else ""
+            cells.append(_number(row.get(column), largest) + interval)
+        rows.append(cells)
+    return [title, *columns], rows
+
+
+def format_table(header, rows):
+    """Plain aligned text: the first column left, the others right; floats with one decimal, None as a dash."""
+    def cell(v):
+        return "-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v)
+    cells = [[cell(v) for v in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    padded = [[row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))]
+              for row in cells]
+    lines = ["  ".join(row).rstrip() for row in padded]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def results_text(results):
+    """What a run prints last: its headline, its tables and its notes."""
+    mark = "  [SYNTHETIC demo data]" if results["synthetic"] else ""
+    tables = [format_table(*_cells(title, table)) for title, table in results["tables"].items()]
+    notes = "\n".join(results.get("notes", []))
+    return "\n\n".join([results["headline"] + mark, *tables, *([notes] if notes else [])])
+
+
+def _report(folder, results):
+    """report.md: the headline, tables and pictures of a run, its command and versions; last the seconds and FLOPs."""
+    environment = read_json(folder / "environment.json")
+    mark = " **Synthetic demo data.**" if results["synthetic"] else ""
+    lines = [f"# {folder.name}", "", results["headline"] + mark, ""]
+    for title, table in results["tables"].items():
+        header, rows = _cells(title, table)
+        cells = [header, ["---"] * len(header), *rows]
+        lines += [*(f"| {' | '.join(row)} |" for row in cells), ""]
+    lines += [line for note in results.get("notes", []) for line in (note, "")]
+    lines += [line for path in sorted(folder.glob("*.png")) for line in (f"![{path.stem}]({path.name})", "")]
+    words = environment["command_line"].split(" ")
+    dropped = ("output_dir=", "--fresh", "--stage", "evaluate", "train", "all")
+    command = " ".join(word for word in words if not word.startswith("output_dir=") and word not in dropped)
+    versions = f"torch {environment['versions']['torch']}, numpy {environment['versions']['numpy']}"
+    commit = f", commit {environment['git_commit'][:10]}" if environment.get("git_commit") else ""
+    facts = f"seed {results['seed']}, data {results['data_fingerprint']}, {versions}{commit}"
+    lines += [f"    python {command}", "", facts, ""]
+    seconds = environment.get("train_seconds", math.nan)
+    where = environment.get("gpu") or f"{environment['threads']} CPU threads"
+    last = f"{seconds:.1f} s of training ({where})"
+    flops = folder.parent / "flops" / f"{folder.name}.json"
+    if flops.exists():
+        last += f", {read_json(flops)['results'][0]['flops_run'] / 1e12:.2f} TFLOP"
+    return "\n".join([*lines, f"{last}.", ""])
+
+
+def _runs_by_seed(folders):
+    """{label: [(folder, results)]}: finished runs, those that differ only in their seed together. Raises: UserError."""
+    groups, seen = {}, set()
+    for folder in map(Path, folders):
+        if not (folder / "results.json").exists():
+            raise UserError(f"{folder}/results.json: no such file; --compare takes folders of finished runs")
+        results, config = read_json(folder / "results.json"), flatten(_run_config(folder))
+        missing = [key for key in ("tables", "seed", "data_fingerprint") if key not in results]
+        if missing:
+            raise UserError(f"{folder}/results.json has no {missing[0]}; run its command again, which writes it anew")
+        settings = {k: v for k, v in config.items() if k != "seed" and not is_neutral(k)}
+        key = json.dumps([settings, results["data_fingerprint"]], sort_keys=True)
+        if (key, results["seed"]) not in seen:  # a copy of a run is not another seed
+            seen.add((key, results["seed"]))
+            groups.setdefault(key, []).append((folder, results))
+    labelled = {}
+    for runs in groups.values():
+        label = base = re.sub(r"[,_-]?seed[=_-]?\d+", "", runs[0][0].name)
+        if label in labelled:
+            label = f"{runs[0][0].parent.name}/{base}"
+        while label in labelled:
+            label += "'"
+        labelled[label] = runs
+    if len({results["data_fingerprint"] for runs in labelled.values() for _, results in runs}) > 1:
+        print("NOTE: these runs were not made from the same data")
+    return labelled
+
+
+def _mean_statistic(values, weights):
+    """{column: mean} of values {column: [N]}, of the whole set or (weights [R, N]) of resamples."""
+    means = {name: torch.as_tensor(v, dtype=torch.float64).numpy() for name, v in values.items()}
+    return {name: v.mean() if weights is None else weights @ v / weights.sum(1) for name, v in means.items()}
+
+
+def compare_runs(folders, statistic=None, out="results/compare"):
+    """Finished runs side by side, in tables (mean +- sd over seeds), paired differences to the first, and curves.
+
+    A run's per_item.pt is {"ids": [N] names of test items, "groups": [N] ints or None, "rows": {row: {name: values}}}.
+    statistic(values of a row, weights [R, N] or None) -> {column: number or [R]}; by default values are [N], of which
+    it is the mean. A difference (the mean over the seeds of either side) gets its paired 95% bootstrap interval over
+    the test items, wherever two runs have the same ids. Writes compare.txt and compare.png to `out`.
+    Raises: UserError for a folder without a finished run.
+    """
+    runs, tables = _runs_by_seed(folders), {}
+    titles = dict.fromkeys(title for group in runs.values() for _, results in group for title in results["tables"])
+    for title in titles:
+        merged = tables[title] = {}
+        of_title = {label: [results["tables"].get(title, {}) for _, results in group] for label, group in runs.items()}
+        for row in dict.fromkeys(row for group in of_title.values() for table in group for row in table):
+            of_run = {label: _over_seeds([table.get(row) for table in group]) for label, group in of_title.items()}
+            cells = [values for values in of_run.values() if values]
+            if len(cells) == len(runs) > 1 and all(values == cells[0] for values in cells):
+                merged[row] = cells[0]  # chance, a baseline: the same in all
+                continue
+            merged |= {f"{row}: {label} ({len(runs[label])})": values for label, values in of_run.items() if values}
+    tables |= _paired_differences(runs, statistic or _mean_statistic)
+    synthetic = any(results["synthetic"] for group in runs.values() for _, results in group)
+    text = "\n\n".join(format_table(*_cells(title, table)) for title, table in tables.items())
+    text += "\n\n[SYNTHETIC demo data]" if synthetic else ""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "compare.txt", f"{text}\n")
+    plot_lines(out / "compare.png", _merged_curves(runs), synthetic=synthetic)
+    print(f"{text}\n{out / 'compare.txt'}, {out / 'compare.png'}")
+
+
+def _over_seeds(rows):
+    """{column: "mean +- sd"} of a table's row in several runs; of a single run, the row."""
+    rows = [row for row in rows if row]
+    if len(rows) < 2:
+        return rows[0] if rows else None
+    merged = {}
+    for column in rows[0]:
+        values = [row.get(column) for row in rows]
+        if column.endswith((" low", " high")) or not all(isinstance(v, (int, float)) for v in values):
+            continue
+        digits = 1 if max(map(abs, values)) >= 10 else 3
+        same = max(values) == min(values)  # a baseline, chance
+        merged[column] = values[0] if same else f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
+    return merged
+
+
+def _paired_differences(runs, statistic):
+    """{title: table} of the differences between the first run and the others, by test item."""
+    first, *others = runs
+    items = {label: [guarded(lambda p: torch.load(p, weights_only=True), folder / "per_item.pt") for folder, _ in group
+                     if (folder / "per_item.pt").exists()] for label, group in runs.items()}
+    tables = {}
+    for label in others:
+        both = [*items[first], *items[label]]
+        if not items[first] or not items[label] or any(x["ids"] != both[0]["ids"] for x in both):
+            continue
+        n, groups = len(both[0]["ids"]), both[0].get("groups")
+
+        def mean(label, row, weights):
+            values = [statistic(x["rows"][row], weights) for x in items[label]]
+            return {name: np.mean([v[name] for v in values], axis=0) for name in values[0]}
+
+        def difference(weights, label=label, row=None):
+            ours, theirs = mean(label, row, weights), mean(first, row, weights)
+            return {name: ours[name] - theirs[name] for name in ours if name in theirs}
+        table = {}
+        for row in (row for row in both[0]["rows"] if all(row in x["rows"] for x in both)):
+            interval = bootstrap_interval(functools.partial(difference, row=row), n, groups)
+            table[row] = {}
+            for name, value in difference(None, row=row).items():
+                low, high = interval[name]
+                table[row] |= {name: float(value), f"{name} low": low, f"{name} high": high}
+        tables[f"{label} - {first} (paired, {n:,} items)"] = table
+    return tables
+
+
+def _merged_curves(runs):
+    """Curves of all runs, a line each (mean and sd over seeds); without curves, the first table's first column."""
+    panels = {}
+    for label, group in runs.items():
+        for title, panel in group[0][1].get("curves", {}).items():
+            lines = panels.setdefault(title, {**panel, "lines": {}})["lines"]
+            for name, line in panel["lines"].items():
+                seeds = [r["curves"].get(title, {}).get("lines", {}).get(name) for _, r in group if "curves" in r]
+                values = np.array([s["y"] for s in seeds if s and s["x"] == line["x"]], dtype=float)
+                key = name if name.startswith("chance") else f"{label}: {name}"
+                spread = {"sd": values.std(0, ddof=1).tolist()} if len(values) > 1 else {}
+                lines[key] = {"x": line["x"], "y": values.mean(0).tolist(), **spread}
+    if panels:
+        return panels
+    title, table = next(iter(next(iter(runs.values()))[0][1]["tables"].items()))
+    column = next(iter(next(iter(table.values()))))
+    lines = {}
+    for i, (label, group) in enumerate(runs.items()):
+        seeds = [results["tables"].get(title, {}) for _, results in group]
+        values = np.array([[rows.get(row, {}).get(column) for row in table] for rows in seeds], dtype=float)
+        lines[label] = {"x": [*range(len(table))], "y": values.mean(0).tolist(), "labels": list(table), "offset": i}
+    return {column: {"xlabel": "", "lines": lines}}
+
+
+# --------------------------------------------------------------------------------------------------------------- plots
+
+def new_figure(n_panels=1, width=4.6, height=3.6):
+    """(figure, list of axes), four in a row; matplotlib is imported here, so that -h and imports stay quick."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows, columns = -(-n_panels // 4), min(n_panels, 4)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[n_panels:]:
+        axis.remove()
+    return figure, list(axes.flat[:n_panels])
+
+
+def save_figure(figure, path):
+    """Write a PNG atomically and free the figure."""
+    import matplotlib.pyplot as plt
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    plt.close(figure)
+
+
+def plot_lines(path, panels, title="", synthetic=False, mark=None):
+    """Panels in a row: {ylabel: {"xlabel": str, "lines": {label: {"x": [...], "y": [...]}}}}.
+
+    A line may have "sd" (error bars); one whose label begins with "chance" is grey and dotted. `mark` draws a vertical
+    line at the chosen x.
+    """
+    figure, axes = new_figure(len(panels))
+    for axis, (ylabel, panel) in zip(axes, panels.items(), strict=True):
+        for label, line in panel["lines"].items():
+            x, y = line["x"], line["y"]
+            if label.startswith("chance"):
+                axis.plot(x, y, color="grey", linestyle=":", label=label)
+            elif "labels" in line:  # categories
+                axis.plot(np.array(x) + 0.12 * line["offset"], y, "o", markersize=4, label=label)
+                axis.set_xticks(x, line["labels"], rotation=60, ha="right", fontsize=6)
+            else:
+                axis.errorbar(x, y, line.get("sd"), marker="." if len(x) < 30 else None, capsize=2, label=label)
+        if mark is not None:
+            axis.axvline(mark, color="grey", linestyle="--", linewidth=1, label="chosen")
+        axis.set(xlabel=panel["xlabel"], ylabel=ylabel)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(panel["lines"]) > 6 else {}
+        axis.legend(fontsize=7, **beside)
+    figure.suptitle(" ".join([title, "(synthetic data)" if synthetic else ""]).strip(), fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_history(path, history, panels, x="step", title="", synthetic=False, mark=None):
+    """Columns of metrics.csv against column x: panels = {ylabel: {label: column}}; rows without a value are skipped."""
+    curves = {}
+    for ylabel, columns in panels.items():
+        rows = {label: [row for row in history if row.get(column) is not None] for label, column in columns.items()}
+        curves[ylabel] = {"xlabel": x, "lines": {label: {"x": [row[x] for row in rows[label]],
+                                                         "y": [row[column] for row in rows[label]]}
+                                                 for label, column in columns.items()}}
+    plot_lines(path, curves, title, synthetic, mark)
+
+
+def plot_embedding_space(path, groups, title, method="pca"):
+    """Two dimensions of sets of embeddings: groups = {label: [N, D]}; equal rows of the first two sets are joined.
+
+    method: "pca", or "tsne" (scikit-learn). Raises: UserError if scikit-learn is asked for and missing.
+    """
+    stacked = torch.cat([x.detach().float().cpu() for x in groups.values()])
+    if method == "tsne":
+        try:
+            from sklearn.manifold import TSNE
+        except ImportError:
+            raise UserError("evaluation.projection=tsne needs scikit-learn: pip install scikit-learn") from None
+        flat = TSNE(random_state=0, perplexity=min(30, (len(stacked) - 1) / 3)).fit_transform(stacked.numpy())
+    else:
+        centred = stacked - stacked.mean(0)
+        flat = (centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T).numpy()
+    figure, (axis,) = new_figure(width=5.6, height=5)
+    parts = np.split(flat, np.cumsum([len(x) for x in groups.values()])[:-1])
+    if len(parts) > 1 and len(parts[0]) == len(parts[1]):
+        axis.plot(*np.stack([parts[0], parts[1]], axis=2).transpose(1, 2, 0), color="grey", alpha=0.25, linewidth=0.5)
+    for (label, _), xy in zip(groups.items(), parts, strict=True):
+        axis.scatter(*xy.T, s=8, label=label)
+    axis.set(xlabel=f"{method.upper()} 1", ylabel=f"{method.upper()} 2", title=title)
+    axis.legend()
+    save_figure(figure, path)
+
+
+def plot_similarity_matrix(path, similarity, title, xlabel, ylabel):
+    """A [N, M] matrix of scores as an image with its colour bar."""
+    figure, (axis,) = new_figure(width=5.2, height=4.6)
+    image = axis.imshow(similarity.detach().float().cpu().numpy(), cmap="viridis", interpolation="nearest")
+    figure.colorbar(image, ax=axis, label="cosine similarity")
+    figure.suptitle(title, fontsize=9)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    save_figure(figure, path)
+
+
+# ------------------------------------------ what the scripts not yet moved onto Run, setup and publish still call; goes with the last
 
 class RunLog:
     """metrics.csv: one row a step or epoch, the same columns in every row; its last row mirrored to W&B if asked for."""
@@ -933,39 +1750,6 @@ def runs_by_seed(items, experiment):
     return [(name if names.count(name) == 1 else f"{name} ({i + 1})", list(seeds.values())) for i, (name, seeds) in enumerate(groups.values())]
 
 
-def progress(items, label):
-    """tqdm over items when the terminal is interactive, else the items."""
-    return tqdm(items, desc=label, leave=False, dynamic_ncols=True) if sys.stderr.isatty() else items
-
-
-def format_table(header, rows):
-    """Plain aligned text: the first column left, the others right; floats with one decimal, None as a dash."""
-    def cell(v):
-        return "-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v)
-    cells = [[cell(v) for v in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-# ----------------------------------------------------------------------------------------------------------------- plots
-
-def new_figure(n_panels=1, width=4.6, height=3.6):
-    """(figure, list of axes) in one row; matplotlib is imported here, so that -h and imports stay quick."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, n_panels, figsize=(width * n_panels, height), squeeze=False, layout="constrained")
-    return figure, list(axes[0])
-
-
-def save_figure(figure, path):
-    """Write a PNG atomically and free the figure."""
-    import matplotlib.pyplot as plt
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=130))
-    plt.close(figure)
-
-
 def plot_curves(path, panels, xlabel="epoch", title=None, mark=None):
     """One panel a quantity: panels = {ylabel: {line label: list of values, from 1}}; `mark` draws a line at the chosen epoch."""
     figure, axes = new_figure(len(panels))
@@ -983,37 +1767,44 @@ def plot_curves(path, panels, xlabel="epoch", title=None, mark=None):
     save_figure(figure, path)
 
 
-def plot_embedding_space(path, groups, title, method="pca"):
-    """Two dimensions of several sets of embeddings: groups = {label: [N, D]}; equal rows of the first two sets are joined.
+def config_schema(Config, prefix=""):
+    """{'training.batch_size': (field, type)} in the order of the dataclasses; a section maps to None."""
+    hints, keys = typing.get_type_hints(Config), {}
+    for field in dataclasses.fields(Config):
+        section = dataclasses.is_dataclass(hints[field.name])
+        keys[prefix + field.name] = None if section else (field, hints[field.name])
+        if section:
+            keys.update(config_schema(hints[field.name], f"{prefix}{field.name}."))
+    return keys
 
-    method: "pca", or "tsne" (scikit-learn). Raises: UserError if scikit-learn is asked for and missing.
+
+def typed(flat, schema, where):
+    """A flat {dotted key: raw value} checked and converted against the schema of `config_schema`.
+
+    Raises: UserError that begins with `where` and names the key: unknown, a section, of a wrong type, out of range.
     """
-    stacked = torch.cat([x.detach().float().cpu() for x in groups.values()])
-    if method == "tsne":
+    values = {}
+    for key, raw in flat.items():
+        if key not in schema:
+            known = [k for k in schema if schema[k]]
+            same_leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+            hint = f"; did you mean {same_leaf[0]}?" if same_leaf else _nearest(key, known)
+            raise UserError(f"{where}: unknown key {key}{hint} (-h lists every key)")
+        if schema[key] is None:  # a section: `training:` with nothing under it is fine, a value is not
+            if raw == "":
+                continue
+            raise UserError(f"{where}: {key} is a section; set {key}.<key> instead of {key}={raw}")
+        field, kind = schema[key]
         try:
-            from sklearn.manifold import TSNE
-        except ImportError:
-            raise UserError("evaluation.projection=tsne needs scikit-learn: pip install scikit-learn") from None
-        flat = TSNE(random_state=0, perplexity=min(30, (len(stacked) - 1) / 3)).fit_transform(stacked.numpy())
-    else:
-        centred = stacked - stacked.mean(0)
-        flat = (centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T).numpy()
-    figure, (axis,) = new_figure(width=5.6, height=5)
-    parts = np.split(flat, np.cumsum([len(x) for x in groups.values()])[:-1])
-    if len(parts) > 1 and len(parts[0]) == len(parts[1]):
-        axis.plot(*np.stack([parts[0], parts[1]], axis=2).transpose(1, 2, 0), color="grey", alpha=0.25, linewidth=0.5)
-    for (label, _), xy in zip(groups.items(), parts, strict=True):
-        axis.scatter(*xy.T, s=8, label=label)
-    axis.set(xlabel=f"{method.upper()} 1", ylabel=f"{method.upper()} 2", title=title)
-    axis.legend()
-    save_figure(figure, path)
-
-
-def plot_similarity_matrix(path, similarity, title, xlabel, ylabel):
-    """A [N, M] matrix of scores as an image with its colour bar."""
-    figure, (axis,) = new_figure(width=5.2, height=4.6)
-    image = axis.imshow(similarity.detach().float().cpu().numpy(), cmap="viridis", interpolation="nearest")
-    figure.colorbar(image, ax=axis, label="cosine similarity")
-    figure.suptitle(title, fontsize=9)
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    save_figure(figure, path)
+            value = _convert(raw, kind)
+        except (ValueError, OverflowError):
+            hint = _nearest(str(raw), list(map(str, typing.get_args(kind)))) if typing.get_origin(kind) is typing.Literal else ""
+            raise UserError(f"{where}: {key}: expected {_describe(kind)}, found {raw!r}{hint}") from None
+        for bound in field.metadata.get("bounds", ()):
+            op, limit = bound.split()
+            numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
+            compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}[op]
+            if not all(compare(v, float(limit)) for v in numbers):
+                raise UserError(f"{where}: {key}: must be {bound}, found {raw}")
+        values[key] = value
+    return values

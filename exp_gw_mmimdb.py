@@ -1,36 +1,47 @@
 """Global Workspace on MM-IMDb: does a learned attention over modalities help genre prediction, and what does it cost?
 
-Frozen image and text latents (CLIP or BLIP-2, 70 augmented views a film) and the genre labels are three domains of one workspace; its state is a
-weighted sum of their encodings, and it is trained to translate between all of them. The weights of image and text are learned (`shared`, a shared-key
-attention), random, or uniform. Paper: Bertin-Johannet et al., arXiv 2602.08597; global workspace: Devillers et al. 2024, arXiv 2306.15711.
+Frozen image and text latents and the genre labels are three domains of one workspace; its state is a weighted sum of their
+encodings, and it is trained to translate between all of them. The weights of image and text are learned per film (`shared`,
+a shared-key attention), learned once (`constant`), `random`, or `uniform`. Paper: Bertin-Johannet et al., arXiv 2602.08597;
+global workspace: Devillers et al. 2024, arXiv 2306.15711.
 
-    python exp_gw_mmimdb.py configs/gw_clip_shared.yaml             # train, evaluate, plots; also gw_clip_random, gw_blip2_shared, gw_blip2_random
-    python exp_gw_mmimdb.py configs/gw_clip_shared.yaml --demo      # synthetic stand-in, under 90 s on two CPU cores
-    python exp_gw_mmimdb.py configs/gw_clip_shared.yaml --stage labels       # label files from the raw download
-    python exp_gw_mmimdb.py configs/gw_clip_shared.yaml --stage compare compare='[results/gw_clip_shared*, results/gw_clip_random*]'
+    python exp_gw_mmimdb.py configs/gw_small.yaml data.dir=mmimdb            # a few thousand films: minutes on two CPU cores
+    python exp_gw_mmimdb.py configs/gw_clip_shared.yaml                      # the paper's runs: gw_{clip,blip2}_{shared,random}
+    python exp_gw_mmimdb.py configs/gw_clip_shared.yaml --demo               # synthetic stand-in, no data needed
+    python exp_gw_mmimdb.py configs/gw_small.yaml --stage labels             # label files from the raw download
+    python exp_gw_mmimdb.py --compare results/gw_small*                      # arms and seeds side by side, paired
 
-It prints genre F1s and mAP on the test films last: clean, with one modality missing, and corrupted, beside chance.
+It prints genre F1s and mAP on the test films last: clean, with a modality missing or corrupted, beside chance and logistic
+regression, with bootstrap intervals over films.
 
-Shapes: B films a batch, D a domain's width (labels: 23 genres), W = 512 the workspace; a set S is a non-empty subset of {image, text, labels}.
+Shapes: B films a batch, D a domain's width (labels: C = 23 genres), W = 512 the workspace; a set S is a non-empty subset of
+{image, text, labels}; e_d the encoding of domain d, w_d its weight, z = tanh(sum_d w_d e_d) the state.
 
-Deviations from the recipe this follows:
-- `selector: random` is random in training too (the reference's random arm trains with learned attention: `reference-random`);
+Deviations from the paper's recipe, which configs/gw_{clip,blip2}_*.yaml follow where a key is named:
+- `training.pos_weight_power`: a rare genre's positives count ((1-p)/p)^power times (0: plain cross-entropy);
+- `model.input_dropout` of the input latents; `model.selector_scale: sqrt` divides q.k by sqrt(head_dim);
+- `training.false_negatives: mask`: in the contrastive loss rows of one film, or of equal genres, are no negatives;
+- `selector: random` is random in training too (the reference's trains with learned attention: `reference-random`);
 - z-scoring uses the training films only (`data.statistics: all` uses the stats files, test included);
-- F1s are of the whole split, not averaged over batches; the step with the best dev mAP is the one that is tested.
+- F1s are of the whole split, not averaged over batches; the step with the best dev score is the one that is tested.
 """
 
-import dataclasses
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the modules load ends in one line, too
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by Ctrl-C\n") and 130))
+
 import functools
+import hashlib
 import itertools
 import json
-import math
-import os
+import re
 import sys
-import time
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,323 +55,119 @@ from common import UserError, ranged
 DOMAINS = ("image", "text", "labels")
 SUBSETS = tuple(s for n in (1, 2, 3) for s in itertools.combinations(DOMAINS, n))
 PROPER = SUBSETS[:-1]  # those with a complement
-LOSS_WEIGHTS = {"translation": 1.0, "demi_cycle": 0.5, "cycle": 0.5, "contrastive": 0.05, "fused": 1.0}
-TEMPERATURE = 0.07  # of the contrastive loss
-BACKBONE_DIMS = {"clip": (512, 512), "blip2": (768, 2048)}
+LOSSES = ("translation", "demi_cycle", "cycle", "contrastive", "fused")
+CONTRASTIVE_TEMPERATURE = 0.07
+N_DRAWS = 3  # of noise and of random weights, averaged
+AMOUNTS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # of corruption
+RATES = (0, 0.3, 0.5, 0.7, 0.9, 1.0)  # of films that miss a modality
+N_NEIGHBOURS = 10  # training films whose mean fills in a missing latent
+USES = {"both": ("image", "text"), "image only": ("image",), "text only": ("text",)}
+WITH_INTERVAL = ("f1_macro", "mAP", "f1_macro_tuned")
 
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------------------------- config
 
 @dataclass
 class DataConfig:
-    dir: str = ""  # raw MM-IMDb: dataset/, split.json (empty: the environment's MMIMDB1_DIR, else mmimdb)
-    latents_dir: str = ""  # the .npy latents (empty: OTHER_BACKBONES_DIR_IMDB1_AUG70, else dir/latents)
-    labels_dir: str = ""  # labels_all_23.npy, ids_all.txt, class_names_23.json (empty: IMDB1_LABELS_DIR_23, else dir/labels)
-    image_file: str = ""  # image latents (empty: MMIMDB_IMAGE_LATENTS, else mm_imdb1_globals_aug{views}_{backbone}_image.npy)
-    text_file: str = ""  # text latents (empty: MMIMDB_TEXT_EMBEDS, else ..._text.npy)
-    backbone: str = "clip"  # encoder that the latents are of: clip, blip2, or the name in the files
-    views: int = ranged(70, ">= 1")  # views a film, view 0 clean (names the files; the manifest decides)
-    statistics: Literal["train", "all"] = "train"  # z-scoring: of the training films' rows, or the .stats.npz beside the latents
+    dir: str = ""  # raw MM-IMDb: dataset/, split.json (empty: $MMIMDB1_DIR, else mmimdb)
+    latents_dir: str = ""  # the .npy latents (empty: $OTHER_BACKBONES_DIR_IMDB1_AUG70, else dir/latents)
+    labels_dir: str = ""  # labels_all_23.npy, ids_all.txt, class_names_23.json (empty: $IMDB1_LABELS_DIR_23, else dir/labels)
+    image_file: str = ""  # image latents (empty: $MMIMDB_IMAGE_LATENTS, else mm_imdb1_globals_aug{views}_{backbone}_image.npy)
+    text_file: str = ""  # text latents (empty: $MMIMDB_TEXT_EMBEDS, else ..._text.npy)
+    backbone: str = "mobilenet_minilm"  # encoder that the latents are of: clip, blip2, or the name in the files
+    views: int = ranged(3, ">= 1")  # views a film, view 0 clean (names the files; the manifest decides)
+    statistics: Literal["train", "all"] = "train"  # z-scoring: of the training films' rows, or of the .stats.npz
 
 
 @dataclass
 class ModelConfig:
-    selector: Literal["shared", "random", "uniform", "reference-random"] = "shared"  # weights of image and text; reference-random: shared in training
-    dim: int = ranged(512, ">= 1")  # W, the workspace
-    hidden_dim: int = ranged(384, ">= 1")  # of a residual block
-    n_blocks: int = ranged(2, ">= 1")  # residual blocks of each encoder and decoder
-    head_dim: int = ranged(256, ">= 1")  # of the selector's query and keys
+    selector: Literal["shared", "constant", "random", "uniform", "reference-random"] = "shared"  # weights of image and text
+    selector_scale: Literal["sqrt", "none"] = "sqrt"  # shared: q.k / sqrt(head_dim), or the paper's q.k
+    dim: int = ranged(512, ">= 1", "<= 65536")  # W, the workspace
+    hidden_dim: int = ranged(384, ">= 1", "<= 65536")  # of a residual block
+    n_blocks: int = ranged(2, ">= 1", "<= 100")  # residual blocks of each encoder and decoder
+    head_dim: int = ranged(256, ">= 1", "<= 65536")  # of the selector's query and keys
     dropout: float = ranged(0.1, ">= 0", "< 1")  # in the residual blocks
+    input_dropout: float = ranged(0.5, ">= 0", "< 1")  # of the input latents in training (targets stay whole)
     temperature: float = ranged(0.1, "> 0")  # T of the random selector
 
 
 @dataclass
 class TrainingConfig:
-    batch_size: int = ranged(512, ">= 2")  # rows (film, view) a step
-    steps: int = ranged(1000, ">= 6")  # optimisation steps
-    learning_rate: float = ranged(5.38e-4, "> 0")  # AdamW, peak of the one-cycle schedule
+    batch_size: int = ranged(128, ">= 2")  # rows (film, view) a step
+    steps: int = ranged(60, ">= 6")  # optimisation steps
+    learning_rate: float = ranged(1e-3, "> 0")  # AdamW, peak of the one-cycle schedule
     weight_decay: float = ranged(1.7e-5, ">= 0")  # on every parameter
-    selector_after_freeze: bool = False  # first the workspace with mean weights, then as many steps of the shared selector alone
-    eval_every: int = ranged(50, ">= 1")  # steps between rows of metrics.csv, dev scores and checkpoints
-    compile: bool = False  # torch.compile the encoders and decoders
-
-
-@dataclass
-class EvaluationConfig:
-    amounts: list[float] = field(default_factory=lambda: [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0], metadata={"bounds": (">= 0",)})  # of corruption
-    n_draws: int = ranged(3, ">= 1")  # of noise and random weights, averaged
-    plots: bool = True  # draw the PNGs
+    pos_weight_power: float = ranged(0.5, ">= 0")  # positives of a genre with prevalence p weigh ((1-p)/p)^power
+    translation_weight: float = ranged(1.0, ">= 0")  # of decoding what is outside S
+    demi_cycle_weight: float = ranged(0.5, ">= 0")  # of decoding S, one domain
+    cycle_weight: float = ranged(0.5, ">= 0")  # of S -> complement -> S
+    contrastive_weight: float = ranged(0.05, ">= 0")  # of InfoNCE between encodings
+    fused_weight: float = ranged(1.0, ">= 0")  # of decoding S, two or three domains
+    false_negatives: Literal["mask", "ignore"] = "mask"  # contrastive pairs of one film or of equal genres: left out, or negatives
+    selector_after_freeze: bool = False  # first the workspace with mean weights, then as many steps of the selector alone
+    eval_every: int = ranged(10, ">= 1")  # steps between rows of metrics.csv, dev scores and checkpoints
+    monitor: Literal["mAP", "mAP_micro", "f1_macro", "f1_weighted", "bce"] = "mAP"  # dev score that chooses the step
+    patience: int = ranged(0, ">= 0")  # rows without a better dev score before training ends (0: never)
 
 
 @dataclass
 class Config:
-    experiment: str = "gw_mmimdb"  # which script a YAML belongs to
+    experiment: str = Path(__file__).stem.removeprefix("exp_")  # the script that a YAML belongs to
     seed: int = ranged(42, ">= 0", "< 4294967296")  # weights, data order, dropout, random weights
     device: str = "auto"  # auto | cuda | mps | cpu
     output_dir: str = ""  # run folder (empty: results/<config name>[,overrides])
-    wandb: bool = False  # mirror metrics.csv to Weights & Biases
-    compare: list[str] = field(default_factory=list)  # run folders for --stage compare
+    wandb: bool = False  # mirror metrics.csv, tables and pictures to Weights & Biases
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
-
-GENRES = demo_data.GENRES
-GENRE_SPELLINGS = {**{g.lower(): g for g in GENRES}, "science fiction": "Sci-Fi", "sci fi": "Sci-Fi"}
-
-
-def write_labels(root, folder):
-    """labels_all_23.npy (float32 [N, 23]), ids_all.txt and class_names_23.json from root/dataset/{id}.json with its .jpeg, rows by sorted id.
-
-    Genres are read whatever their case; those beyond the 23 (News, Adult, Talk-Show, Reality-TV) are dropped. Files that are there are left alone.
-    Raises: UserError, also if they hold other labels.
-    """
-    root, folder = Path(root), Path(folder)
-    ids = sorted(p.stem for p in (root / "dataset").glob("*.json") if p.with_suffix(".jpeg").exists())
-    if not ids:
-        raise UserError(f"{root / 'dataset'}: no films (an {{id}}.json with its {{id}}.jpeg); unpack mmimdb.tar.gz, or point data.dir= at it")
-    labels = np.zeros((len(ids), len(GENRES)), dtype=np.float32)
-    for row, film in enumerate(ids):
-        genres = common.read_json(root / "dataset" / f"{film}.json").get("genres") or []
-        if not isinstance(genres, list):
-            raise UserError(f"{root / 'dataset' / film}.json: genres must be a list, found {genres!r}")
-        for name in genres:
-            if (genre := GENRE_SPELLINGS.get(str(name).strip().lower())) is not None:
-                labels[row, GENRES.index(genre)] = 1
-    if all((folder / name).exists() for name in LABEL_FILES):
-        known, *names = read_labels(folder)
-        if names != [ids, list(GENRES)] or not np.array_equal(known, labels):
-            raise UserError(f"{folder}: holds other labels than {root / 'dataset'} gives; move them away, or set data.labels_dir=")
-        return labels
-    folder.mkdir(parents=True, exist_ok=True)
-    common.atomic_write(folder / "class_names_23.json", lambda file: file.write(json.dumps(GENRES).encode()))
-    common.atomic_write(folder / "ids_all.txt", lambda file: file.write("".join(f"{film}\n" for film in ids).encode()))
-    common.atomic_write(folder / "labels_all_23.npy", lambda file: np.save(file, labels))
-    return labels
-
-
-@dataclass
-class Data:
-    """Latents by row = views * film + view (memory-mapped if they are large), labels by film, and the films of each split."""
-    latents: dict  # "image" | "text" -> [films * views, D] tensor, on the device or mapped
-    labels: torch.Tensor  # [films, 23] float32
-    genres: list  # [23] names
-    views: int
-    splits: dict  # train | dev | test -> [n] film numbers
-    statistics: dict  # "image" | "text" -> (mean [D], deviation [D])
-    device: torch.device
-    fingerprint: str
-    synthetic: bool
-
-
-RESIDENT_BYTES = 2**31  # latents up to this size, or a quarter of a GPU's free memory, are moved to the device whole
-STATISTICS_ROWS = 2**18  # z-scoring is measured on at most so many of the training films' rows, drawn at random
-
-
-def paths(data):
-    """(root, image latents, text latents, labels folder): config keys, else the environment, else the defaults."""
-    root = Path(data.dir or os.environ.get("MMIMDB1_DIR") or "mmimdb")
-    latents = Path(data.latents_dir or os.environ.get("OTHER_BACKBONES_DIR_IMDB1_AUG70") or root / "latents")
-    labels = Path(data.labels_dir or os.environ.get("IMDB1_LABELS_DIR_23") or root / "labels")
-    files = [given or os.environ.get(variable) or f"mm_imdb1_globals_aug{data.views}_{data.backbone}_{modality}.npy" for modality, given, variable
-             in (("image", data.image_file, "MMIMDB_IMAGE_LATENTS"), ("text", data.text_file, "MMIMDB_TEXT_EMBEDS"))]
-    return root, latents / files[0], latents / files[1], labels
-
-
-def load_latents(path, ids):
-    """(memory-mapped [rows, D] tensor, views a film) of one .npy with its manifest. Raises: UserError naming file, expected and found."""
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.npy"))
-        raise UserError(f"{path}: no such file{f' (there are {there[0]} ...: set data.backbone= and data.views=)' if there else ''}; "
-                        "encode the data (README, 'Data'), set data.latents_dir=, or try --demo")
-    manifest_file, n_films = path.with_name(f"{path.stem}_manifest.json"), len(ids)
-    manifest = common.read_json(manifest_file)
-    rows = guarded(lambda p: np.load(p, mmap_mode="r"), path)
-    if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
-        raise UserError(f"{path}: expected float16 or float32 [rows, dims], found {rows.dtype} {list(rows.shape)}")
-    found = {"total_rows": len(rows), "dims": rows.shape[1], "original_rows": n_films}
-    views = manifest.get("views_per_sample")
-    for key, value in found.items():
-        if manifest.get(key, value) != value:
-            raise UserError(f"{manifest_file}: {key} is {manifest[key]}, but {'ids_all.txt' if key == 'original_rows' else path.name} has {value}")
-    if not isinstance(views, int) or len(rows) != n_films * views:
-        raise UserError(f"{path}: expected {n_films} films x {views} views (views_per_sample of {manifest_file.name}) rows, found {len(rows)}")
-    if manifest.get("ids", ids) != ids:  # encode.py lists them
-        raise UserError(f"{path}: its films are not those of ids_all.txt in the same order; encode again")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing writes to it
-        return torch.from_numpy(rows), views
-
-
-def check_finite(x, rows, path, chunk=8192):
-    """Raises UserError if one of the rows [n] of x holds NaN or infinite values."""
-    for part in rows.split(chunk):
-        block = x[part.to(x.device)].float()
-        if not torch.isfinite(block.sum()) and len(bad := (~torch.isfinite(block).all(1)).nonzero()[:, 0]):
-            raise UserError(f"{path}: NaN or infinite values, first in row {int(part[int(bad[0])])}; encode it again")
-
-
-def moments(x, rows, chunk=8192):
-    """(mean, deviation) [D] float32 of some rows, by float64 sums; a constant feature gets deviation 1."""
-    total, squares = 0, 0
-    for part in rows.split(chunk):
-        block = x[part.to(x.device)].cpu().double()
-        total, squares = total + block.sum(0), squares + block.square().sum(0)
-    mean = total / len(rows)
-    variance = squares / len(rows) - mean.square()
-    return mean.float(), torch.where(variance > 1e-10 * mean.square().clamp(min=1e-12), variance, 1).sqrt().float()
-
-
-def guarded(read, path):
-    """read(path), with anything that goes wrong in one line naming the file."""
-    try:
-        return read(path)
-    except UserError:
-        raise
-    except Exception as error:  # numpy, json and the file system raise kinds of their own
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty file'})") from None
-
-
-LABEL_FILES = ("labels_all_23.npy", "ids_all.txt", "class_names_23.json")
-
-
-def read_labels(folder):
-    """(labels [N, 23] of 0/1, film ids [N], genres [23]) of the label files. Raises: UserError naming file, expected and found."""
-    for path in (files := [folder / name for name in LABEL_FILES]):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; make it from the raw data with --stage labels, set data.labels_dir=, or try --demo")
-    labels, ids, genres = (guarded(read, path) for read, path in
-                           zip((np.load, lambda p: p.read_text().split(), lambda p: json.loads(p.read_text())), files, strict=True))
-    if labels.shape != (len(ids), len(genres)) or len(set(ids)) != len(ids) or not np.isin(labels, (0, 1)).all():
-        raise UserError(f"{files[0]}: expected 0/1 of {len(ids)} different ids (ids_all.txt) x {len(genres)} genres, found {labels.shape}")
-    return labels, ids, genres
-
-
-def load_data(cfg):
-    """Data of cfg. Raises: UserError naming file, expected and found."""
-    device = common.pick_device(cfg.device)
-    root, *latent_files, labels_dir = paths(cfg.data)
-    labels, ids, genres = read_labels(labels_dir)
-    split, film_of = common.read_json(root / "split.json"), {film: i for i, film in enumerate(ids)}
-    splits = {}
-    for part in ("train", "dev", "test"):
-        films = [str(film) for film in split.get(part) or []]
-        if not films or (missing := [film for film in films if film not in film_of]):
-            found = f"no films of {part}"
-            if films:
-                found = f"{len(missing)} films of {part} are not in {labels_dir / 'ids_all.txt'}, the first is {missing[0]}"
-            raise UserError(f"{root / 'split.json'}: {found}")
-        splits[part] = torch.tensor([film_of[film] for film in films])
-    everything = torch.cat(list(splits.values()))
-    if len(everything.unique()) != len(everything):
-        raise UserError(f"{root / 'split.json'}: a film is in two parts of the split, or twice in one")
-    latents, views, statistics = {}, set(), {}
-    for modality, path in zip(("image", "text"), latent_files, strict=True):
-        x, n_views = load_latents(path, ids)
-        views.add(n_views)
-        room = max(RESIDENT_BYTES, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else RESIDENT_BYTES
-        latents[modality] = x.to(device) if x.numel() * x.element_size() <= room else x
-    if len(views) > 1:
-        raise UserError(f"{latent_files[0]} and {latent_files[1].name} have different numbers of views: {sorted(views)}")
-    (n_views,), files = views, [*latent_files, *(path.with_name(f"{path.stem}_manifest.json") for path in latent_files),
-                                *(labels_dir / name for name in LABEL_FILES), root / "split.json"]
-    for modality, path in zip(("image", "text"), latent_files, strict=True):
-        rows = (splits["train"][:, None] * n_views + torch.arange(n_views)).flatten()
-        check_finite(latents[modality], torch.cat([rows, torch.cat([splits["dev"], splits["test"]]) * n_views]), path)
-        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:STATISTICS_ROWS].sort().values
-        moment = moments(latents[modality], rows[drawn])
-        if cfg.data.statistics == "all":
-            stats_file = path.with_name(f"{path.stem}.stats.npz")
-            if not stats_file.is_file():
-                raise UserError(f"{stats_file}: no such file; data.statistics=all needs it (train does not)")
-            moment = guarded(lambda p: tuple(torch.from_numpy(np.load(p)[key]).float() for key in ("mu", "sigma")), stats_file)
-            if any(v.shape != latents[modality].shape[1:] or not torch.isfinite(v).all() for v in moment) or (moment[1] <= 0).any():
-                raise UserError(f"{stats_file}: expected finite mu and sigma > 0 of {latents[modality].shape[1]} features")
-            files.append(stats_file)
-        statistics[modality] = tuple(v.to(device) for v in moment)
-    return Data(latents, torch.from_numpy(labels.astype(np.float32)).to(device), genres, n_views, splits, statistics, device,
-                common.fingerprint(files), bool(split.get("synthetic")))
-
-
-def random_data(cfg):
-    """Random tensors of the backbone's real shapes, one batch of films: for profile_flops.py where the data are not at hand."""
-    device, n = common.pick_device(cfg.device), cfg.training.batch_size
-    if cfg.data.backbone not in BACKBONE_DIMS:
-        raise UserError(f"data.backbone={cfg.data.backbone}: its widths are not known without its latents; known are {', '.join(BACKBONE_DIMS)}")
-    dims = BACKBONE_DIMS[cfg.data.backbone]
-    latents = {modality: torch.randn(n, dim, device=device) for modality, dim in zip(("image", "text"), dims, strict=True)}
-    statistics = {modality: (torch.zeros(dim, device=device), torch.ones(dim, device=device))
-                  for modality, dim in zip(("image", "text"), dims, strict=True)}
-    films = torch.arange(n)
-    labels = (torch.rand(n, len(GENRES), device=device) < 0.1).float()
-    return Data(latents, labels, list(GENRES), 1, dict.fromkeys(("train", "dev", "test"), films), statistics, device, "random", True)
-
-
-def latent_rows(data, modality, rows):
-    """[B, D] float32 z-scored latents of some rows, on the device."""
-    x = data.latents[modality]
-    mean, deviation = data.statistics[modality]
-    return (x[rows.to(x.device, non_blocking=True)].to(data.device, non_blocking=True).float() - mean) / deviation
-
-
-def make_batch(data, indices):
-    """Inputs of rows (film * views + view) with the clean views of their films as targets: image, text, labels, image_target, text_target."""
-    films = indices // data.views
-    batch = {modality: latent_rows(data, modality, indices) for modality in ("image", "text")}
-    clean = batch if data.views == 1 else {modality: latent_rows(data, modality, films * data.views) for modality in ("image", "text")}
-    return {**batch, "labels": data.labels[films.to(data.device, non_blocking=True)], "image_target": clean["image"], "text_target": clean["text"]}
-
-
-def batch_rows(data, cfg, step):
-    """The rows [B] of a step, on the CPU: a pure function of seed and step. An epoch is every view of every training film once, in random order,
-    but for the rows that do not fill a batch."""
-    films, n = data.splits["train"], len(data.splits["train"]) * data.views
-    per_epoch = max(1, n // cfg.training.batch_size)
-    epoch, place = divmod(step, per_epoch)
-    order = epoch_order(n, cfg.seed, epoch)[place * cfg.training.batch_size:(place + 1) * cfg.training.batch_size]
-    return films[order // data.views] * data.views + order % data.views
-
-
-@functools.lru_cache(maxsize=1)  # a million rows take longer to shuffle than a step
-def epoch_order(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1000003 * seed + epoch))
-
-
-def total_steps(cfg, data):
-    """Optimisation steps of a run."""
-    return cfg.training.steps * (2 if cfg.training.selector_after_freeze else 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------------------------- model
 
 class ResMLP(nn.Module):
     """x [.., W] + Linear(Dropout(GELU(Linear(LayerNorm(x)))))."""
 
     def __init__(self, dim, hidden_dim, dropout):
         super().__init__()
-        self.layers = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden_dim, dim))
+        self.layers = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(dropout),
+                                    nn.Linear(hidden_dim, dim))
 
     def forward(self, x):
         return x + self.layers(x)
 
 
 class SharedKeySelector(nn.Module):
-    """Weights [B, n_domains] = softmax_d(q . k_d) of encodings [B, n_domains, dim]: q from their mean, every k_d by the same layer, no scaling."""
+    """Weights [B, n] = softmax_d(q . k_d) of encodings [B, n, W]: q from their mean, every k_d by one layer.
 
-    def __init__(self, dim, head_dim):
+    scale: divides q . k by sqrt(head_dim); the key's bias, which cancels in the softmax, is left out then. The paper's form
+    (no scale) keeps it, so that parameters are counted as there.
+    """
+
+    def __init__(self, dim, head_dim, scale=False):
         super().__init__()
-        self.query, self.key = nn.Linear(dim, head_dim), nn.Linear(dim, head_dim)
+        self.query = nn.Linear(dim, head_dim)
+        self.key = nn.Linear(dim, head_dim, bias=not scale)
+        self.factor = head_dim**-0.5 if scale else 1.0
 
     def forward(self, encodings):
-        query, keys = self.query(encodings.mean(1)), self.key(encodings)
-        return (query[:, None] * keys).sum(2).softmax(1)
+        query = self.query(encodings.mean(1))
+        return (self.factor * (query[:, None] * self.key(encodings)).sum(2)).softmax(1)
+
+
+class ConstantSelector(nn.Module):
+    """Weights [B, n] = softmax(logits), learned, the same for every film: the control of a selector that looks at it."""
+
+    def __init__(self, n_domains):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(n_domains))
+
+    def forward(self, encodings):
+        return self.logits.softmax(0).expand(encodings.shape[:2])
 
 
 class RandomSelector(nn.Module):
-    """Weights [B, n_domains] = softmax(U / T), U uniform in [0, 1), drawn anew for every sample and call."""
+    """Weights [B, n] = softmax(U / T), U uniform in [0, 1), drawn anew for every sample and call."""
 
     def __init__(self, temperature):
         super().__init__()
@@ -371,102 +178,159 @@ class RandomSelector(nn.Module):
 
 
 class UniformSelector(nn.Module):
-    """Equal weights [B, n_domains]."""
+    """Equal weights [B, n]."""
 
     def forward(self, encodings):
         return torch.full(encodings.shape[:2], 1 / encodings.shape[1], device=encodings.device)
 
 
+def make_selector(model_cfg):
+    """The selector of exactly {image, text} in training."""
+    if model_cfg.selector in ("shared", "reference-random"):
+        return SharedKeySelector(model_cfg.dim, model_cfg.head_dim, scale=model_cfg.selector_scale == "sqrt")
+    if model_cfg.selector == "constant":
+        return ConstantSelector(2)
+    if model_cfg.selector == "random":
+        return RandomSelector(model_cfg.temperature)
+    if model_cfg.selector == "uniform":
+        return UniformSelector()
+    raise ValueError(f"no selector {model_cfg.selector!r}")
+
+
 class GlobalWorkspace(nn.Module):
-    """Encoders into and decoders out of a shared space, one of each a domain. The chosen selector weighs exactly {image, text}; other sets get
-    random weights of temperature 1 (equal ones with `mean_weights`)."""
+    """Encoders into and decoders out of a shared space, one of each a domain.
 
-    def __init__(self, dims, model):
+    The chosen selector weighs exactly {image, text}; other sets get random weights of temperature 1, as in the reference
+    (equal ones with `mean_weights`). `loss_weights`, `false_negatives` and `pos_weight` [C] are the objective's settings.
+    """
+
+    def __init__(self, dims, model_cfg):
         super().__init__()
-        def blocks():
-            return [ResMLP(model.dim, model.hidden_dim, model.dropout) for _ in range(model.n_blocks)]
-        self.encoders = nn.ModuleDict({d: nn.Sequential(nn.Linear(n, model.dim), nn.GELU(), *blocks()) for d, n in dims.items()})
-        self.decoders = nn.ModuleDict({d: nn.Sequential(*blocks(), nn.Linear(model.dim, n)) for d, n in dims.items()})
-        learned = model.selector in ("shared", "reference-random")
-        self.selector = SharedKeySelector(model.dim, model.head_dim) if learned else UniformSelector() if model.selector == "uniform" \
-            else RandomSelector(model.temperature)
-        self.test_selector = RandomSelector(model.temperature) if model.selector == "reference-random" else None  # None: the same
-        self.other_sets, self.mean_weights = RandomSelector(1.0), False
 
-    def fuse(self, encodings):
-        """(state z [B, W] = tanh(sum_d w_d e_d), weights [B, n]) of {domain: e_d [B, W]}."""
+        def blocks():
+            return [ResMLP(model_cfg.dim, model_cfg.hidden_dim, model_cfg.dropout) for _ in range(model_cfg.n_blocks)]
+        self.input_dropout = nn.Dropout(model_cfg.input_dropout)
+        self.encoders = nn.ModuleDict({d: nn.Sequential(nn.Linear(n, model_cfg.dim), nn.GELU(), *blocks())
+                                       for d, n in dims.items()})
+        self.decoders = nn.ModuleDict({d: nn.Sequential(*blocks(), nn.Linear(model_cfg.dim, n)) for d, n in dims.items()})
+        self.selector = make_selector(model_cfg)
+        replaced = model_cfg.selector == "reference-random"
+        self.eval_selector = RandomSelector(model_cfg.temperature) if replaced else None  # None: the same
+        self.other_sets, self.uniform = RandomSelector(1.0), UniformSelector()
+        self.mean_weights = False
+        self.loss_weights = {"translation": 1.0, "demi_cycle": 0.5, "cycle": 0.5, "contrastive": 0.05, "fused": 1.0}
+        self.false_negatives, self.pos_weight = "ignore", None
+
+    def weights(self, domains, stacked):
+        """[B, n] of the encodings [B, n, W] of these domains."""
+        if len(domains) == 1:
+            return torch.ones_like(stacked[:, :, 0])
+        if self.mean_weights:
+            return self.uniform(stacked)
+        if domains != ("image", "text"):
+            return self.other_sets(stacked)
+        if self.training or self.eval_selector is None:
+            return self.selector(stacked)
+        return self.eval_selector(stacked)
+
+    def fuse(self, encodings, reweigh=None):
+        """(state z [B, W] = tanh(sum_d w_d e_d), weights [B, n]) of {domain: e_d [B, W]}; reweigh(weights): others instead."""
         stacked = torch.stack(list(encodings.values()), dim=1)  # [B, n, W]
-        if stacked.shape[1] == 1:
-            return torch.tanh(stacked[:, 0]), torch.ones_like(stacked[:, :, 0])
-        tested = self.test_selector is not None and not self.training
-        chosen = self.other_sets if tuple(encodings) != ("image", "text") else self.test_selector if tested else self.selector
-        weights = UniformSelector()(stacked) if self.mean_weights else chosen(stacked)
+        weights = self.weights(tuple(encodings), stacked)
+        if reweigh is not None:
+            weights = reweigh(weights)
         return torch.tanh((weights[:, :, None] * stacked).sum(1)), weights
 
-    def forward(self, inputs, decode="labels"):
-        """(decoded domain [B, D], weights [B, n]) from {domain: input [B, D]} of the domains that are there."""
-        state, weights = self.fuse({d: self.encoders[d](x) for d, x in inputs.items()})
-        return self.decoders[decode](state), weights
+    def forward(self, inputs, decode="labels", reweigh=None):
+        """(decoded domain [B, D], weights [B, n]) from {domain: input [B, D]} of the domains that are there.
+
+        decode: "image", "text", "labels" (logits), or "state" for z itself [B, W].
+        """
+        state, weights = self.fuse({d: self.encoders[d](x) for d, x in inputs.items()}, reweigh)
+        return (state if decode == "state" else self.decoders[decode](state)), weights
 
 
 def build_model(cfg, data):
-    """GlobalWorkspace of the data's widths, on its device."""
-    dims = {"image": data.latents["image"].shape[1], "text": data.latents["text"].shape[1], "labels": data.labels.shape[1]}
+    """GlobalWorkspace of the data's widths, on its device, with the objective's settings."""
+    dims = {**{m: x.shape[1] for m, x in data.latents.items()}, "labels": data.labels.shape[1]}
     model = GlobalWorkspace(dims, cfg.model).to(data.device)
-    for part in (*model.encoders.values(), *model.decoders.values()) if cfg.training.compile else ():
-        part.compile()
+    model.loss_weights = {name: getattr(cfg.training, f"{name}_weight") for name in LOSSES}
+    model.false_negatives = cfg.training.false_negatives
+    labels = data.labels[data.splits["train"].to(data.device)]
+    p = labels.mean(0).clamp(1 / len(labels), 1 - 1 / len(labels))  # a genre that no training film has, or every one
+    model.pos_weight = ((1 - p) / p) ** cfg.training.pos_weight_power
     return model
 
 
 def build_optimizer(cfg, model):
-    """AdamW over what is to be trained: all parameters, or those that are not frozen."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=cfg.training.learning_rate, betas=(0.95, 0.999), weight_decay=cfg.training.weight_decay,
-                             fused=parameters[0].is_cuda)
+    """AdamW over all parameters; those without a gradient (frozen) stay as they are."""
+    return torch.optim.AdamW(model.parameters(), lr=cfg.training.learning_rate, betas=(0.95, 0.999),
+                             weight_decay=cfg.training.weight_decay, fused=next(model.parameters()).is_cuda)
 
 
 def build_scheduler(cfg, optimizer):
-    """One cycle (Smith & Topin 2019): rate /10 -> 1 -> /100 of the peak, beta1 .95 -> .85 -> .95, by cosines, peak at a fifth of the steps."""
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.training.learning_rate, total_steps=cfg.training.steps, pct_start=0.2, div_factor=10,
-                                               final_div_factor=10, base_momentum=0.85, max_momentum=0.95)
+    """One cycle (Smith & Topin 2019) by cosines, peak at a fifth: rate /10 -> 1 -> /100 of it, beta1 .95 -> .85 -> .95."""
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, cfg.training.learning_rate, total_steps=cfg.training.steps, pct_start=0.2, div_factor=10,
+        final_div_factor=10, base_momentum=0.85, max_momentum=0.95)
 
 
-# ------------------------------------------------------------------------------------------------------------- objective
+# ---------------------------------------------------------------------------------------------------------- objective
 
-def domain_loss(domain, decoded, target):
-    """Mean loss of each set [n]: decoded [n, B, D] against target [B, D]; squared error, for labels binary cross-entropy of logits."""
-    target = target.expand_as(decoded)
-    loss = F.binary_cross_entropy_with_logits if domain == "labels" else F.mse_loss
-    return loss(decoded.float(), target.float(), reduction="none").mean((1, 2))
+def domain_loss(model, domain, decoded, target):
+    """Mean loss [n] of decoded [n, B, D] against target [B, D]: squared error, for labels cross-entropy of logits."""
+    decoded, target = decoded.float(), target.expand_as(decoded).float()
+    if domain == "labels":
+        loss = F.binary_cross_entropy_with_logits(decoded, target, pos_weight=model.pos_weight, reduction="none")
+    else:
+        loss = F.mse_loss(decoded, target, reduction="none")
+    return loss.mean((1, 2))
 
 
 def workspace_losses(model, batch):
     """The five losses, 0-d tensors, each a plain mean of its terms over the sets S:
 
     demi_cycle (3): |S| = 1, decode S. translation (9): decode what is outside S. fused (9): |S| >= 2, decode S.
-    cycle (9): decode the complement of S, re-encode it, fuse it, decode S. contrastive (3): InfoNCE of the encodings before tanh, pairs of domains.
-    batch: as from `make_batch`. Every domain is encoded once and all 7 states are decoded in one call a domain.
+    cycle (9): decode the complement of S, re-encode it, fuse it, decode S. contrastive (3): InfoNCE of the encodings before
+    tanh, pairs of domains. batch: as from `make_batch`. Every domain is encoded once, and all 7 states are decoded in one
+    call a domain.
     """
     targets = {"image": batch["image_target"], "text": batch["text_target"], "labels": batch["labels"]}
+    inputs = {"image": model.input_dropout(batch["image"]), "text": model.input_dropout(batch["text"]),
+              "labels": batch["labels"]}
     size = len(batch["labels"])
-    encodings = {d: model.encoders[d](batch[d]) for d in DOMAINS}
+    encodings = {d: model.encoders[d](x) for d, x in inputs.items()}
     states = torch.cat([model.fuse({d: encodings[d] for d in s})[0] for s in SUBSETS])  # [7 B, W]
     decoded = {d: model.decoders[d](states).view(len(SUBSETS), size, -1) for d in DOMAINS}  # [7, B, D]
-    loss = {d: domain_loss(d, decoded[d], targets[d]) for d in DOMAINS}  # [7]
-    terms = {"demi_cycle": [], "translation": [], "fused": []}
-    for i, s in enumerate(SUBSETS):
-        for d in DOMAINS:
-            terms["translation" if d not in s else "fused" if len(s) > 1 else "demi_cycle"].append(loss[d][i])
-    outside = {d: [i for i, s in enumerate(PROPER) if d not in s] for d in DOMAINS}  # sets whose complement has d: 3
-    again = {d: model.encoders[d](torch.cat([decoded[d][i] for i in outside[d]])).view(3, size, -1) for d in DOMAINS}
-    cycled = [model.fuse({d: again[d][outside[d].index(i)] for d in DOMAINS if d not in s})[0] for i, s in enumerate(PROPER)]
-    terms["cycle"] = []
+    terms = {name: [] for name in LOSSES}
     for d in DOMAINS:
-        inside = [cycled[i] for i, s in enumerate(PROPER) if d in s]  # 3
-        terms["cycle"].append(domain_loss(d, model.decoders[d](torch.cat(inside)).view(3, size, -1), targets[d]))
+        for s, loss in zip(SUBSETS, domain_loss(model, d, decoded[d], targets[d]), strict=True):
+            if d not in s:
+                terms["translation"].append(loss)
+            elif len(s) == 1:
+                terms["demi_cycle"].append(loss)
+            else:
+                terms["fused"].append(loss)
+
+    # cycle: re-encode what S decoded to outside S, fuse it, decode S
+    reencoded = {}  # (S, domain outside S) -> [B, W]
+    for d in DOMAINS:
+        sets = [s for s in PROPER if d not in s]
+        outputs = torch.cat([decoded[d][SUBSETS.index(s)] for s in sets])
+        for s, e in zip(sets, model.encoders[d](outputs).split(size), strict=True):
+            reencoded[s, d] = e
+    cycled = {s: model.fuse({d: reencoded[s, d] for d in DOMAINS if d not in s})[0] for s in PROPER}
+    for d in DOMAINS:
+        sets = [s for s in PROPER if d in s]
+        back = model.decoders[d](torch.cat([cycled[s] for s in sets])).view(len(sets), size, -1)
+        terms["cycle"].extend(domain_loss(model, d, back, targets[d]))
+
     directions = {d: F.normalize(e.float(), dim=1) for d, e in encodings.items()}
-    terms["contrastive"] = [common.info_nce(directions[a], directions[b], 1 / TEMPERATURE) for a, b in itertools.combinations(DOMAINS, 2)]
-    return {name: torch.cat([t.reshape(-1) for t in terms[name]]).mean() for name in LOSS_WEIGHTS}
+    for a, b in itertools.combinations(DOMAINS, 2):
+        ids = None if model.false_negatives == "ignore" else batch["genre_set" if "labels" in (a, b) else "film"]
+        terms["contrastive"].append(common.info_nce(directions[a], directions[b], 1 / CONTRASTIVE_TEMPERATURE, ids,
+                                                    model.false_negatives))
+    return {name: torch.stack(list(values)).mean() for name, values in terms.items()}
 
 
 def train_step(model, batch, optimizer):
@@ -474,381 +338,627 @@ def train_step(model, batch, optimizer):
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=batch["labels"].is_cuda):
         losses = workspace_losses(model, batch)
-    total = sum(LOSS_WEIGHTS[name] * value for name, value in losses.items()) / len(losses)
+    total = sum(model.loss_weights[name] * value for name, value in losses.items()) / 5  # a constant: a sixth loss rescales none
     total.backward()
     optimizer.step()
     return {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# -------------------------------------------------------------------------------------------------------------- train
+
+def total_steps(cfg, data=None):
+    """Optimisation steps of a run."""
+    return cfg.training.steps * (2 if cfg.training.selector_after_freeze else 1)
+
+
+def set_train_mode(cfg, model, step):
+    """Before every step (a validation leaves eval mode): what it trains. With selector_after_freeze the workspace with mean
+    weights, then the selector alone, with nothing dropped out."""
+    model.train()
+    if cfg.training.selector_after_freeze:
+        alone = step > cfg.training.steps
+        model.mean_weights = not alone
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("selector.") == alone)
+        for part in (model.encoders, model.decoders):
+            part.train(not alone)
+
+
+def train(cfg, data):
+    """Train, resuming exactly; best_model.pt is the step with the best dev score. Returns the rows of metrics.csv."""
+    t = cfg.training
+    folder = common.open_run(cfg, data.fingerprint)
+    common.seed_everything(cfg.seed)
+    model = build_model(cfg, data)
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_scheduler(cfg, optimizer)
+    last_step = total_steps(cfg)
+    with common.Run(folder, cfg, model, optimizer, scheduler) as run:
+        for step in run.steps(last_step):
+            if step == t.steps + 1:  # the selector alone, on a cycle of its own
+                scheduler = build_scheduler(cfg, optimizer)
+                run.restart(scheduler)
+            set_train_mode(cfg, model, step)
+            batch = make_batch(data, batch_rows(data, cfg, step - 1))  # steps count from 1, batches from 0
+            losses = train_step(model, batch, optimizer)
+            run.add(losses)  # stays on the device; run.means() waits for it
+            rate = scheduler.get_last_lr()[0]
+            if step % t.steps:
+                scheduler.step()
+            if step % t.eval_every == 0 or step % t.steps == 0:
+                row = {"step": step, **run.means(), **validate(model, data, cfg.seed), "learning_rate": rate}
+                score = -row["dev_bce"] if t.monitor == "bce" else row[f"dev_{t.monitor}"]
+                run.log(row, score, val_loss=row["dev_bce"], show=("loss", "dev_bce", "dev_mAP", "dev_f1_macro"),
+                        statistics=data.statistics, genres=data.genres)
+                if t.patience and run.n_stale >= t.patience and step > last_step - t.steps:
+                    run.finish()
+    return run.history
+
+
+def validate(model, data, seed):
+    """Dev scores, and the selector's health: mean and sd of the image's weight, entropy of the weights / ln 2."""
+    logits, weights = predict(model, film_inputs(data, "dev"), seed=seed)
+    dev = genre_scores(logits, data.labels[data.splits["dev"]])
+    entropy = torch.special.entr(weights).sum(1).mean().item() / np.log(2)
+    return {**{f"dev_{name}": dev[name] for name in ("bce", "mAP", "mAP_micro", "f1_macro", "f1_weighted")},
+            "dev_weight_image": weights[:, 0].mean().item(), "dev_weight_sd": weights[:, 0].std().item(),
+            "dev_weight_entropy": entropy}
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluate
+
+class Prediction(NamedTuple):
+    decoded: torch.Tensor  # [n, D]
+    weights: torch.Tensor  # [n, domains]
+
 
 @torch.no_grad()
-def predict(cfg, model, data, split, use=("image", "text"), decode="labels", corrupt="none", amount=0.0, seed=0):
-    """(decoded [n, D], weights [n, len(use)], which modality was corrupted [n]: 0 image, 1 text, -1 both or none) of a split's clean views.
-
-    Corruption adds 5 x amount x Gaussian noise of unit variance in each row to the z-scored input: of image, text, one of them at random, or both.
-    """
+def predict(model, inputs, decode="labels", seed=0, reweigh=None):
+    """Prediction from {domain: z-scored input [n, D]}; random weights draw from `seed` alone. reweigh: as in `forward`."""
     model.eval()
-    films, generator = data.splits[split], torch.Generator().manual_seed(seed + 1)
-    torch.manual_seed(seed)  # of random weights
-    inputs = {d: latent_rows(data, d, films * data.views) for d in use}
-    side = torch.randint(2, (len(films),), generator=generator).to(data.device)
-    hit = {"none": torch.full_like(side, -1), "both": torch.full_like(side, -1), "one": side, "image": torch.zeros_like(side),
-           "text": torch.ones_like(side)}
-    hit = hit[corrupt]
-    for i, d in enumerate(("image", "text") if corrupt != "none" else ()):
-        noise = torch.randn(len(films), data.latents[d].shape[1], generator=generator).to(data.device)
+    with common.full_precision(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        decoded, weights = model(inputs, decode, reweigh)
+    return Prediction(decoded.float(), weights.float())
+
+
+def corrupt(inputs, kind, amount, seed):
+    """Inputs plus 5 x amount x Gaussian noise of unit variance in each row; kind: image, text, one (at random), both."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    side = torch.randint(2, (len(inputs["image"]),), generator=generator)
+    noisy = {}
+    for i, d in enumerate(("image", "text")):
+        noise = torch.randn(inputs[d].shape, generator=generator)
         noise = (noise - noise.mean(1, keepdim=True)) / noise.std(1, keepdim=True, correction=0)
-        inputs[d] = inputs[d] + 5 * amount * noise * ((hit == i) | (corrupt == "both"))[:, None]
-    with common.full_precision():
-        decoded, weights = model(inputs, decode)
-    return decoded.float(), weights.float(), hit
+        hit = side == i if kind == "one" else torch.full_like(side, kind in (d, "both"))
+        noisy[d] = inputs[d] + 5 * amount * (noise * hit[:, None]).to(inputs[d].device)
+    return noisy
 
 
-def scores(logits, labels):
-    """Genre metrics with the binary cross-entropy. Raises: FloatingPointError."""
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError("non-finite predictions: the weights have overflowed; lower training.learning_rate")
-    return {**common.multilabel_metrics(logits, labels), "bce": F.binary_cross_entropy_with_logits(logits, labels).item()}
+def missing_modality(film, kind, rate):
+    """What a film misses where this share of the films misses an item: 0 the image, 1 the text, -1 nothing.
+
+    A pure function of its arguments; what misses an item at one rate does at every higher one. kind "both": one of the two.
+    """
+    digest = hashlib.sha256(f"{film}/{kind}".encode()).digest()
+    if int.from_bytes(digest[:6], "big") / 2**48 >= rate:
+        return -1
+    return digest[6] % 2 if kind == "both" else ("image", "text").index(kind)
+
+
+def leave_out(weights, missing):
+    """Weights [n, 2] of image and text where missing [n] (0: no image, 1: no text) leaves all of the weight to the other."""
+    alone = F.one_hot(1 - missing.clamp(min=0), 2).to(weights)
+    return torch.where((missing >= 0)[:, None], alone, weights)
+
+
+def fill_in(data, inputs, missing):
+    """Inputs whose missing [n] latent is the mean of those of the 10 training films nearest by the other one (cosine)."""
+    train, filled = film_inputs(data, "train"), dict(inputs)
+    for i, (lost, present) in enumerate((("image", "text"), ("text", "image"))):
+        rows = missing == i
+        near = F.normalize(inputs[present][rows], dim=1) @ F.normalize(train[present], dim=1).T
+        nearest = near.topk(min(N_NEIGHBOURS, near.shape[1]), dim=1).indices  # [n, k]
+        filled[lost] = inputs[lost].clone()
+        filled[lost][rows] = train[lost][nearest].mean(1)
+    return filled
+
+
+class Condition(NamedTuple):
+    """What the trained model is asked: its inputs and weights of a split (and a seed for noise), changed."""
+    inputs: Callable = lambda inputs, split, seed: inputs
+    weights: Callable = lambda weights, split, seed: weights
+    n_draws: int = 1
+
+
+def conditions(data, selector):
+    """{row: Condition}."""
+    n_draws = N_DRAWS if selector in ("random", "reference-random") else 1
+
+    def missing(split, kind, rate):
+        films = [data.ids[i] for i in data.splits[split].tolist()]
+        return torch.tensor([missing_modality(film, kind, rate) for film in films], device=data.device)
+    rows = {"clean, both": Condition(n_draws=n_draws)}
+    for i, name in enumerate(("text only", "image only")):
+        rows[f"clean, {name}"] = Condition(weights=lambda w, split, seed, i=i: leave_out(w, torch.full_like(w[:, 0], i).long()))
+    if selector == "shared":
+        rows["clean, both, mean weights"] = Condition(weights=lambda w, split, seed: w.mean(0).expand_as(w))
+        rows["clean, both, equal weights"] = Condition(weights=lambda w, split, seed: torch.full_like(w, 0.5))
+        rows["clean, both, another film's weights"] = Condition(weights=lambda w, split, seed: w.roll(1, 0))
+    for kind, amount in itertools.product(("one", "image", "text", "both"), AMOUNTS):
+        rows[f"{kind} corrupted by {amount:g}"] = Condition(
+            inputs=lambda x, split, seed, kind=kind, amount=amount: corrupt(x, kind, amount, seed), n_draws=N_DRAWS)
+    for kind, rate in itertools.product(("image", "text", "both"), RATES):
+        rows[f"{kind} missing in {rate:g}"] = Condition(
+            weights=lambda w, split, seed, kind=kind, rate=rate: leave_out(w, missing(split, kind, rate)), n_draws=n_draws)
+        rows[f"{kind} missing in {rate:g}, filled in"] = Condition(
+            inputs=lambda x, split, seed, kind=kind, rate=rate: fill_in(data, x, missing(split, kind, rate)), n_draws=n_draws)
+    return rows
+
+
+def ask(model, data, condition, seed):
+    """{"logits": {split: [draws, n, C]}, "weights": [n, 2] of the test films} under a Condition."""
+    logits = {"dev": [], "test": []}
+    for split in logits:
+        for draw in range(seed, seed + condition.n_draws):
+            inputs = condition.inputs(film_inputs(data, split), split, draw)
+            reweigh = functools.partial(condition.weights, split=split, seed=draw)
+            decoded, weights = predict(model, inputs, seed=draw, reweigh=reweigh)
+            logits[split].append(decoded.cpu())
+    return {"logits": {split: torch.stack(draws) for split, draws in logits.items()}, "weights": weights.cpu()}
 
 
 def tuned_thresholds(logits, labels):
-    """The logit of each genre [C] above which predicting it maximises its F1 on these films [N, C]; 0 for a genre that none of them has."""
-    device, logits, labels = logits.device, logits.cpu(), labels.cpu()
+    """The logit of each genre [C] above which predicting it maximises its F1 on these films [N, C]; 0 for one none has."""
     ordered, order = logits.sort(dim=0, descending=True)
     hits, n = labels.gather(0, order).cumsum(0), torch.arange(1, len(logits) + 1)[:, None]
     after = torch.cat([ordered[1:], ordered[-1:] - 2])
     f1 = torch.where(ordered > after, 2 * hits / (n + labels.sum(0)), -1)  # no cut between equal logits
     best = f1.argmax(0, keepdim=True)
     middle = (ordered.gather(0, best) + after.gather(0, best))[0] / 2
-    return torch.where(labels.sum(0) > 0, middle, 0).to(device)
+    return torch.where(labels.sum(0) > 0, middle, 0)
 
 
-def read_best(folder, data, cfg):
-    """The model of best_model.pt. Raises: UserError if it does not fit the data."""
-    try:
-        state, latest = common.load_checkpoint(folder / "best_model.pt"), common.load_checkpoint(folder / "checkpoint_latest.pt")
-    except FileNotFoundError as error:
-        raise UserError(f"{error}; a finished run that has lost it starts again with --fresh") from None
-    if latest["global_step"] < total_steps(cfg, data):
-        raise UserError(f"{folder}: training stopped at step {latest['global_step']} of {total_steps(cfg, data)}; "
-                        "the same command without --stage goes on")
-    model = build_model(cfg, data)
-    try:
-        model.load_state_dict(state["model_state_dict"])
-    except RuntimeError:
-        raise UserError(f"{folder / 'best_model.pt'} is of other widths than the data; choose another output_dir=, or --fresh") from None
-    return model, state["step"]
+def genre_scores(logits, labels, weights=None):
+    """Genre metrics at .5 and the binary cross-entropy; weights [R, n] of a bootstrap. Raises: FloatingPointError."""
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("non-finite predictions: the weights have overflowed; lower training.learning_rate")
+    bce = F.binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="none").mean(1).cpu().numpy()
+    mean = bce.mean() if weights is None else weights @ bce / weights.sum(1)
+    return {**common.multilabel_metrics(logits, labels, weights=weights), "bce": mean}
 
 
-def evaluate(cfg, data=None):
-    """Test the best model: clean, missing modality, corrupted, cross-translation. Writes results.json and the plots; returns the results."""
-    folder, data = start(cfg, data)
-    model, step = read_best(folder, data, cfg)
-    amounts, file = sorted(set(cfg.evaluation.amounts)), folder / "results.json"
-    settings = {"amounts": amounts, "n_draws": cfg.evaluation.n_draws}
-    if file.exists() and (known := common.read_json(file)).get("evaluation") == settings and known["step"] == step:
-        return known
-    labels = {split: data.labels[data.splits[split]] for split in ("dev", "test")}
-
-    def averaged(runs):  # over draws
-        return {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
-    draws = range(cfg.seed, cfg.seed + cfg.evaluation.n_draws)
-    inputs, attention = {}, {}
-    for name, use in (("both", ("image", "text")), ("image only", ("image",)), ("text only", ("text",))):
-        runs = []
-        for seed in draws:
-            thresholds = tuned_thresholds(predict(cfg, model, data, "dev", use, seed=seed)[0], labels["dev"])
-            logits, weights, _ = predict(cfg, model, data, "test", use, seed=seed)
-            tuned = scores(logits - thresholds, labels["test"])
-            runs.append({**scores(logits, labels["test"]), **{f"{key}_tuned": tuned[key]
-                                                              for key in ("f1_micro", "f1_macro", "f1_weighted", "f1_samples")}})
-            if name == "both" and seed == cfg.seed:
-                attention["test"] = weights[:, 0].cpu()
-        inputs[name] = averaged(runs)
-    chance = common.multilabel_metrics(torch.ones_like(labels["test"]), labels["test"])
-    for split in ("train", "dev"):
-        attention[split] = predict(cfg, model, data, split, seed=cfg.seed)[1][:, 0].cpu()
-    corruption = []
-    for kind, amount in itertools.product(("one", "image", "text", "both"), amounts):
-        runs = []
-        for seed in draws:
-            logits, weights, hit = predict(cfg, model, data, "test", corrupt=kind, amount=amount, seed=seed)
-            on_corrupted = weights.gather(1, hit.clamp(min=0)[:, None]).mean().item() if kind != "both" else math.nan
-            runs.append({**{k: v for k, v in scores(logits, labels["test"]).items() if k in ("f1_macro", "f1_micro", "f1_weighted", "mAP")},
-                         "weight": on_corrupted})
-        corruption.append({"kind": kind, "amount": amount, **averaged(runs)})
-    translation = {}
-    for source, target in (("image", "text"), ("text", "image")):
-        decoded, _, _ = predict(cfg, model, data, "test", (source,), target, seed=cfg.seed)
-        truth, ids = latent_rows(data, target, data.splits["test"] * data.views), torch.arange(len(decoded))
-        ranks = common.retrieval_metrics(F.normalize(decoded, dim=1), F.normalize(truth, dim=1), ids, ids)
-        translation[f"{source} to {target}"] = {"mse": F.mse_loss(decoded, truth).item(), "mse_of_the_mean": truth.square().mean().item(),
-                                                **{k: ranks[k] for k in ("R@1", "R@5", "R@10", "median_rank")}, "chance_R@10": min(1, 10 / len(ids))}
-    results = {"experiment": cfg.experiment, "selector": cfg.model.selector, "seed": cfg.seed, "synthetic": data.synthetic,
-               "data_fingerprint": data.fingerprint, "step": step, "evaluation": settings, "n_test": len(labels["test"]), "inputs": inputs,
-               "chance": chance, "corruption": corruption, "translation": translation,
-               "attention_on_image": {split: {"mean": w.mean().item(), "sd": w.std().item()} for split, w in attention.items()}}
-    common.write_json(folder / "results.json", results)
-    common.atomic_write(folder / "results.txt", lambda file: file.write(f"{report(results)}\n".encode()))
-    if cfg.evaluation.plots:
-        plot_evaluation(folder, results, attention)
-    return results
+def statistic(values, weights=None):
+    """Columns of a table's row, means over draws; values: logits and logits above the dev thresholds [draws, n, C], labels."""
+    draws = []
+    for logits, above in zip(values["logits"], values["above_thresholds"], strict=True):
+        tuned = common.multilabel_metrics(above, values["labels"], weights=weights)
+        draws.append({**genre_scores(logits, values["labels"], weights), "f1_macro_tuned": tuned["f1_macro"],
+                      "f1_weighted_tuned": tuned["f1_weighted"]})
+    return {name: np.mean([draw[name] for draw in draws], axis=0) for name in draws[0]}
 
 
-COLUMNS = ("f1_micro", "f1_macro", "f1_weighted", "f1_samples", "mAP", "roc_auc", "bce", "f1_macro_tuned", "f1_weighted_tuned")
+def logistic_regression(x, y, power, strength, start=None):
+    """(weight [D, C], bias [C]) of one-vs-rest logistic regression of y [n, C] on x [n, D], by L-BFGS from `start`.
 
-
-def report(r):
-    """The final tables as text."""
-    def row(name, values):
-        return [name, *("-" if values.get(c) is None else f"{values[c]:.3f}" for c in COLUMNS)]
-    rows = [row("chance: every genre", r["chance"]), *(row(f"clean, {name}", values) for name, values in r["inputs"].items())]
-    shown = [c for c in r["corruption"] if c["kind"] in ("one", "both") and c["amount"] in (0.2, 0.5, 1.0)]
-    rows += [row(f"{c['kind']} corrupted by {c['amount']:g}", c) for c in shown]
-    marked = "  [SYNTHETIC demo data]" if r["synthetic"] else ""
-    text = (f"test: {r['n_test']:,} films; selector {r['selector']}, step {r['step']}, seed {r['seed']}{marked}\n"
-            + common.format_table(["genres from image and text", *(c.replace("_tuned", " (dev thr.)") for c in COLUMNS)], rows))
-    text += "\nweight of the image: " + ", ".join(f"{split} {w['mean']:.3f} (sd {w['sd']:.3f})" for split, w in r["attention_on_image"].items())
-    for kind in ("image", "text"):
-        curve = [(c["amount"], c["weight"]) for c in r["corruption"] if c["kind"] == kind]
-        shown = (curve[0], curve[len(curve) // 2], curve[-1])
-        text += f"\nweight of a corrupted {kind}: " + ", ".join(f"{weight:.2f} at {amount:g}" for amount, weight in shown)
-    for name, t in r["translation"].items():
-        text += (f"\n{name}: mean squared error {t['mse']:.3f} (predicting the mean {t['mse_of_the_mean']:.3f}), R@10 {100 * t['R@10']:.1f}% "
-                 f"(chance {100 * t['chance_R@10']:.1f}%), median rank {t['median_rank']:.0f}")
-    return text
-
-
-# -------------------------------------------------------------------------------------------------------------- training
-
-def start(cfg, data=None):
-    """(run folder, data), after the checks that every stage needs: same config, same data as the folder's run."""
-    data = data or load_data(cfg)
-    folder = common.open_run(cfg, data.fingerprint)
-    return folder, data
-
-
-def train(cfg, data=None):
-    """Train for training.steps (twice that with selector_after_freeze), resuming exactly; best_model.pt is the step with the best dev mAP.
-
-    Returns the history, one row every eval_every steps.
+    A genre of prevalence p: positives weigh p^-power, negatives (1-p)^-power, scaled to mean 1 (power 1: "balanced").
+    strength: of the penalty strength / (2 n) |weight|^2.
     """
-    t = cfg.training
-    folder, data = start(cfg, data)
-    common.seed_everything(cfg.seed)
+    p = y.mean(0).clamp(1 / len(y), 1 - 1 / len(y))
+    importance = y * p**-power + (1 - y) * (1 - p) ** -power
+    importance = importance / importance.mean(0)
+    weight, bias = (v.clone().requires_grad_(True) for v in start or (x.new_zeros(x.shape[1], y.shape[1]), x.new_zeros(y.shape[1])))
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(x @ weight + bias, y, importance, reduction="none").mean(0).sum()
+        loss = loss + strength / (2 * len(y)) * weight.square().sum()
+        loss.backward()
+        return loss
+    with common.full_precision():
+        optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def fit_baseline(features, labels):
+    """({"dev", "test": logits [n, C]}, settings) of the logistic regression that dev likes best, by macro F1 at .5 plus mAP.
+
+    features: {split: [n, D]}; labels: of train and dev.
+    """
+    best = -1
+    for power in (0.5, 1.0):
+        fit = None
+        for strength in (1000, 300, 100, 30, 10):
+            fit = logistic_regression(features["train"], labels["train"], power, strength, fit)
+            dev = genre_scores(features["dev"] @ fit[0] + fit[1], labels["dev"])
+            if dev["f1_macro"] + dev["mAP"] > best:
+                best, (weight, bias), settings = dev["f1_macro"] + dev["mAP"], fit, {"power": power, "strength": strength}
+    return {split: (features[split] @ weight + bias).cpu() for split in ("dev", "test")}, settings
+
+
+def evaluate(cfg, data):
+    """Test the best model under every condition, beside logistic regression; returns the results, and draws the pictures.
+
+    All that is chosen (step, thresholds, the baselines' settings) is chosen on dev.
+    """
+    folder = common.open_run(cfg, data.fingerprint)
     model = build_model(cfg, data)
+    step = common.load_best(folder, model)["step"]
+    labels = {split: data.labels[films] for split, films in data.splits.items()}
+    inputs = {split: film_inputs(data, split) for split in data.splits}
 
-    def begin(phase):
-        model.mean_weights = t.selector_after_freeze and phase == 0
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not t.selector_after_freeze or name.startswith("selector.") == (phase == 1))
-        optimizer = build_optimizer(cfg, model)
-        return optimizer, build_scheduler(cfg, optimizer)
-    last_step, step, history, best, pending = total_steps(cfg, data), 0, [], None, []
-    optimizer, scheduler = begin(0)
-    latest = folder / "checkpoint_latest.pt"
-    if latest.exists() or latest.with_name(f"{latest.name}.previous").exists():
-        state = common.load_checkpoint(latest)
-        step, history, best = state["global_step"], state["history"], state["position"]["best"]
-        pending = [row.to(data.device) for row in state["position"]["pending"]]
-        optimizer, scheduler = begin(max(step - 1, 0) // t.steps)
-        model.load_state_dict(state["model_state_dict"])
-        optimizer.load_state_dict(state["optimizer_state_dict"])
-        scheduler.load_state_dict(state["scheduler_state_dict"])
-        common.set_rng_state(state["rng"])
-        print(f"{folder}: training is complete" if step >= last_step else f"resuming {folder} at step {step}")
+    print("evaluating: logistic regression on the latents and on the state", flush=True)
+    features = {f"logistic regression, {name}": {split: torch.cat([x[d] for d in use], dim=1) for split, x in inputs.items()}
+                for name, use in (("both", ("image", "text")), ("image", ("image",)), ("text", ("text",)))}
+    features["logistic regression on the state"] = {
+        split: predict(model, x, "state", cfg.seed).decoded for split, x in inputs.items()}
+    fitted = {name: fit_baseline(x, labels) for name, x in features.items()}
+    answers = {name: {"logits": {split: x[None] for split, x in logits.items()}} for name, (logits, _) in fitted.items()}
 
-    def save():
-        common.save_checkpoint(latest, {
-            "epoch": step * t.batch_size // (len(data.splits["train"]) * data.views), "global_step": step,
-            "best_val_loss": min((row["dev_bce"] for row in history), default=None), "model_state_dict": model.state_dict(),
-            "optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": scheduler.state_dict(), "scaler_state_dict": {},
-            "history": history, "config": dataclasses.asdict(cfg), "rng": common.rng_state(), "position": {"best": best, "pending": pending}})
+    asked = conditions(data, cfg.model.selector)
+    print(f"evaluating: {len(asked)} conditions, clean, corrupted, with a modality missing", flush=True)
+    for name in common.progress(asked, "conditions"):
+        answers[name] = ask(model, data, asked[name], cfg.seed)
 
-    if step < last_step:
-        (folder / "results.json").unlink(missing_ok=True)
-    log = common.RunLog(folder, cfg.wandb and step < last_step, dataclasses.asdict(cfg))
-    if history:  # a kill may have come between the last checkpoint and this file
-        log.write(history)
-    started, first = time.time(), step
-    with common.StopSignal() as stop:
-        for step in common.progress(range(first + 1, last_step + 1), "steps"):  # counted from 1: `step` steps are done at the end of the body
-            if step == t.steps + 1:
-                (optimizer, scheduler), best = begin(1), None
-            rate = scheduler.get_last_lr()[0]
-            model.train()
-            if step > t.steps:  # the frozen workspace drops nothing out
-                model.encoders.eval(), model.decoders.eval()
-            losses = train_step(model, make_batch(data, batch_rows(data, cfg, step - 1)), optimizer)
-            pending.append(torch.stack([*losses.values(), torch.full_like(losses["loss"], rate)]))
-            if step % t.steps:
-                scheduler.step()
-            logged = step % t.eval_every == 0 or step % t.steps == 0
-            if logged or stop.signum:  # the host waits for the device only here
-                means = torch.stack(pending).cpu()
-                if len(bad := (~torch.isfinite(means).all(1)).nonzero()[:, 0]):
-                    *values, rate = means[int(bad[0])].tolist()
-                    names = [n for n, v in zip(("loss", *LOSS_WEIGHTS), values, strict=True) if not math.isfinite(v)]
-                    raise FloatingPointError(f"non-finite {' and '.join(names)} in step {step - len(pending) + 1 + int(bad[0])}, "
-                                             f"learning rate {rate:g}; lower training.learning_rate")
-                if logged:
-                    rng = common.rng_state()  # evaluation draws from a seed of its own
-                    logits, weights, _ = predict(cfg, model, data, "dev", seed=cfg.seed)
-                    common.set_rng_state(rng)
-                    dev = scores(logits, data.labels[data.splits["dev"]])
-                    row = {"step": step, **dict(zip(("loss", *LOSS_WEIGHTS), means.mean(0)[:-1].tolist(), strict=True)), "dev_bce": dev["bce"],
-                           "dev_mAP": dev["mAP"], "dev_f1_macro": dev["f1_macro"], "dev_weight_image": weights[:, 0].mean().item(),
-                           "learning_rate": rate}
-                    history.append(row)
-                    pending = []
-                    better = best is None or row["dev_mAP"] > best
-                    if better:
-                        best = row["dev_mAP"]
-                        common.save_checkpoint(folder / "best_model.pt",
-                                               {"model_state_dict": model.state_dict(), "config": dataclasses.asdict(cfg), "step": step},
-                                               keep_previous=False)
-                    print(f"step {step:5}  loss {row['loss']:.4f}  dev: BCE {row['dev_bce']:.4f}  mAP {row['dev_mAP']:.3f}  "
-                          f"macro F1 {row['dev_f1_macro']:.3f}{' *' if better else ''}", flush=True)
-                save()
-                if history:
-                    log.write(history)
-                if stop.signum:
-                    raise common.Stopped(stop.signum, f"stopped at step {step}; the same command resumes from {latest}")
-    log.close()
-    if step > first:
-        common.record_environment(folder, device=str(data.device), train_seconds=round(time.time() - started, 2),
-                                  seconds_per_step=round((time.time() - started) / (step - first), 4))
-    return history
+    rows, chosen = {}, {"step": step, "thresholds": {}, **{name: settings for name, (_, settings) in fitted.items()}}
+    for name, answer in answers.items():
+        thresholds = torch.stack([tuned_thresholds(x, labels["dev"].cpu()) for x in answer["logits"]["dev"]])
+        chosen["thresholds"][name] = thresholds.tolist()
+        rows[name] = {"logits": answer["logits"]["test"], "labels": labels["test"].cpu(),
+                      "above_thresholds": answer["logits"]["test"] - thresholds[:, None]}
+    everything = torch.ones_like(labels["test"].cpu())[None]  # predicts every genre
+    rows = {"chance": {"logits": everything, "above_thresholds": everything, "labels": labels["test"].cpu()}, **rows}
+    scores = {name: {column: float(value) for column, value in statistic(values).items()} for name, values in rows.items()}
+
+    print("evaluating: bootstrap intervals", flush=True)
+    shown = [name for name in rows if not re.search(r"(corrupted by|missing in) (?!0\.5)", name)]
+    resampled = {name: common.bootstrap(functools.partial(statistic, rows[name]), len(labels["test"])) for name in shown}
+    pairs = [("clean, both", name) for name in shown if name.startswith(("clean,", "logistic regression, both"))][1:]
+    pairs += [(f"{d} missing in 0.5, filled in", f"{d} missing in 0.5") for d in ("image", "text")]
+    differences = {f"{a} - {b}": with_interval({c: scores[a][c] - scores[b][c] for c in scores[a]},
+                                               {c: resampled[a][c] - resampled[b][c] for c in scores[a]}) for a, b in pairs}
+    attention = {split: predict(model, x, seed=cfg.seed).weights[:, 0].cpu() for split, x in inputs.items()}
+    tables = {
+        "genres from image and text": {name: with_interval(scores[name], resampled[name]) for name in shown},
+        "difference, paired over films": differences,
+        "weight of the image": {**{split: {"mean": w.mean().item(), "sd": w.std().item()} for split, w in attention.items()},
+                                **{f"test, {d} corrupted by 1": {"mean": answers[f"{d} corrupted by 1"]["weights"][:, 0].mean().item()}
+                                   for d in ("image", "text")}},
+        "cross-translation": translation_table(model, inputs["test"], cfg.seed)}
+    corrupted = curve_panels(scores, "corrupted by", AMOUNTS, ("one", "image", "text", "both"), {"": cfg.model.selector},
+                             "amount of noise")
+    for d in ("image", "text"):
+        weights = [answers[f"{d} corrupted by {x:g}"]["weights"][:, ("image", "text").index(d)].mean().item() for x in AMOUNTS]
+        corrupted[f"weight of the corrupted {d}"] = {"xlabel": "amount of noise", "lines": {
+            cfg.model.selector: {"x": AMOUNTS, "y": weights}}}
+    missing = curve_panels(scores, "missing in", RATES, ("image", "text", "both"),
+                           {"": "left out", ", filled in": "filled in by 10 neighbours"}, "share of films that miss it")
+    notes = [f"95% intervals: bootstrap over {len(labels['test']):,} films, thresholds and weights as they are."]
+    if scores["clean, both"]["mAP"] < scores["logistic regression, both"]["mAP"]:
+        notes.append("NOTE: the workspace does not beat logistic regression on the same latents (mAP).")
+    common.plot_lines(folder / "corruption.png", corrupted, "test films", data.synthetic)
+    common.plot_lines(folder / "missing.png", missing, "test films", data.synthetic)
+    plot_attention(folder / "attention_histogram.png", attention, data.synthetic)
+    ids = [data.ids[i] for i in data.splits["test"].tolist()]
+    common.write_text(folder / "missing_modality.csv", "film,kind,rate,missing\n" + "".join(
+        f"{film},{kind},{rate:g},{('image', 'text', '')[missing_modality(film, kind, rate)]}\n"
+        for film in ids for kind in ("image", "text", "both") for rate in RATES))
+    return {**common.run_facts(cfg, data), "n": len(ids), "headline":
+            f"{len(ids):,} test films; selector {cfg.model.selector}, step {step}, seed {cfg.seed}", "tables": tables,
+            "curves": corrupted | missing, "notes": notes, "chosen": chosen, "per_item": {"ids": ids, "rows": {n: rows[n] for n in shown}}}
 
 
-# ----------------------------------------------------------------------------------------------------------------- plots
+def with_interval(scores, resampled):
+    """A table's row: scores, with `low` and `high` for the columns of WITH_INTERVAL."""
+    row = {}
+    for column, value in scores.items():
+        row[column] = value
+        if column in WITH_INTERVAL:
+            row[f"{column} low"], row[f"{column} high"] = common.interval(resampled[column])
+    return row
 
-def mark(title, synthetic):
-    return f"{title} (synthetic data)" if synthetic else title
 
+def curve_panels(scores, noun, xs, kinds, suffixes, xlabel):
+    """`common.plot_lines` panels, by kind, of the rows "{kind} {noun} {x}{suffix}"; suffixes: {suffix: label}."""
+    panels = {}
+    for (column, ylabel), kind in itertools.product({"mAP": "mAP", "f1_macro_tuned": "macro F1 (dev thresholds)"}.items(), kinds):
+        lines = {label: {"x": xs, "y": [scores[f"{kind} {noun} {x:g}{suffix}"][column] for x in xs]}
+                 for suffix, label in suffixes.items()}
+        lines["chance: every genre"] = {"x": xs, "y": [scores["chance"][column]] * len(xs)}
+        panels[f"{ylabel}, {kind} {noun.split()[0]}"] = {"xlabel": xlabel, "lines": lines}
+    return panels
+
+
+def translation_table(model, inputs, seed):
+    """Retrieval (in percent) and squared error of one modality decoded from the other, on the test films."""
+    ids = torch.arange(len(inputs["image"]))
+    table = {"chance": {**{f"R@{k}": 100 * min(1, k / len(ids)) for k in (1, 5, 10)}, "median_rank": (len(ids) + 1) / 2}}
+    for source, target in (("image", "text"), ("text", "image")):
+        decoded = predict(model, {source: inputs[source]}, target, seed).decoded
+        ranks = common.retrieval_metrics(F.normalize(decoded, dim=1), F.normalize(inputs[target], dim=1), ids, ids)
+        table[f"{source} to {target}"] = {
+            **{f"R@{k}": 100 * ranks[f"R@{k}"] for k in (1, 5, 10)}, "median_rank": ranks["median_rank"],
+            "squared error": F.mse_loss(decoded, inputs[target]).item(),
+            "that of the mean": inputs[target].square().mean().item()}
+    return table
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+GENRES = demo_data.GENRES
+GENRE_SPELLINGS = {**{g.lower(): g for g in GENRES}, "science fiction": "Sci-Fi", "sci fi": "Sci-Fi"}
+RESIDENT_BYTES = 2**31  # latents up to this size, or a quarter of a GPU's free memory, are moved to the device whole
+STATISTICS_ROWS = 2**18  # z-scoring is measured on at most so many of the training films' rows, drawn at random
+
+
+@dataclass
+class Data:
+    """Latents by row = views * film + view (memory-mapped if they are large), labels by film, the films of each split."""
+    latents: dict  # "image" | "text" -> [films * views, D] tensor, on the device or mapped
+    labels: torch.Tensor  # [films, C] float32
+    genres: list  # [C] names
+    genre_sets: torch.Tensor  # [films] films with equal labels share a number
+    ids: list  # [films] names
+    views: int
+    splits: dict  # train | dev | test -> [n] film numbers
+    statistics: dict  # "image" | "text" -> (mean [D], deviation [D])
+    device: torch.device
+    fingerprint: str
+    synthetic: bool
+
+
+def film_inputs(data, split):
+    """{"image", "text": z-scored latents [n, D]} of the clean views of a split's films."""
+    return {m: latent_rows(data, m, data.splits[split] * data.views) for m in ("image", "text")}
+
+
+def latent_rows(data, modality, rows):
+    """[B, D] float32 z-scored latents of some rows, on the device."""
+    x = data.latents[modality]
+    mean, deviation = data.statistics[modality]
+    return (x[rows.to(x.device, non_blocking=True)].to(data.device, non_blocking=True).float() - mean) / deviation
+
+
+def make_batch(data, indices):
+    """Rows (film * views + view) [B] -> inputs image, text, labels; *_target, the clean views; film and genre_set [B]."""
+    films = indices // data.views
+    batch = {m: latent_rows(data, m, indices) for m in ("image", "text")}
+    clean = batch if data.views == 1 else {m: latent_rows(data, m, films * data.views) for m in ("image", "text")}
+    films = films.to(data.device, non_blocking=True)
+    return {**batch, "labels": data.labels[films], "image_target": clean["image"], "text_target": clean["text"],
+            "film": films, "genre_set": data.genre_sets[films]}
+
+
+def batch_rows(data, cfg, step):
+    """The rows [B] of a step (from 0): a pure function of seed and step. An epoch is every view of every film once."""
+    films, size = data.splits["train"], cfg.training.batch_size
+    n = len(films) * data.views
+    epoch, place = divmod(step, max(1, n // size))
+    order = epoch_order(n, cfg.seed, epoch)[place * size:(place + 1) * size]
+    return films[order // data.views] * data.views + order % data.views
+
+
+@functools.lru_cache(maxsize=1)  # a million rows take longer to shuffle than a step
+def epoch_order(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1000003 * seed + epoch))
+
+
+def paths(data_cfg):
+    """(root, image latents, text latents, labels folder): config keys, else the environment, else the defaults."""
+    root = Path(data_cfg.dir or os.environ.get("MMIMDB1_DIR") or "mmimdb")
+    latents = Path(data_cfg.latents_dir or os.environ.get("OTHER_BACKBONES_DIR_IMDB1_AUG70") or root / "latents")
+    labels = Path(data_cfg.labels_dir or os.environ.get("IMDB1_LABELS_DIR_23") or root / "labels")
+    stem = f"mm_imdb1_globals_aug{data_cfg.views}_{data_cfg.backbone}"
+    image = data_cfg.image_file or os.environ.get("MMIMDB_IMAGE_LATENTS") or f"{stem}_image.npy"
+    text = data_cfg.text_file or os.environ.get("MMIMDB_TEXT_EMBEDS") or f"{stem}_text.npy"
+    return root, latents / image, latents / text, labels
+
+
+def write_labels(root, folder):
+    """labels_all_23.npy (float32 [N, 23]), ids_all.txt, class_names_23.json from root/dataset/{id}.json, rows by sorted id.
+
+    A film needs its .jpeg. Genres beyond the 23 are dropped. Raises: UserError, also if other labels are there.
+    """
+    root, folder = Path(root), Path(folder)
+    ids = sorted(p.stem for p in (root / "dataset").glob("*.json") if p.with_suffix(".jpeg").exists())
+    if not ids:
+        raise UserError(f"{root / 'dataset'}: no films (an {{id}}.json with its {{id}}.jpeg); unpack mmimdb.tar.gz, or "
+                        "point data.dir= at it")
+    labels = np.zeros((len(ids), len(GENRES)), dtype=np.float32)
+    for row, film in enumerate(ids):
+        names = common.read_json(root / "dataset" / f"{film}.json").get("genres") or []
+        if not isinstance(names, list):
+            raise UserError(f"{root / 'dataset' / film}.json: genres must be a list, found {names!r}")
+        for name in names:
+            if genre := GENRE_SPELLINGS.get(str(name).strip().lower()):
+                labels[row, GENRES.index(genre)] = 1
+    if (folder / "labels_all_23.npy").exists():
+        earlier, earlier_ids, _ = read_labels(folder)
+        if earlier_ids != ids or not np.array_equal(earlier, labels):
+            raise UserError(f"{folder}: holds other labels than {root / 'dataset'} gives; move them away, or set "
+                            "data.labels_dir=")
+        return labels
+    folder.mkdir(parents=True, exist_ok=True)
+    common.write_text(folder / "class_names_23.json", json.dumps(GENRES))
+    common.write_text(folder / "ids_all.txt", "".join(f"{film}\n" for film in ids))
+    common.atomic_write(folder / "labels_all_23.npy", lambda file: np.save(file, labels))
+    return labels
+
+
+def read_labels(folder):
+    """(labels [N, C] of 0/1, film ids [N], genres [C]) of the label files. Raises: UserError."""
+    if not (folder / "labels_all_23.npy").exists():
+        raise UserError(f"{folder / 'labels_all_23.npy'}: no such file; make it from the raw data with --stage labels, set "
+                        "data.labels_dir=, or try --demo")
+    labels = common.guarded(np.load, folder / "labels_all_23.npy")
+    ids = common.guarded(lambda p: p.read_text().split(), folder / "ids_all.txt")
+    genres = common.guarded(lambda p: json.loads(p.read_text()), folder / "class_names_23.json")
+    if labels.shape != (len(ids), len(genres)) or len(set(ids)) != len(ids) or not np.isin(labels, (0, 1)).all():
+        raise UserError(f"{folder / 'labels_all_23.npy'}: expected 0/1 of {len(ids)} different ids (ids_all.txt) x "
+                        f"{len(genres)} genres, found {labels.shape}")
+    return labels, ids, genres
+
+
+def read_splits(path, ids, labels):
+    """({train | dev | test: film numbers [n]} of split.json, whether it is synthetic). Raises: UserError."""
+    content, number, splits = common.read_json(path), {film: i for i, film in enumerate(ids)}, {}
+    for part in ("train", "dev", "test"):
+        films = content.get(part)
+        if not isinstance(films, list) or not films:
+            raise UserError(f"{path}: no films of {part}")
+        missing = [film for film in films if str(film) not in number]
+        if missing:
+            raise UserError(f"{path}: {len(missing)} films of {part} are not in ids_all.txt, the first is {missing[0]}")
+        splits[part] = torch.tensor([number[str(film)] for film in films])
+        if not labels[splits[part].numpy()].any():
+            raise UserError(f"{path}: no film of {part} has a genre; make the label files again with --stage labels")
+    everything = torch.cat(list(splits.values()))
+    if len(everything.unique()) != len(everything):
+        raise UserError(f"{path}: a film is in two parts of the split, or twice in one")
+    return splits, bool(content.get("synthetic"))
+
+
+def load_latents(path, ids):
+    """(memory-mapped [rows, D] tensor, views a film) of one .npy with its manifest. Raises: UserError."""
+    if not path.is_file():
+        others = "".join(f" (there is {p.name}: set data.backbone= and data.views=)" for p in sorted(path.parent.glob("*.npy"))[:1])
+        raise UserError(f"{path}: no such file{others}; encode the data (encode.py mmimdb -h), set data.latents_dir=, or try "
+                        "--demo")
+    manifest_file = path.with_name(f"{path.stem}_manifest.json")
+    manifest = common.read_json(manifest_file)
+    rows = common.guarded(lambda p: np.load(p, mmap_mode="c"), path)
+    if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
+        raise UserError(f"{path}: expected float16 or float32 [rows, dims], found {rows.dtype} {list(rows.shape)}")
+    for key, found, where in (("total_rows", len(rows), path.name), ("dims", rows.shape[1], path.name),
+                              ("original_rows", len(ids), "ids_all.txt")):
+        if manifest.get(key, found) != found:
+            raise UserError(f"{manifest_file}: {key} is {manifest[key]}, but {where} has {found}")
+    views = manifest.get("views_per_sample")
+    if not isinstance(views, int) or len(rows) != len(ids) * views:
+        raise UserError(f"{path}: expected {len(ids)} films x {views} views ({manifest_file.name}) rows, found {len(rows)}")
+    if manifest.get("ids", ids) != ids:  # encode.py lists them
+        raise UserError(f"{path}: its films are not those of ids_all.txt in the same order; encode again")
+    return torch.from_numpy(rows), views
+
+
+def check_finite(x, rows, path, chunk=8192):
+    """Raises UserError naming the first of the rows [n] of x [N, D] that holds NaN or infinite values."""
+    for part in rows.split(chunk):
+        bad = (~torch.isfinite(x[part.to(x.device)].float()).all(1)).nonzero()
+        if len(bad):
+            raise UserError(f"{path}: NaN or infinite values, first in row {int(part[int(bad[0])])}; encode it again")
+
+
+def load_data(cfg):
+    """Data of cfg. Raises: UserError naming file, expected and found."""
+    device = common.pick_device(cfg.device)
+    root, *latent_files, labels_dir = paths(cfg.data)
+    labels, ids, genres = read_labels(labels_dir)
+    splits, synthetic = read_splits(root / "split.json", ids, labels)
+    files = [*latent_files, *(p.with_name(f"{p.stem}_manifest.json") for p in latent_files),
+             labels_dir / "labels_all_23.npy", labels_dir / "ids_all.txt", labels_dir / "class_names_23.json",
+             root / "split.json"]
+    mapped = {m: load_latents(path, ids) for m, path in zip(("image", "text"), latent_files, strict=True)}
+    views = mapped["image"][1]
+    if mapped["text"][1] != views:
+        raise UserError(f"{latent_files[1]} has {mapped['text'][1]} views a film, {latent_files[0].name} {views}")
+    train_rows = (splits["train"][:, None] * views + torch.arange(views)).flatten()
+    used = torch.cat([train_rows, torch.cat([splits["dev"], splits["test"]]) * views])
+    drawn = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(0))[:STATISTICS_ROWS].sort().values
+    room = max(RESIDENT_BYTES, torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 0)
+    latents, statistics = {}, {}
+    for (modality, (x, _)), path in zip(mapped.items(), latent_files, strict=True):
+        latents[modality] = x.to(device) if x.numel() * x.element_size() <= room else x
+        check_finite(latents[modality], used, path)
+        moments = common.guarded(lambda _, x=x: common.moments(x, train_rows[drawn]), path)
+        if cfg.data.statistics == "all":
+            files.append(path.with_name(f"{path.stem}.stats.npz"))
+            moments = read_statistics(files[-1], x.shape[1])
+        statistics[modality] = tuple(v.to(device) for v in moments)
+    labels = torch.from_numpy(labels.astype(np.float32)).to(device)
+    genre_sets = labels.unique(dim=0, return_inverse=True)[1]
+    return Data(latents, labels, genres, genre_sets, ids, views, splits, statistics, device, common.fingerprint(files), synthetic)
+
+
+def read_statistics(path, n_features):
+    """(mu, sigma) [D] of a .stats.npz. Raises: UserError."""
+    moments = common.guarded(lambda p: tuple(torch.from_numpy(np.load(p)[key]).float() for key in ("mu", "sigma")), path)
+    if any(v.shape != (n_features,) or not torch.isfinite(v).all() for v in moments) or (moments[1] <= 0).any():
+        raise UserError(f"{path}: expected finite mu and sigma > 0 of {n_features} features")
+    return moments
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
 
 def plot_training(folder, cfg, history, synthetic):
-    every = cfg.training.eval_every
-    panels = {"loss": {name: [row[name] for row in history] for name in ("loss", *LOSS_WEIGHTS)},
-              "dev": {"mAP": [row["dev_mAP"] for row in history], "macro F1": [row["dev_f1_macro"] for row in history]},
-              "weight of the image (dev)": {cfg.model.selector: [row["dev_weight_image"] for row in history]}}
-    last_phase = [i for i, row in enumerate(history) if row["step"] > history[-1]["step"] - cfg.training.steps]  # only it may be chosen
-    chosen = max(last_phase, key=lambda i: history[i]["dev_mAP"]) + 1
-    common.plot_curves(folder / "training_curves.png", panels, xlabel=f"row of metrics.csv ({every} steps)", mark=chosen,
-                       title=mark(f"{cfg.data.backbone}, selector {cfg.model.selector}", synthetic))
+    """training_curves.png: losses, dev scores and the selector's health against steps; the chosen step is marked."""
+    last_phase = [row for row in history if row["step"] > history[-1]["step"] - cfg.training.steps]  # only it may be chosen
+    key, sign = f"dev_{cfg.training.monitor}", -1 if cfg.training.monitor == "bce" else 1
+    chosen = max(last_phase, key=lambda row: sign * row[key])["step"]
+    panels = {"loss": {name: name for name in ("loss", *LOSSES)},
+              "dev": {"mAP": "dev_mAP", "macro F1 at .5": "dev_f1_macro", "weighted F1 at .5": "dev_f1_weighted"},
+              "weights of image and text (dev)": {"image, mean": "dev_weight_image", "image, sd over films": "dev_weight_sd",
+                                                  "entropy / ln 2": "dev_weight_entropy"}}
+    common.plot_history(folder / "training_curves.png", history, panels, "step", f"{cfg.data.backbone}, selector "
+                        f"{cfg.model.selector}", synthetic, chosen)
 
 
-def plot_corruption(path, runs, synthetic):
-    """Macro F1 and the weight of the corrupted modality against the amount; runs = [(label, results), ...], those of equal label are averaged."""
-    figure, axes = common.new_figure(4, width=3.8)
-    groups = {}
-    for label, results in runs:
-        groups.setdefault(label, []).append(results["corruption"])
-    for axis, (kind, key) in zip(axes, (("one", "f1_macro"), ("both", "f1_macro"), ("image", "weight"), ("text", "weight")), strict=True):
-        for label, curves in groups.items():
-            amounts = [c["amount"] for c in curves[0] if c["kind"] == kind]
-            values = np.array([[c[key] for c in curve if c["kind"] == kind] for curve in curves])
-            spread = values.std(0, ddof=1) if len(values) > 1 else None
-            axis.errorbar(amounts, values.mean(0), spread, marker=".", capsize=2, label=f"{label} (n = {len(values)})" if len(values) > 1 else label)
-        what = {"one": "one modality, at random", "both": "both", "image": "image", "text": "text"}[kind]
-        if key == "f1_macro":
-            axis.axhline(runs[0][1]["chance"]["f1_macro"], color="grey", linestyle=":", linewidth=1, label="chance: every genre")
-        axis.set(xlabel=f"corruption of {what}", ylabel="test macro F1" if key == "f1_macro" else f"weight of the corrupted {kind}")
-        axis.legend(fontsize=7)
-    figure.suptitle(mark("under corruption", synthetic))
+def plot_attention(path, attention, synthetic):
+    """Histogram of the image's weight on each split."""
+    figure, (axis,) = common.new_figure()
+    for split, w in attention.items():
+        axis.hist(w.numpy(), bins=np.linspace(0, 1, 41), density=True, histtype="step",
+                  label=f"{split}, n = {len(w):,}, mean {w.mean():.2f}")
+    axis.set(xlabel="weight of the image", ylabel="density", title="synthetic data" if synthetic else "")
+    axis.legend(fontsize=7)
     common.save_figure(figure, path)
 
 
-def plot_evaluation(folder, results, attention):
-    """corruption.png and attention_histogram.png."""
-    plot_corruption(folder / "corruption.png", [(results["selector"], results)], results["synthetic"])
-    figure, (axis,) = common.new_figure()
-    for split, weights in attention.items():
-        axis.hist(weights.numpy(), bins=np.linspace(0, 1, 41), density=True, histtype="step",
-                  label=f"{split}, n = {len(weights):,}, mean {weights.mean():.2f}")
-    axis.set(xlabel="weight of the image", ylabel="density", title=mark(f"selector {results['selector']}", results["synthetic"]))
-    axis.legend(fontsize=7)
-    common.save_figure(figure, folder / "attention_histogram.png")
+# --------------------------------------------------------------------------------------------------------------- main
+
+STAGES = ("all", "labels", "train", "evaluate")
 
 
-def compare(cfg):
-    """Finished runs side by side: runs that differ only in their seed become one row, mean +- sd. Writes compare.png and compare.txt."""
-    groups = common.runs_by_seed(cfg.compare, cfg.experiment)
-    amounts = set.intersection(*({c["amount"] for c in results["corruption"]} for _, found in groups for results in found))
-    for _, found in groups:
-        for results in found:
-            results["corruption"] = [c for c in results["corruption"] if c["amount"] in amounts]
-    runs = [(name, results) for name, found in groups for results in found]
-    synthetic = any(results["synthetic"] for _, results in runs)
-
-    def cell(values):
-        return f"{np.mean(values):.3f}" + (f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
-    chance = groups[0][1][0]["chance"]
-    table = [["chance: every genre", "-", *(cell([chance[c]]) for c in ("f1_micro", "f1_macro", "f1_weighted", "f1_samples", "mAP")), *["-"] * 6]]
-    for label, found in groups:
-        both, corrupted = [r["inputs"]["both"] for r in found], []
-        for which in (("one", 0.5), ("one", 1.0), ("both", 0.5)):
-            values = [c["f1_macro"] for r in found for c in r["corruption"] if (c["kind"], c["amount"]) == which]
-            corrupted.append(cell(values) if values else "-")
-        table.append([label, len(found), *(cell([r[c] for r in both]) for c in ("f1_micro", "f1_macro", "f1_weighted", "f1_samples", "mAP")),
-                      *(cell([r["inputs"][name]["f1_macro"] for r in found]) for name in ("image only", "text only")), *corrupted,
-                      cell([r["attention_on_image"]["test"]["mean"] for r in found])])
-    text = common.format_table(["run", "seeds", "F1 micro", "macro", "weighted", "samples", "mAP", "macro, image only", "text only",
-                                "one corrupted .5", "1.0", "both .5", "weight of image"], table)
-    out = Path(cfg.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    text += "\n[SYNTHETIC demo data]" if synthetic else ""
-    plot_corruption(out / "compare.png", runs, synthetic)
-    common.atomic_write(out / "compare.txt", lambda file: file.write(f"{text}\n".encode()))
-    print(f"{text}\n{out / 'compare.txt'}, {out / 'compare.png'}")
+def load_model(folder):
+    """(GlobalWorkspace of a finished run in eval mode, its Config). `model.statistics` z-scores latents, as in `latent_rows`;
+    `model.genres` names the logits. Raises: UserError."""
+    cfg = common.load_config(Config, Path(folder) / "config.yaml")
+    best = common.load_checkpoint(Path(folder) / "best_model.pt")
+    state = best["model_state_dict"]
+    model = GlobalWorkspace({d: state[f"encoders.{d}.0.weight"].shape[1] for d in DOMAINS}, cfg.model)
+    common.load_best(folder, model)
+    model.statistics, model.genres = best["statistics"], best["genres"]
+    return model, cfg
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
-
-STAGES = ("all", "labels", "train", "evaluate", "compare")
+def use_demo(cfg):
+    """Write the stand-in films and point the config at them."""
+    d = cfg.data
+    dims = {"clip": (512, 512), "blip2": (768, 2048)}.get(d.backbone, (1280, 384))
+    d.dir = demo_data.write_mmimdb(f"data/demo/mmimdb_{d.backbone}_{d.views}", views=d.views, backbone=d.backbone, dims=dims)
+    d.latents_dir, d.labels_dir = f"{d.dir}/latents", f"{d.dir}/labels"
+    d.image_file, d.text_file = (f"mm_imdb1_globals_aug{d.views}_{d.backbone}_{m}.npy" for m in ("image", "text"))
 
 
 @common.exit_codes
 def main(argv):
-    args = common.parse_command_line(argv, (Config,), __doc__, STAGES)
-    cfg = common.load_config(Config, args.config, args.overrides, demo=args.demo)
-    if args.stage == "compare":
-        return compare(cfg)
-    if args.fresh and args.stage == "evaluate":
-        raise UserError("--fresh starts a run again; --stage evaluate needs a trained one")
-    if args.demo:
-        if any(override.startswith(("data.dir=", "data.latents_dir=", "data.labels_dir=", "data.image_file=", "data.text_file="))
-               for override in args.overrides):
-            raise UserError("--demo brings its own data; leave it or the folders out")
-        dims = {"clip": (64, 48), "blip2": (96, 128)}.get(cfg.data.backbone, (64, 48))
-        cfg.data.dir = demo_data.write_mmimdb(f"data/demo/mmimdb_{cfg.data.backbone}_{cfg.data.views}", views=cfg.data.views,
-                                              backbone=cfg.data.backbone, dims=dims)
-        cfg.data.latents_dir, cfg.data.labels_dir = f"{cfg.data.dir}/latents", f"{cfg.data.dir}/labels"
-        cfg.data.image_file, cfg.data.text_file = (f"mm_imdb1_globals_aug{cfg.data.views}_{cfg.data.backbone}_{m}.npy" for m in ("image", "text"))
-    if args.stage == "labels":
+    cfg, stage = common.setup(argv, Config, __doc__, STAGES, use_demo, statistic)
+    if stage == "labels":
         root, *_, folder = paths(cfg.data)
         labels = write_labels(root, folder)
-        print(common.format_table(["genre", "films"], [[genre, int(n)] for genre, n in zip(GENRES, labels.sum(0), strict=True)]))
+        print(common.format_table(["genre", "films"], [[g, int(n)] for g, n in zip(GENRES, labels.sum(0), strict=True)]))
         print(f"{len(labels):,} films, {int(labels.sum()):,} labels: {folder}/")
         return
     if cfg.training.selector_after_freeze and cfg.model.selector != "shared":
-        raise UserError(f"training.selector_after_freeze trains the shared selector; model.selector={cfg.model.selector} has none")
-    if not cfg.evaluation.amounts:
-        raise UserError("evaluation.amounts is empty; give at least one amount of corruption")
-    common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
+        raise UserError(f"training.selector_after_freeze trains the shared selector; model.selector={cfg.model.selector} "
+                        "has none")
     data = load_data(cfg)
-    if args.stage == "evaluate":
-        read_best(Path(cfg.output_dir), data, cfg)
-    folder = common.open_run(cfg, data.fingerprint, args.fresh)
     print(", ".join(f"{split} {len(films):,} films" for split, films in data.splits.items()) + f", {data.views} views")
-    if args.stage in ("all", "train"):
-        history = train(cfg, data)
-        if cfg.evaluation.plots:
-            plot_training(folder, cfg, history, data.synthetic)
-    if args.stage in ("all", "evaluate"):
-        print(f"\n{report(evaluate(cfg, data))}")
-    print(f"files: {folder}/ (results.json, metrics.csv, best_model.pt, *.png)")
+    if stage in ("all", "train"):
+        plot_training(Path(cfg.output_dir), cfg, train(cfg, data), data.synthetic)
+    if stage in ("all", "evaluate"):
+        common.publish(cfg.output_dir, common.published(cfg) or evaluate(cfg, data))
 
 
 if __name__ == "__main__":

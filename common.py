@@ -809,7 +809,7 @@ class Run:
         self.parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         self.steps_per_epoch = steps_per_epoch
         self.step, self.last_step, self.finished = 0, None, False
-        self.history, self.best_score, self.best_val_loss, self.n_stale = [], None, None, 0
+        self.history, self.best_score, self.best_step, self.best_val_loss, self.n_stale = [], None, None, None, 0
         self.latest = self.folder / "checkpoint_latest.pt"
         self._pending, self._rates = [], []  # losses and learning rates of the steps since means() was called
         self._rng, self._signal, self._wandb = None, StopSignal(), None
@@ -826,7 +826,8 @@ class Run:
         self.step, self.history, self._rng = state["global_step"], state["history"], state["rng"]
         self.best_val_loss = state["best_val_loss"]
         position = state["position"]
-        self.best_score, self.n_stale, self.finished = position["best_score"], position["n_stale"], position["finished"]
+        self.best_score, self.best_step = position["best_score"], position["best_step"]
+        self.n_stale, self.finished = position["n_stale"], position["finished"]
         self._pending = [{name: value.to(device) for name, value in losses.items()} for losses in position["pending"]]
         self._rates = position["rates"]
         if self.history:  # a kill may have come between the checkpoint and this file
@@ -914,7 +915,7 @@ class Run:
             self.best_val_loss = min(float(val_loss), math.inf if self.best_val_loss is None else self.best_val_loss)
         better = score is not None and (self.best_score is None or score > self.best_score)
         if better:
-            self.best_score = float(score)
+            self.best_score, self.best_step = float(score), self.step
             state = {"model_state_dict": self.parts["model"].state_dict(), "config": self.config, "step": self.step}
             save_checkpoint(self.folder / "best_model.pt", {**state, **extras}, keep_previous=False)
         if score is not None:
@@ -939,7 +940,7 @@ class Run:
             "best_val_loss": self.best_val_loss, **states, "history": self.history, "config": self.config,
             "rng": rng_state(),
             "position": {"pending": self._pending, "rates": self._rates, "best_score": self.best_score,
-                         "n_stale": self.n_stale, "finished": self.finished}})
+                         "best_step": self.best_step, "n_stale": self.n_stale, "finished": self.finished}})
 
     def _write_csv(self):
         columns = list(dict.fromkeys(name for row in self.history for name in row))
@@ -1375,6 +1376,27 @@ def publish(folder, results):
         run.log({path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))})
         run.finish()
     print(f"files: {folder}/ (report.md, results.json, metrics.csv, best_model.pt, *.png)")
+
+
+def interval_tables(rows, pairs, n, columns, statistic=None, groups=None):
+    """({row: columns}, {"a - b": columns}): values of rows, and the differences of pairs, with bootstrap intervals.
+
+    rows: {row: values}; statistic, n and groups: as in `compare_runs` and `bootstrap`. Only `columns` get an interval.
+    """
+    statistic = statistic or _mean_statistic
+    scores = {name: statistic(values, None) for name, values in rows.items()}
+    draws = {name: bootstrap(functools.partial(statistic, values), n, groups) for name, values in rows.items()}
+
+    def cells(value, resampled):
+        row = {}
+        for name in value:
+            row[name] = float(value[name])
+            if name in columns:
+                row[f"{name} low"], row[f"{name} high"] = interval(resampled[name])
+        return row
+    differences = {f"{a} - {b}": cells({c: scores[a][c] - scores[b][c] for c in scores[a]},
+                                       {c: draws[a][c] - draws[b][c] for c in scores[a]}) for a, b in pairs}
+    return {name: cells(scores[name], draws[name]) for name in rows}, differences
 
 
 def _number(value, largest):

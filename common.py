@@ -44,6 +44,11 @@ import yaml
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 class UserError(ValueError):
     """A mistake that the user can mend (config, data, folder): reported in one line, exit code 2."""
@@ -167,7 +172,7 @@ def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignor
 # ------------------------------------------------------------------------------------------------------------ schedule
 
 def warmup_cosine(step, total_steps, warmup_steps):
-    """Learning-rate factor in [0, 1] of a step, from 0: linear 0 -> 1 over warmup_steps, half a cosine to 0 at total_steps.
+    """Factor in [0, 1] of a step, from 0: linear 0 -> 1 over warmup_steps, then half a cosine to 0 at total_steps.
 
     Source: Loshchilov & Hutter 2017 (SGDR), equation 5, no restarts; clamped to 0 past its end, where a cosine rises.
     """
@@ -394,7 +399,7 @@ def interval(values):
 
 
 def bootstrap_interval(statistic, n, groups=None, n_resamples=1000, seed=0):
-    """{name: (low, high)}: the 95% intervals of `bootstrap`; of a difference taken inside `statistic` it is a paired one."""
+    """{name: (low, high)}: 95% intervals of `bootstrap`; of a difference taken inside `statistic` a paired one."""
     return {name: interval(values) for name, values in bootstrap(statistic, n, groups, n_resamples, seed).items()}
 
 
@@ -490,19 +495,18 @@ def read_json(path):
 
 
 def check_crc(path):
-    """Raise UserError if a member of a zip file (.pt, .npz) does not match its checksum, at which torch.load never looks."""
-    def check(p):
+    """Raise UserError if a member of a zip file (.pt, .npz) is not what its checksum says, which torch.load ignores."""
+    def damaged(p):
         with zipfile.ZipFile(p) as archive:
             return archive.testzip()
-    if damaged := guarded(check, path):
-        raise UserError(f"{path}: {damaged} does not match its checksum: the file is damaged; copy or encode it again")
+    if member := guarded(damaged, path):
+        raise UserError(f"{path}: {member} does not match its checksum: the file is damaged; copy or encode it again")
 
 
 def fingerprint(paths, whole=1 << 31, blocks=512):
-    """16 hex digits of the SHA-256 over the contents of files, in the order given.
+    """16 hex digits of the SHA-256 over the contents of files, in the order given; .pt and .npz pass `check_crc`.
 
     Of a file larger than `whole` bytes it takes the size and `blocks` blocks of 1 MiB, spread from first to last.
-    Raises: UserError if a .pt or .npz does not match its own checksums.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -622,32 +626,10 @@ class Stopped(Exception):
         self.signum = signum
 
 
-class StopSignal:
-    """Context in which the first Ctrl-C or SIGTERM only sets `.signum`, so that a loop can save and stop between steps.
-
-    A second one acts at once.
-    """
-
-    def __enter__(self):
-        self.signum = 0
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, signum, frame):
-        self.signum = signum
-        self.__exit__()
-
-    def __exit__(self, *error):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
-
-
 # ------------------------------------------------------------------------------------------------------ a run's folder
 
-# Keys that leave a run what it is: they neither name its folder nor make it a different run. So are all that end in
-# dir, _file or parquet: the data they name are known by their fingerprint.
+# Keys that leave a run what it is: they neither name its folder nor make it another run. So are all that end in dir,
+# _file or parquet: the data they name are known by their fingerprint.
 NEUTRAL_KEYS = ("device", "num_workers", "wandb", "evaluation", "compare", "dim")
 
 
@@ -658,69 +640,66 @@ def is_neutral(key):
 
 def _run_config(folder):
     """The config dict that a run's folder holds."""
-    path = Path(folder) / "config.yaml"
-    try:
+    path, config = Path(folder) / "config.yaml", None
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged; choose another output_dir= or move the run aside with --fresh")
     return config
 
 
+def _environment(folder):
+    """environment.json of a run's folder, {} if it has none yet."""
+    path = Path(folder) / "environment.json"
+    return read_json(path) if path.exists() else {}
+
+
 def check_run(cfg, data_fingerprint=None):
     """Raise UserError if cfg.output_dir holds a run of another config or data, or something else. Writes nothing."""
     folder, remedy = Path(cfg.output_dir), "choose another output_dir= or move the old run aside with --fresh"
-    if folder.is_dir() and not (folder / "config.yaml").exists():
-        others = [p.name for p in folder.iterdir() if not p.name.startswith((".", "compare."))]
+    if not (folder / "config.yaml").exists():
+        others = [p.name for p in folder.glob("*") if not p.name.startswith((".", "compare."))]
         if others:
             raise UserError(f"{folder} is not empty and holds no run ({others[0]} ...); choose another output_dir=")
-    if not (folder / "config.yaml").exists() or getattr(cfg, "fresh", False):
+        return
+    if getattr(cfg, "fresh", False):
         return
     old, new = flatten(_run_config(folder)), flatten(dataclasses.asdict(cfg))
     changed = [key for key in {**old, **new} if not is_neutral(key) and old.get(key) != new.get(key)]
-    changes = [f"{key}={new.get(key)} (was {old.get(key)})" for key in changed]
-    if changes:
-        shown = ", ".join(changes[:4]) + (" ..." if len(changes) > 4 else "")
-        raise UserError(f"{folder} holds a run of a different config: {shown}; {remedy}")
-    environment = folder / "environment.json"
-    known = read_json(environment).get("data_fingerprint") if environment.exists() else None
-    if None not in (known, data_fingerprint) and known != data_fingerprint:
-        raise UserError(f"{folder} holds a run on other data (fingerprint {known}, now {data_fingerprint}); {remedy}")
+    if changed:
+        shown = ", ".join(f"{key}={new.get(key)} (was {old.get(key)})" for key in changed[:4])
+        raise UserError(f"{folder} holds a run of a different config: {shown}{' ...' * (len(changed) > 4)}; {remedy}")
+    earlier = _environment(folder).get("data_fingerprint")
+    if None not in (earlier, data_fingerprint) and earlier != data_fingerprint:
+        raise UserError(f"{folder} holds a run on other data (fingerprint {earlier}, now {data_fingerprint}); {remedy}")
 
 
-_LOCKS = {}  # run folder -> its open .lock, for as long as this process lives
+_LOCKS = {}  # inode of a run's .lock -> the open file, for as long as this process lives
 
 
 def _lock(folder):
     """Own a run's folder until this process ends, however it ends. Raises: UserError if another process owns it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock
+    file = open(folder / ".lock", "ab")  # noqa: SIM115, it stays open
+    inode = os.fstat(file.fileno()).st_ino
+    if inode in _LOCKS or fcntl is None:
         return
-    path, own = folder / ".lock", _LOCKS.get(str(folder))
-    if own and path.exists() and os.path.samestat(os.fstat(own.fileno()), path.stat()):
-        return
-    file = open(path, "ab")  # noqa: SIM115, it stays open
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        environment = folder / "environment.json"
-        owner = read_json(environment) if environment.exists() else {}
+        owner = _environment(folder)
         raise UserError(f"{folder} is in use by process {owner.get('process', '?')} on {owner.get('host', '?')} "
                         f"({owner.get('command_line', '?')}); wait for it, or set output_dir=") from None
     except OSError:  # a file system without locks
         pass
-    _LOCKS[str(folder)] = file
+    _LOCKS[inode] = file
     os.register_at_fork(after_in_child=file.close)  # a killed run's workers do not keep it
 
 
 def open_run(cfg, data_fingerprint):
     """Create cfg.output_dir or reopen it to resume; lock it, write config.yaml and environment.json. Returns its Path.
 
-    With --fresh (`cfg.fresh`) an existing run is moved to `<folder>.old-N` first.
-    Raises: UserError if the folder cannot be written, holds a run of another config or of other data, or something
-        else, or if another process is at work in it.
+    With --fresh (`cfg.fresh`) an existing run is moved to `<folder>.old-N` first. Raises: UserError if the folder
+    cannot be written, holds a run of another config or data, or something else, or is another process's.
     """
     check_run(cfg, data_fingerprint)
     folder = Path(cfg.output_dir)
@@ -728,9 +707,9 @@ def open_run(cfg, data_fingerprint):
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
         if getattr(cfg, "fresh", False) and (folder / "config.yaml").exists():
-            n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-            folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
-            print(f"moved the earlier run to {folder.with_name(f'{folder.name}.old-{n}')}")
+            names = (folder.with_name(f"{folder.name}.old-{n}") for n in range(1, 10**6))
+            old = folder.rename(next(name for name in names if not name.exists()))
+            print(f"moved the earlier run to {old}")
             folder.mkdir()
             _lock(folder)
     except OSError as error:
@@ -744,27 +723,21 @@ def open_run(cfg, data_fingerprint):
 
 def record_environment(folder, **facts):
     """Merge facts into environment.json: versions, device, git commit, command line, wall-clock times."""
-    path = Path(folder) / "environment.json"
-    environment = read_json(path) if path.exists() else {}
-
     def git(*command):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True,
                                   timeout=10, check=True).stdout.strip()
-
-    def version(package):
+    versions = {}
+    for package in ("torch", "numpy", "matplotlib", "pyarrow", "soundfile", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(package)
-
-    packages = ("torch", "numpy", "matplotlib", "pyarrow", "soundfile", "pillow")
-    environment.update(
-        command_line=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        time=datetime.datetime.now().isoformat(timespec="seconds"), process=os.getpid(), host=platform.node(),
-        python=platform.python_version(), platform=platform.platform(), processors=os.cpu_count(),
-        threads=torch.get_num_threads(), versions={p: version(p) for p in packages}, cuda=torch.version.cuda,
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        git_commit=git("rev-parse", "HEAD"), git_dirty=bool(git("status", "--porcelain")), **facts)
-    write_json(path, environment)
+            versions[package] = importlib.metadata.version(package)
+    write_json(Path(folder) / "environment.json", {
+        **_environment(folder), "command_line": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "time": datetime.datetime.now().isoformat(timespec="seconds"), "process": os.getpid(), "host": platform.node(),
+        "python": platform.python_version(), "platform": platform.platform(), "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(), "versions": versions, "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain")), **facts})
 
 
 def progress(items, label, **options):
@@ -778,11 +751,9 @@ def _open_wandb(folder, config):
         import wandb
     except ImportError:
         raise UserError("wandb=true needs the package: pip install wandb") from None
-    run_id = read_json(folder / "environment.json").get("wandb_id")
-    if run_id is None:
-        run_id = uuid.uuid4().hex[:16]
-        record_environment(folder, wandb_id=run_id)
-    run = wandb.init(project=f"{config['experiment']}", name=folder.name, id=run_id, resume="allow", config=config,
+    run_id = _environment(folder).get("wandb_id") or uuid.uuid4().hex[:16]
+    record_environment(folder, wandb_id=run_id)
+    run = wandb.init(project=config["experiment"], name=folder.name, id=run_id, resume="allow", config=config,
                      dir=str(folder))
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
@@ -792,28 +763,28 @@ def _open_wandb(folder, config):
 class Run:
     """What a training loop keeps in its folder, and the wish to stop. The loop itself stays in the script:
 
-        with common.Run(folder, cfg, model, optimizer, scheduler) as run:   # a run that is there is resumed here
+        with common.Run(folder, cfg, model, optimizer, scheduler) as run:   # resumes the run that is there
             for step in run.steps(last_step):                              # the steps that are left, from 1
                 run.add(train_step(...))                                   # 0-d tensors; nobody waits for the device
                 if step % every == 0:
                     row = {"step": step, **run.means(), **validate(...)}
                     run.log(row, score=row["dev_mAP"])
 
-    `history` holds the rows of metrics.csv, `n_stale` the scored rows since the best. Ctrl-C and SIGTERM end the loop
-    after the step in hand, with a checkpoint.
+    `history` holds the rows of metrics.csv, `best_step` the step of best_model.pt, `n_stale` the scored rows since. The
+    first Ctrl-C or SIGTERM ends the loop after the step in hand, with a checkpoint; a second one acts at once.
     """
 
     def __init__(self, folder, cfg, model, optimizer, scheduler=None, scaler=None, steps_per_epoch=None):
-        self.folder = Path(folder)
-        self.config = dataclasses.asdict(cfg)
+        self.folder, self.config = Path(folder), dataclasses.asdict(cfg)
         self.parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         self.steps_per_epoch = steps_per_epoch
-        self.step, self.last_step, self.finished = 0, None, False
-        self.history, self.best_score, self.best_step, self.best_val_loss, self.n_stale = [], None, None, None, 0
-        self.latest = self.folder / "checkpoint_latest.pt"
+        self.step, self.last_step, self.finished, self.history = 0, None, False, []
+        self.best_score = self.best_step = self.best_val_loss = None
+        self.n_stale = 0
         self._pending, self._rates = [], []  # losses and learning rates of the steps since means() was called
-        self._rng, self._signal, self._wandb = None, StopSignal(), None
+        self._rng = self._signum = self._wandb = None
         _check_memory(model)
+        self.latest = self.folder / "checkpoint_latest.pt"
         if self.latest.exists() or _previous(self.latest).exists():
             self._resume(load_checkpoint(self.latest))
         self._first_step = self.step
@@ -824,11 +795,10 @@ class Run:
                 part.load_state_dict(state[f"{name}_state_dict"])
         device = next(self.parts["model"].parameters()).device
         self.step, self.history, self._rng = state["global_step"], state["history"], state["rng"]
-        self.best_val_loss = state["best_val_loss"]
-        position = state["position"]
-        self.best_score, self.best_step = position["best_score"], position["best_step"]
-        self.n_stale, self.finished = position["n_stale"], position["finished"]
-        self._pending = [{name: value.to(device) for name, value in losses.items()} for losses in position["pending"]]
+        self.best_val_loss, position = state["best_val_loss"], state["position"]
+        for name in ("best_score", "best_step", "n_stale", "finished"):
+            setattr(self, name, position[name])
+        self._pending = [{name: x.to(device) for name, x in losses.items()} for losses in position["pending"]]
         self._rates = position["rates"]
         if self.history:  # a kill may have come between the checkpoint and this file
             self._write_csv()
@@ -838,19 +808,28 @@ class Run:
             (self.folder / "results.json").unlink(missing_ok=True)  # of an earlier state
             if self.config.get("wandb"):
                 self._wandb = _open_wandb(self.folder, self.config)
-        self._started = time.time()
-        self._signal.__enter__()
+        self._started, self._handlers = time.time(), {}
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {s: signal.signal(s, self._note_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
+    def _note_signal(self, signum, frame):
+        self._signum = signum
+        self._restore_signals()
+
+    def _restore_signals(self):
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+
     def __exit__(self, *error):
-        self._signal.__exit__()
+        self._restore_signals()
         if self._wandb:
             self._wandb.finish()
-        if done := self.step - self._first_step:
-            seconds = time.time() - self._started
-            before = read_json(self.folder / "environment.json").get("train_seconds", 0) if self._first_step else 0
+        n_steps, seconds = self.step - self._first_step, time.time() - self._started
+        if n_steps:
+            before = _environment(self.folder).get("train_seconds", 0) if self._first_step else 0
             record_environment(self.folder, train_seconds=round(before + seconds, 2),
-                               seconds_per_step=round(seconds / done, 4),
+                               seconds_per_step=round(seconds / n_steps, 4),
                                device=str(next(self.parts["model"].parameters()).device))
 
     def steps(self, last_step):
@@ -868,11 +847,10 @@ class Run:
             yield step
             if self.finished:
                 return
-            if self._signal.signum:
+            if self._signum:
                 self.save()
-                message = f"stopped at step {step}; the same command resumes from {self.latest}"
-                raise Stopped(self._signal.signum, message)
-        self.finish()  # the last step was not logged
+                raise Stopped(self._signum, f"stopped at step {step}; the same command resumes from {self.latest}")
+        self.save()  # the last step was not logged
 
     def finish(self):
         """End the training with this step, for good: a rerun does not go on."""
@@ -880,9 +858,8 @@ class Run:
         self.save()
 
     def restart(self, scheduler):
-        """Begin a phase of its own: another scheduler, and a best score that is only of this phase."""
-        self.parts["scheduler"] = scheduler
-        self.best_score, self.n_stale = None, 0
+        """Begin a phase of its own: another scheduler, and a best score of this phase alone."""
+        self.parts["scheduler"], self.best_score, self.n_stale = scheduler, None, 0
 
     def add(self, losses):
         """Keep the losses of a step, {name: 0-d tensor}, on their device."""
@@ -899,9 +876,8 @@ class Run:
             values = torch.stack([self._pending[i][name] for i in places]).tolist()
             for i, value in zip(places, values, strict=True):
                 if not math.isfinite(value):
-                    rate = float(self._rates[i])
-                    raise FloatingPointError(f"non-finite {name} in step {first + i}, learning rate {rate:g}; lower it, "
-                                             "or look at the data")
+                    raise FloatingPointError(f"non-finite {name} in step {first + i}, learning rate "
+                                             f"{float(self._rates[i]):g}; lower it, or look at the data")
             means[name] = sum(values) / len(values)
         self._pending, self._rates = [], []
         return {name: means[name] for name in names}
@@ -909,7 +885,7 @@ class Run:
     def log(self, row, score=None, val_loss=None, show=(), **extras):
         """Append a row to metrics.csv. With a score (higher is better) also save checkpoint_latest.pt and, if it is the
         best so far, best_model.pt with the `extras` (plain types, tensors); True if so. `show`: columns to print."""
-        row = {name: value.item() if isinstance(value, (np.generic, torch.Tensor)) else value for name, value in row.items()}
+        row = {name: v.item() if isinstance(v, (np.generic, torch.Tensor)) else v for name, v in row.items()}
         self.history.append(row)
         if val_loss is not None:
             self.best_val_loss = min(float(val_loss), math.inf if self.best_val_loss is None else self.best_val_loss)
@@ -927,20 +903,19 @@ class Run:
         if show:
             left = (time.time() - self._started) / (self.step - self._first_step) * (self.last_step - self.step)
             values = "  ".join(f"{name} {row[name]:.4g}" for name in show)
-            best = " *" if better else ""
-            print(f"step {self.step}/{self.last_step}  {values}{best}  ({_duration(left)} left)", flush=True)
+            minutes = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+            print(f"step {self.step}/{self.last_step}  {values}{' *' if better else ''}  ({minutes} left)", flush=True)
         return better
 
     def save(self):
         """Write checkpoint_latest.pt."""
         self.finished = self.finished or self.step == self.last_step
         states = {f"{name}_state_dict": {} if part is None else part.state_dict() for name, part in self.parts.items()}
+        position = {name: getattr(self, name) for name in ("best_score", "best_step", "n_stale", "finished")}
         save_checkpoint(self.latest, {
             "epoch": self.step // self.steps_per_epoch if self.steps_per_epoch else 0, "global_step": self.step,
             "best_val_loss": self.best_val_loss, **states, "history": self.history, "config": self.config,
-            "rng": rng_state(),
-            "position": {"pending": self._pending, "rates": self._rates, "best_score": self.best_score,
-                         "best_step": self.best_step, "n_stale": self.n_stale, "finished": self.finished}})
+            "rng": rng_state(), "position": {**position, "pending": self._pending, "rates": self._rates}})
 
     def _write_csv(self):
         columns = list(dict.fromkeys(name for row in self.history for name in row))
@@ -948,17 +923,10 @@ class Run:
         write_text(self.folder / "metrics.csv", "".join(f"{','.join(line)}\n" for line in [columns, *cells]))
 
 
-def _duration(seconds):
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _check_memory(model):
     """Raise UserError if weights, gradients and AdamW's moments exceed the machine's memory: it would be killed."""
     trained = [p for p in model.parameters() if p.requires_grad and p.device.type == "cpu"]
-    needed = 4 * sum(p.numel() * p.element_size() for p in trained)
-    memory = needed
+    needed = memory = 4 * sum(p.numel() * p.element_size() for p in trained)
     with contextlib.suppress(AttributeError, ValueError, OSError):  # a system that does not tell
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
@@ -1193,11 +1161,12 @@ def load_config(Config, path, overrides=(), demo=False):
     return cfg
 
 
-def flatten(tree, prefix=""):
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
+def flatten(tree, prefix="", leaves=()):
+    """{'a': {'b': 1}} -> {'a.b': 1}, but for the dicts named in leaves."""
     flat = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        nested = isinstance(value, dict) and prefix + key not in leaves
+        flat |= flatten(value, f"{prefix}{key}.", leaves) if nested else {prefix + key: value}
     return flat
 
 
@@ -1336,10 +1305,9 @@ def run_facts(cfg, data):
 
 def _source_hash(cfg):
     """16 hex digits of the script's and this file's source, and of the evaluation's settings."""
-    script = inspect.getfile(type(cfg))
+    content = b"".join(Path(path).read_bytes() for path in (inspect.getfile(type(cfg)), __file__))
     settings = dataclasses.asdict(cfg).get("evaluation", {})
-    content = b"".join(Path(p).read_bytes() for p in (script, __file__)) + repr(settings).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
+    return hashlib.sha256(content + repr(settings).encode()).hexdigest()[:16]
 
 
 def published(cfg):
@@ -1356,17 +1324,16 @@ def publish(folder, results):
     """Print results and write results.json, report.md and, for `--compare`, per_item.pt.
 
     results: {"headline": str, "tables": {title: {row: {column: number}}}, "notes": [str], "curves": as in `plot_lines`,
-    "chosen": what was chosen on train and dev, "per_item": see `compare_runs`, and `run_facts`}. The columns
-    `<column> low` and `<column> high` are the interval of a column.
+    "chosen": what train and dev chose, "per_item": as in `compare_runs`, and `run_facts`}. The columns `<column> low`
+    and `<column> high` are the interval of a column.
     """
     folder, results = Path(folder), dict(results)
-    per_item = results.pop("per_item", None)
+    per_item, config = results.pop("per_item", None), _run_config(folder)
     if per_item is not None:
         save_checkpoint(folder / "per_item.pt", per_item, keep_previous=False)
     write_json(folder / "results.json", results)
     print(f"\n{results_text(results)}")
     write_text(folder / "report.md", _report(folder, results))
-    config = _run_config(folder)
     if config.get("wandb") and per_item is not None:
         run = _open_wandb(folder, config)
         import wandb
@@ -1386,25 +1353,29 @@ def interval_tables(rows, pairs, n, columns, statistic=None, groups=None):
     statistic = statistic or _mean_statistic
     scores = {name: statistic(values, None) for name, values in rows.items()}
     draws = {name: bootstrap(functools.partial(statistic, values), n, groups) for name, values in rows.items()}
-
-    def cells(value, resampled):
-        row = {}
-        for name in value:
-            row[name] = float(value[name])
-            if name in columns:
-                row[f"{name} low"], row[f"{name} high"] = interval(resampled[name])
-        return row
-    differences = {f"{a} - {b}": cells({c: scores[a][c] - scores[b][c] for c in scores[a]},
-                                       {c: draws[a][c] - draws[b][c] for c in scores[a]}) for a, b in pairs}
-    return {name: cells(scores[name], draws[name]) for name in rows}, differences
+    differences = {f"{a} - {b}": _row(_minus(scores[a], scores[b]), _minus(draws[a], draws[b]), columns)
+                   for a, b in pairs}
+    return {name: _row(scores[name], draws[name], columns) for name in rows}, differences
 
 
-def _number(value, largest):
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return "-" if value is None else str(value)
-    if math.isnan(value):
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.{1 if largest >= 10 else 3}f}"
+def _minus(a, b):
+    return {name: a[name] - b[name] for name in a if name in b}
+
+
+def _row(scores, draws, columns):
+    """A table's row of {column: number}; `columns` get the interval of their draws {column: [R]}."""
+    row = {}
+    for name, value in scores.items():
+        row[name] = float(value)
+        if name in columns:
+            row[f"{name} low"], row[f"{name} high"] = interval(draws[name])
+    return row
+
+
+def _mean_statistic(values, weights):
+    """{column: mean} of values {column: [N]}, of the whole set or (weights [R, N]) of resamples."""
+    values = {name: torch.as_tensor(v, dtype=torch.float64).numpy() for name, v in values.items()}
+    return {name: v.mean() if weights is None else weights @ v / weights.sum(1) for name, v in values.items()}
 
 
 def _cells(title, table):
@@ -1412,28 +1383,27 @@ def _cells(title, table):
     names = list(dict.fromkeys(name for row in table.values() for name in row))
     bounds = {f"{name} {side}" for name in names for side in ("low", "high")}
     columns = [name for name in names if name not in bounds]
-    numbers = {name: [row[name] for row in table.values() if isinstance(row.get(name), float)] for name in columns}
-    rows = []
-    for label, row in table.items():
-        cells = [label]
-        for column in columns:
-            largest = max((abs(v) for v in numbers[column] if math.isfinite(v)), default=0)
-            low, high = row.get(f"{column} low"), row.get(f"{column} high")
-            interval = f" [{_number(low, largest)}, {_number(high, largest)}]" if low is not None else ""
-            cells.append(_number(row.get(column), largest) + interval)
-        rows.append(cells)
-    return [title, *columns], rows
+
+    def number(column, value):
+        if not isinstance(value, float):
+            return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+        numbers = [abs(row[column]) for row in table.values() if isinstance(row.get(column), float)]
+        return "-" if math.isnan(value) else f"{value:.{1 if max(numbers, default=0) >= 10 else 3}f}"
+
+    def cell(column, row):
+        low, high = (row.get(f"{column} {side}") for side in ("low", "high"))
+        interval = "" if low is None else f" [{number(column, low)}, {number(column, high)}]"
+        return number(column, row.get(column)) + interval
+    return [title, *columns], [[label, *(cell(column, row) for column in columns)] for label, row in table.items()]
 
 
 def format_table(header, rows):
     """Plain aligned text: the first column left, the others right; floats with one decimal, None as a dash."""
-    def cell(v):
+    def text(v):
         return "-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v)
-    cells = [[cell(v) for v in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    padded = [[row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))]
-              for row in cells]
-    lines = ["  ".join(row).rstrip() for row in padded]
+    cells = [[*map(text, row)] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -1441,45 +1411,36 @@ def results_text(results):
     """What a run prints last: its headline, its tables and its notes."""
     mark = "  [SYNTHETIC demo data]" if results["synthetic"] else ""
     tables = [format_table(*_cells(title, table)) for title, table in results["tables"].items()]
-    notes = "\n".join(results.get("notes", []))
-    return "\n\n".join([results["headline"] + mark, *tables, *([notes] if notes else [])])
+    return "\n\n".join([results["headline"] + mark, *tables, "\n".join(results.get("notes", []))]).rstrip()
 
 
 def _report(folder, results):
     """report.md: the headline, tables and pictures of a run, its command and versions; last the seconds and FLOPs."""
-    environment = read_json(folder / "environment.json")
-    mark = " **Synthetic demo data.**" if results["synthetic"] else ""
-    lines = [f"# {folder.name}", "", results["headline"] + mark, ""]
+    environment, parts = _environment(folder), [f"# {folder.name}"]
+    parts.append(results["headline"] + (" **Synthetic demo data.**" if results["synthetic"] else ""))
     for title, table in results["tables"].items():
         header, rows = _cells(title, table)
-        cells = [header, ["---"] * len(header), *rows]
-        lines += [*(f"| {' | '.join(row)} |" for row in cells), ""]
-    lines += [line for note in results.get("notes", []) for line in (note, "")]
-    lines += [line for path in sorted(folder.glob("*.png")) for line in (f"![{path.stem}]({path.name})", "")]
-    words = environment["command_line"].split(" ")
-    dropped = ("output_dir=", "--fresh", "--stage", "evaluate", "train", "all")
-    command = " ".join(word for word in words if not word.startswith("output_dir=") and word not in dropped)
-    versions = f"torch {environment['versions']['torch']}, numpy {environment['versions']['numpy']}"
-    commit = f", commit {environment['git_commit'][:10]}" if environment.get("git_commit") else ""
-    facts = f"seed {results['seed']}, data {results['data_fingerprint']}, {versions}{commit}"
-    lines += [f"    python {command}", "", facts, ""]
-    seconds = environment.get("train_seconds", math.nan)
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]))
+    parts += results.get("notes", [])
+    parts += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png"))]
+    command = re.sub(r" (output_dir=\S*|--fresh|--stage \w+)", "", environment["command_line"])
+    versions, commit = environment["versions"], str(environment["git_commit"])[:10]
+    parts.append(f"    python {command}")
+    parts.append(f"seed {results['seed']}, data {results['data_fingerprint']}, torch {versions['torch']}, numpy "
+                 f"{versions['numpy']}, commit {commit}")
     where = environment.get("gpu") or f"{environment['threads']} CPU threads"
-    last = f"{seconds:.1f} s of training ({where})"
     flops = folder.parent / "flops" / f"{folder.name}.json"
-    if flops.exists():
-        last += f", {read_json(flops)['results'][0]['flops_run'] / 1e12:.2f} TFLOP"
-    return "\n".join([*lines, f"{last}.", ""])
+    measured = f", {read_json(flops)['results'][0]['flops_run'] / 1e12:.2f} TFLOP" if flops.exists() else ""
+    seconds = environment.get("train_seconds", math.nan)
+    return "\n\n".join([*parts, f"{seconds:.1f} s of training ({where}){measured}.\n"])
 
 
 def _runs_by_seed(folders):
     """{label: [(folder, results)]}: finished runs, those that differ only in their seed together. Raises: UserError."""
     groups, seen = {}, set()
     for folder in map(Path, folders):
-        if not (folder / "results.json").exists():
-            raise UserError(f"{folder}/results.json: no such file; --compare takes folders of finished runs")
         results, config = read_json(folder / "results.json"), flatten(_run_config(folder))
-        missing = [key for key in ("tables", "seed", "data_fingerprint") if key not in results]
+        missing = [key for key in ("tables", "seed", "data_fingerprint", "synthetic") if key not in results]
         if missing:
             raise UserError(f"{folder}/results.json has no {missing[0]}; run its command again, which writes it anew")
         settings = {k: v for k, v in config.items() if k != "seed" and not is_neutral(k)}
@@ -1489,21 +1450,14 @@ def _runs_by_seed(folders):
             groups.setdefault(key, []).append((folder, results))
     labelled = {}
     for runs in groups.values():
-        label = base = re.sub(r"[,_-]?seed[=_-]?\d+", "", runs[0][0].name)
+        folder = runs[0][0]
+        label = re.sub(r"[,_-]?seed[=_-]?\d+", "", folder.name)
         if label in labelled:
-            label = f"{runs[0][0].parent.name}/{base}"
-        while label in labelled:
-            label += "'"
-        labelled[label] = runs
+            label = f"{folder.parent.name}/{label}"
+        labelled[label if label not in labelled else f"{label} {len(labelled) + 1}"] = runs
     if len({results["data_fingerprint"] for runs in labelled.values() for _, results in runs}) > 1:
         print("NOTE: these runs were not made from the same data")
     return labelled
-
-
-def _mean_statistic(values, weights):
-    """{column: mean} of values {column: [N]}, of the whole set or (weights [R, N]) of resamples."""
-    means = {name: torch.as_tensor(v, dtype=torch.float64).numpy() for name, v in values.items()}
-    return {name: v.mean() if weights is None else weights @ v / weights.sum(1) for name, v in means.items()}
 
 
 def compare_runs(folders, statistic=None, out="results/compare"):
@@ -1515,23 +1469,21 @@ def compare_runs(folders, statistic=None, out="results/compare"):
     the test items, wherever two runs have the same ids. Writes compare.txt and compare.png to `out`.
     Raises: UserError for a folder without a finished run.
     """
-    runs, tables = _runs_by_seed(folders), {}
-    titles = dict.fromkeys(title for group in runs.values() for _, results in group for title in results["tables"])
-    for title in titles:
-        merged = tables[title] = {}
-        of_title = {label: [results["tables"].get(title, {}) for _, results in group] for label, group in runs.items()}
-        for row in dict.fromkeys(row for group in of_title.values() for table in group for row in table):
-            of_run = {label: _over_seeds([table.get(row) for table in group]) for label, group in of_title.items()}
-            cells = [values for values in of_run.values() if values]
-            if len(cells) == len(runs) > 1 and all(values == cells[0] for values in cells):
-                merged[row] = cells[0]  # chance, a baseline: the same in all
-                continue
-            merged |= {f"{row}: {label} ({len(runs[label])})": values for label, values in of_run.items() if values}
+    runs, tables, out = _runs_by_seed(folders), {}, Path(out)
+    for title in dict.fromkeys(title for group in runs.values() for _, results in group for title in results["tables"]):
+        tables[title] = merged = {}
+        of_run = {label: [results["tables"].get(title, {}) for _, results in group] for label, group in runs.items()}
+        for row in dict.fromkeys(row for group in of_run.values() for table in group for row in table):
+            values = {label: _over_seeds([table[row] for table in group if row in table])
+                      for label, group in of_run.items()}
+            if len(runs) > 1 and all(value == values[next(iter(runs))] for value in values.values()):
+                merged[row] = values[next(iter(runs))]  # chance, a baseline: the same in all
+            else:
+                merged |= {f"{row}: {label} ({len(runs[label])})": value for label, value in values.items() if value}
     tables |= _paired_differences(runs, statistic or _mean_statistic)
     synthetic = any(results["synthetic"] for group in runs.values() for _, results in group)
     text = "\n\n".join(format_table(*_cells(title, table)) for title, table in tables.items())
     text += "\n\n[SYNTHETIC demo data]" if synthetic else ""
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "compare.txt", f"{text}\n")
     plot_lines(out / "compare.png", _merged_curves(runs), synthetic=synthetic)
@@ -1539,47 +1491,42 @@ def compare_runs(folders, statistic=None, out="results/compare"):
 
 
 def _over_seeds(rows):
-    """{column: "mean +- sd"} of a table's row in several runs; of a single run, the row."""
-    rows = [row for row in rows if row]
+    """{column: "mean +- sd"} of a table's row in several runs; what is the same in all, or of one run, as it is."""
     if len(rows) < 2:
         return rows[0] if rows else None
     merged = {}
     for column in rows[0]:
         values = [row.get(column) for row in rows]
-        if column.endswith((" low", " high")) or not all(isinstance(v, (int, float)) for v in values):
-            continue
-        digits = 1 if max(map(abs, values)) >= 10 else 3
-        same = max(values) == min(values)  # a baseline, chance
-        merged[column] = values[0] if same else f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
+        if all(value == values[0] for value in values):
+            merged[column] = values[0]
+        elif not column.endswith((" low", " high")) and None not in values:
+            digits = 1 if max(map(abs, values)) >= 10 else 3
+            merged[column] = f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
     return merged
 
 
 def _paired_differences(runs, statistic):
-    """{title: table} of the differences between the first run and the others, by test item."""
-    first, *others = runs
+    """{title: table} of the differences between the other runs and the first, paired over the test items."""
     items = {label: [guarded(lambda p: torch.load(p, weights_only=True), folder / "per_item.pt") for folder, _ in group
                      if (folder / "per_item.pt").exists()] for label, group in runs.items()}
+    named = {key for _, results in next(iter(runs.values())) for table in results["tables"].values()
+             for row in table.values() for key in row}
+    columns = [name for name in named if f"{name} low" in named]
+
+    def seed_mean(dicts):
+        return {name: np.mean([d[name] for d in dicts], axis=0) for name in dicts[0]}
+    (first, theirs), *others = items.items()
     tables = {}
-    for label in others:
-        both = [*items[first], *items[label]]
-        if not items[first] or not items[label] or any(x["ids"] != both[0]["ids"] for x in both):
+    for label, ours in others:
+        both = [*theirs, *ours]
+        if not theirs or not ours or any(x["ids"] != both[0]["ids"] for x in both):
             continue
-        n, groups = len(both[0]["ids"]), both[0].get("groups")
-
-        def mean(label, row, weights):
-            values = [statistic(x["rows"][row], weights) for x in items[label]]
-            return {name: np.mean([v[name] for v in values], axis=0) for name in values[0]}
-
-        def difference(weights, label=label, row=None):
-            ours, theirs = mean(label, row, weights), mean(first, row, weights)
-            return {name: ours[name] - theirs[name] for name in ours if name in theirs}
-        table = {}
+        n, groups, table = len(both[0]["ids"]), both[0]["groups"], {}
         for row in (row for row in both[0]["rows"] if all(row in x["rows"] for x in both)):
-            interval = bootstrap_interval(functools.partial(difference, row=row), n, groups)
-            table[row] = {}
-            for name, value in difference(None, row=row).items():
-                low, high = interval[name]
-                table[row] |= {name: float(value), f"{name} low": low, f"{name} high": high}
+            scores = [seed_mean([statistic(x["rows"][row], None) for x in side]) for side in (ours, theirs)]
+            draws = [seed_mean([bootstrap(functools.partial(statistic, x["rows"][row]), n, groups) for x in side])
+                     for side in (ours, theirs)]
+            table[row] = _row(_minus(*scores), _minus(*draws), columns)
         tables[f"{label} - {first} (paired, {n:,} items)"] = table
     return tables
 
@@ -1591,20 +1538,18 @@ def _merged_curves(runs):
         for title, panel in group[0][1].get("curves", {}).items():
             lines = panels.setdefault(title, {**panel, "lines": {}})["lines"]
             for name, line in panel["lines"].items():
-                seeds = [r["curves"].get(title, {}).get("lines", {}).get(name) for _, r in group if "curves" in r]
-                values = np.array([s["y"] for s in seeds if s and s["x"] == line["x"]], dtype=float)
+                seeds = [results["curves"][title]["lines"][name]["y"] for _, results in group]
+                spread = {"sd": np.std(seeds, axis=0, ddof=1).tolist()} if len(seeds) > 1 else {}
                 key = name if name.startswith("chance") else f"{label}: {name}"
-                spread = {"sd": values.std(0, ddof=1).tolist()} if len(values) > 1 else {}
-                lines[key] = {"x": line["x"], "y": values.mean(0).tolist(), **spread}
+                lines[key] = {"x": line["x"], "y": np.mean(seeds, axis=0).tolist(), **spread}
     if panels:
         return panels
     title, table = next(iter(next(iter(runs.values()))[0][1]["tables"].items()))
-    column = next(iter(next(iter(table.values()))))
+    column = next(name for row in table.values() for name in row)
     lines = {}
-    for i, (label, group) in enumerate(runs.items()):
-        seeds = [results["tables"].get(title, {}) for _, results in group]
-        values = np.array([[rows.get(row, {}).get(column) for row in table] for rows in seeds], dtype=float)
-        lines[label] = {"x": [*range(len(table))], "y": values.mean(0).tolist(), "labels": list(table), "offset": i}
+    for label, group in runs.items():
+        seeds = [[results["tables"].get(title, {}).get(row, {}).get(column) for row in table] for _, results in group]
+        lines[label] = {"x": list(table), "y": np.array(seeds, dtype=float).mean(0).tolist()}
     return {column: {"xlabel": "", "lines": lines}}
 
 
@@ -1616,7 +1561,8 @@ def new_figure(n_panels=1, width=4.6, height=3.6):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows, columns = -(-n_panels // 4), min(n_panels, 4)
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
+                                layout="constrained")
     for axis in axes.flat[n_panels:]:
         axis.remove()
     return figure, list(axes.flat[:n_panels])
@@ -1641,11 +1587,9 @@ def plot_lines(path, panels, title="", synthetic=False, mark=None):
             x, y = line["x"], line["y"]
             if label.startswith("chance"):
                 axis.plot(x, y, color="grey", linestyle=":", label=label)
-            elif "labels" in line:  # categories
-                axis.plot(np.array(x) + 0.12 * line["offset"], y, "o", markersize=4, label=label)
-                axis.set_xticks(x, line["labels"], rotation=60, ha="right", fontsize=6)
             else:
-                axis.errorbar(x, y, line.get("sd"), marker="." if len(x) < 30 else None, capsize=2, label=label)
+                axis.errorbar(x, y, line.get("sd"), marker="." if len(x) < 30 else None, capsize=2, label=label,
+                              linestyle="none" if isinstance(x[0], str) else "-")
         if mark is not None:
             axis.axvline(mark, color="grey", linestyle="--", linewidth=1, label="chosen")
         axis.set(xlabel=panel["xlabel"], ylabel=ylabel)
@@ -1702,7 +1646,29 @@ def plot_similarity_matrix(path, similarity, title, xlabel, ylabel):
     save_figure(figure, path)
 
 
-# ------------------------------------------ what the scripts not yet moved onto Run, setup and publish still call; goes with the last
+# ----------------------------- what the scripts not yet moved onto Run, setup and publish still call; goes with the last
+
+class StopSignal:
+    """Context in which the first Ctrl-C or SIGTERM only sets `.signum`, so that a loop can save and stop between steps.
+
+    A second one acts at once.
+    """
+
+    def __enter__(self):
+        self.signum = 0
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, signum, frame):
+        self.signum = signum
+        self.__exit__()
+
+    def __exit__(self, *error):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
 
 class RunLog:
     """metrics.csv: one row a step or epoch, the same columns in every row; its last row mirrored to W&B if asked for."""

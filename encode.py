@@ -181,7 +181,10 @@ def tokenize(source, tokenizer, texts, args, how):
 
 def is_decoder(source):
     """Whether a text model is causal: such a model stands either padding, the others (RoBERTa and its like) count positions from the first token."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
     return source.kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and source.kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 

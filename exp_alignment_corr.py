@@ -1332,7 +1332,8 @@ def levels_of(cfg):
 
 def start(cfg, fresh=False):
     """The run folder, after the checks that every stage needs: input files there, same config and same data as the folder's run."""
-    common.check_run(cfg, fresh)
+    cfg.fresh = fresh
+    common.check_run(cfg)
     files = []
     if {"align", "uniqueness"} & set(cfg.stages):
         files += [f for level in levels_of(cfg) for _, _, found in files_of_sides(cfg, level) for f in found]
@@ -1343,7 +1344,7 @@ def start(cfg, fresh=False):
         digest = common.fingerprint(dict.fromkeys(map(str, files)))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    return common.open_run(cfg, digest, fresh)
+    return common.open_run(cfg, digest)
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation

@@ -1232,10 +1232,11 @@ def main(argv):
             raise UserError("--demo brings its own data; leave one of --demo and data.dir= out")
         cfg.data.dir = demo_data.write_coco("data/demo/coco_heads")
     check_settings(cfg)
-    common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
+    cfg.fresh = args.fresh
+    common.check_run(cfg)  # before the data are loaded; nothing is written or moved until they are
     data = load_data(cfg)
     if args.fresh:
-        common.open_run(cfg, data.fingerprint, fresh=True)
+        common.open_run(cfg, data.fingerprint)
     for split, rows in data.splits.items():
         print(f"{split:5} {len(data.image_index[rows].unique()):7,} images {len(rows):8,} captions")
     if args.stage == "split":

@@ -38,6 +38,7 @@ import struct
 import sys
 import tempfile
 import time
+import types
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -720,6 +721,9 @@ class MultiModalMemoryNetwork(nn.Module):
     Raises: ValueError if nothing is given, or a modality that the model was built without.
     """
 
+    objective = types.MappingProxyType(  # what `train_step` minimises; build_model sets the config's
+        {"temperature": 0.07, "fused": 0.5, "through_update": True, "clip_norm": 1.0, "use_amp": True})
+
     def __init__(self, vocab_size=4565, latent_dim=256, memory_size=64, num_heads=4, num_layers=3, image_size=224, patch_size=16, image_features=0,
                  audio_channels=(64, 128, 256, 512), modalities=MODALITIES, dropout=0.1, feedback_steps=2, enable_ttt_updates=False, ttt_topk=8,
                  ttt_lr=0.1):
@@ -780,8 +784,11 @@ def build_model(cfg, data):
     if m.image_size % m.patch_size:
         raise UserError(f"model.image_size={m.image_size} must be a multiple of model.patch_size={m.patch_size}")
     features = data.photos.shape[1] if data.photos.ndim == 2 else 0
-    return MultiModalMemoryNetwork(len(data.vocabulary), m.latent_dim, m.memory_size, m.num_heads, m.num_layers, m.image_size, m.patch_size, features,
+    model = MultiModalMemoryNetwork(len(data.vocabulary), m.latent_dim, m.memory_size, m.num_heads, m.num_layers, m.image_size, m.patch_size, features,
                                    m.audio_channels, data.modalities, m.dropout, m.feedback_steps, False, m.ttt_topk, m.ttt_lr).to(data.device)
+    model.objective = {"temperature": cfg.losses.temperature, "fused": cfg.losses.fused, "through_update": cfg.training.through_update,
+                       "clip_norm": cfg.training.clip_norm, "use_amp": cfg.training.use_amp}
+    return model
 
 
 def build_optimizer(cfg, model):
@@ -819,14 +826,15 @@ def retrieval_losses(model, batch, temperature=0.07, through_update=True, fused=
     return losses
 
 
-def train_step(model, batch, optimizer, temperature=0.07, fused=0.5, through_update=True, clip_norm=1.0, amp=True):
+def train_step(model, batch, optimizer):
     """One step -> {"loss", and the losses of `retrieval_losses` that the batch has} as 0-d tensors (no synchronisation)."""
+    objective = model.objective
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(batch["text"].device.type, torch.bfloat16, enabled=amp and batch["text"].is_cuda):
-        losses = retrieval_losses(model, batch, temperature, through_update, fused > 0)
-    total = sum((fused if name == "fused" else 1) * value for name, value in losses.items())
+    with torch.autocast(batch["text"].device.type, torch.bfloat16, enabled=objective["use_amp"] and batch["text"].is_cuda):
+        losses = retrieval_losses(model, batch, objective["temperature"], objective["through_update"], objective["fused"] > 0)
+    total = sum((objective["fused"] if name == "fused" else 1) * value for name, value in losses.items())
     total.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    nn.utils.clip_grad_norm_(model.parameters(), objective["clip_norm"])
     optimizer.step()
     return {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
 
@@ -1300,7 +1308,7 @@ def train(cfg, data=None):
             draws = np.random.default_rng([cfg.seed, epoch, place]) if t.augment else None
             model.train()
             batch = make_batch(data, batches[epoch][place], draws, t.spell)
-            pending.append(train_step(model, batch, optimizer, cfg.losses.temperature, cfg.losses.fused, t.through_update, t.clip_norm, t.use_amp))
+            pending.append(train_step(model, batch, optimizer))
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             ends = place == per_epoch - 1
@@ -1467,7 +1475,8 @@ def main(argv):
         torch.set_num_threads(1)  # for so small a model a second thread only waits
         cfg.data.dir, cfg.data.cache_dir = demo_data.write_flickr8k("data/demo/flickr8k"), "data/demo/cache"
     if args.stage != "cache":
-        common.check_run(cfg, args.fresh)  # before the data are decoded; nothing is written or moved until they are
+        cfg.fresh = args.fresh
+        common.check_run(cfg)  # before the data are decoded; nothing is written or moved until they are
     data = load_data(cfg)
     for split, rows in data.splits.items():
         print(f"{split}: {len(data.photo_of[rows].unique()):,} photos, {len(rows):,} captions, {int((data.speech[rows, 1] > 0).sum()):,} spoken")
@@ -1479,7 +1488,7 @@ def main(argv):
     build_model(cfg, data)  # sizes that do not fit are told before the run's folder is made
     if args.stage in ("evaluate", "ttt"):
         read_best(Path(cfg.output_dir), data, cfg)
-    folder = common.open_run(cfg, data.fingerprint, args.fresh)
+    folder = common.open_run(cfg, data.fingerprint)
     if args.stage in ("all", "train"):
         history = train(cfg, data)
         if cfg.evaluation.plots:

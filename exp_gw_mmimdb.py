@@ -203,8 +203,8 @@ class GlobalWorkspace(nn.Module):
     """Encoders into and decoders out of a shared space, one of each a domain.
 
     The chosen selector weighs exactly {image, text}; other sets get random weights of temperature 1, as in the
-    reference (equal ones with `mean_weights`). `loss_weights`, `false_negatives` and `pos_weight` [C] are the settings of
-    the objective.
+    reference (equal ones with `mean_weights`). `loss_weights`, `false_negatives` and `pos_weight` [C] are the
+    objective's settings.
     """
 
     def __init__(self, dims, model_cfg):
@@ -359,9 +359,14 @@ TRAINING_PANELS = {  # of training_curves.png: {ylabel: {label: column of metric
                                        "entropy / ln 2": "dev_weight_entropy"}}
 
 
+def phases(cfg):
+    """The first step of each phase of cfg.training.steps."""
+    return [1, cfg.training.steps + 1] if cfg.training.selector_after_freeze else [1]
+
+
 def total_steps(cfg, data=None):
     """Optimisation steps of a run."""
-    return cfg.training.steps * (2 if cfg.training.selector_after_freeze else 1)
+    return cfg.training.steps * len(phases(cfg))
 
 
 def set_train_mode(cfg, model, step):
@@ -422,7 +427,7 @@ def validate(model, data, seed):
 
 @torch.no_grad()
 def predict(model, inputs, decode="labels", seed=0, reweigh=None):
-    """(decoded [n, D], weights [n, domains]) of {domain: z-scored input [n, D]}; random weights come from `seed` alone."""
+    """(decoded [n, D], weights [n, domains]) of {domain: z-scored input [n, D]}; random weights are of `seed`."""
     model.eval()
     with common.full_precision(), torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -764,14 +769,14 @@ def paths(data_cfg):
 
 
 def write_labels(root, folder):
-    """labels_all_23.npy (float32 [N, 23]), ids_all.txt, class_names_23.json of dataset/{id}.json, by sorted id.
+    """labels_all_23.npy (float32 [N, 23]), ids_all.txt, class_names_23.json of dataset/*.json, by sorted id.
 
     A film needs its .jpeg; genres beyond the 23 are dropped. Raises: UserError, also if other labels are there.
     """
     root, folder = Path(root), Path(folder)
     ids = sorted(p.stem for p in (root / "dataset").glob("*.json") if p.with_suffix(".jpeg").exists())
     if not ids:
-        raise UserError(f"{root / 'dataset'}: no films ({{id}}.json, {{id}}.jpeg); unpack mmimdb.tar.gz, or set data.dir=")
+        raise UserError(f"{root / 'dataset'}: no films (.json with .jpeg); unpack mmimdb.tar.gz, or set data.dir=")
     labels = np.zeros((len(ids), len(GENRES)), dtype=np.float32)
     for row, film in enumerate(ids):
         names = common.read_json(root / "dataset" / f"{film}.json").get("genres") or []

@@ -1510,14 +1510,15 @@ def main(argv):
     best = Path(cfg.output_dir, "best_model.pt")
     if args.stage in ("evaluate", "embed") and not best.exists():
         raise UserError(f"{best}: no such checkpoint; train first, with the same command without --stage")
-    common.check_run(cfg, args.fresh)  # before the data are loaded; nothing is written or moved until they are
+    cfg.fresh = args.fresh
+    common.check_run(cfg)  # before the data are loaded; nothing is written or moved until they are
     if args.stage == "embed":
         return embed_stage(cfg)
     data = load_data(cfg)
     show_splits(data)
     folder = Path(cfg.output_dir)
     if args.stage in ("all", "train"):
-        common.open_run(cfg, data.fingerprint, args.fresh)
+        common.open_run(cfg, data.fingerprint)
         history = train(cfg, data)
         if cfg.evaluation.plots:
             plot_training(folder, cfg, history, data.synthetic)

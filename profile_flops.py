@@ -1,15 +1,19 @@
 """Measured FLOPs of one training step of any experiment, side by side.
 
     python profile_flops.py configs/gw_blip2_shared.yaml configs/gw_blip2_random.yaml
+    python profile_flops.py configs/gw_small.yaml data.dir=mmimdb model.selector=constant    # overrides, of all YAMLs
     python profile_flops.py configs/*.yaml --batch-size 64          # another batch size than the configs' own
 
-Builds the experiment of each YAML (told by its `experiment:` key) and runs real training steps: forward, backward, optimizer. Without its data it
-takes random tensors of the config's real shapes and says so. Prints and saves to results/flops/ (JSON, bar plot): FLOPs by torch.profiler and by
-FlopCounterMode, forward and backward, per sample and per run, parameters, memory, time, and the share of time in operators that were not counted.
+Builds the experiment of each YAML, exp_<its `experiment:` key>.py, a copy of yours included, and runs real training
+steps: forward, backward, optimizer. Without its data it takes stand-ins of the real shapes and says so. Prints and
+saves to results/flops/ (JSON, bar plot): FLOPs by torch.profiler and by FlopCounterMode, forward and backward, per
+sample and per run, parameters, memory, time, and the share of time in operators that were not counted. A run of several
+phases (`selector_after_freeze`) is measured in each of them; its figures of a step are their mean.
 
-Convention: 1 multiply-add = 2 FLOPs. torch.profiler counts matrix products (mm, addmm, bmm, baddbmm), conv2d, and elementwise add and mul;
-FlopCounterMode counts matrix products, convolutions with their backward, and attention (run by its plain formulation: the fused kernels would count
-as nothing on a CPU). Neither counts softmax, GELU, normalisation or the optimizer. Recomputation of checkpointed blocks counts as backward.
+Convention: 1 multiply-add = 2 FLOPs. torch.profiler counts matrix products (mm, addmm, bmm, baddbmm), conv2d, and
+elementwise add and mul; FlopCounterMode counts matrix products, convolutions with their backward, and attention (by its
+plain formulation: the fused kernels would count as nothing on a CPU). Neither counts softmax, GELU, normalisation or the
+optimizer. Recomputation of checkpointed blocks counts as backward.
 """
 
 import argparse
@@ -17,9 +21,11 @@ import contextlib
 import ctypes
 import importlib
 import os
+import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,37 +36,50 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 from common import UserError
 
-EXPERIMENTS = ("coco_heads", "gw_mmimdb", "pixmo_mrl", "flickr_ttt", "alignment_corr")
 
+def build(config_path, batch_size=None, device="auto", overrides=()):
+    """A YAML's cfg, module, model, batch, optimizer, steps of a run (None: unknown), why stand-ins ("": real data).
 
-def build(config_path, batch_size=None, device="auto"):
-    """(cfg, model, batch, optimizer, train_step, steps of a run or None, why random data or "") of a YAML; None if it has no training step."""
-    name = common.read_yaml(config_path).get("experiment")
-    if name not in EXPERIMENTS or not Path(__file__).with_name(f"exp_{name}.py").exists():
-        raise UserError(f"{config_path}: experiment: {name} is none of the scripts here; it must name one of {', '.join(EXPERIMENTS)}")
+    None if it has no training step. Raises: UserError.
+    """
+    name = str(common.read_yaml(config_path).get("experiment"))
+    scripts = sorted(p.stem.removeprefix("exp_") for p in Path(__file__).parent.glob("exp_*.py"))
+    if name not in scripts:
+        raise UserError(f"{config_path}: experiment: {name} is none of the scripts here; it must name one of "
+                        f"{', '.join(scripts)}")
     module = importlib.import_module(f"exp_{name}")
-    cfg = common.load_config(module.Config, config_path, [f"device={device}"])
+    settings = [*overrides, f"device={device}"]
+    cfg = common.load_config(module.Config, config_path, settings)
     if hasattr(module, "TRAINED") and not set(cfg.stages) & set(module.TRAINED):
         return None
     common.seed_everything(cfg.seed)
-    random = ""
+    why = ""
     try:
         data = module.load_data(cfg)
     except UserError as error:  # no data here: the shapes are what counts
-        data, random = module.random_data(cfg), str(error)
-    known = not random or hasattr(getattr(cfg, "training", None), "steps")
-    steps = module.total_steps(cfg, data) if known else None
+        why = str(error)
+        data = stand_in(module, cfg, config_path, settings)
+    counted = not why or hasattr(getattr(cfg, "training", None), "steps")
     sections = (getattr(cfg, key, None) for key in ("training", "dataset", getattr(data, "stage", "")))
-    section = next(section for section in sections if hasattr(section, "batch_size"))
-    n, rows = batch_size or section.batch_size, data.splits["train"]
+    n, rows = batch_size or next(s for s in sections if hasattr(s, "batch_size")).batch_size, data.splits["train"]
     rows = rows.repeat(-(-n // len(rows)))[:n]
     model = module.build_model(cfg, data)
-    model.train()
-    return cfg, model, module.make_batch(data, rows), module.build_optimizer(cfg, model), module.train_step, steps, random
+    return SimpleNamespace(cfg=cfg, module=module, model=model, batch=module.make_batch(data, rows),
+                           optimizer=module.build_optimizer(cfg, model), why=why,
+                           steps=module.total_steps(cfg, data) if counted else None)
+
+
+def stand_in(module, cfg, config_path, settings):
+    """Data of the real widths where the real ones are not here: the demo's files, or the script's random tensors."""
+    if hasattr(module, "random_data"):
+        return module.random_data(cfg)
+    demo = common.load_config(module.Config, config_path, settings, demo=True)
+    module.use_demo(demo)
+    return module.load_data(demo)
 
 
 def count_flops(step):
-    """({operator: FLOPs}, forward FLOPs, backward FLOPs) of one call of `step` by FlopCounterMode; what runs inside Tensor.backward is backward."""
+    """({operator: FLOPs}, forward, backward FLOPs) of a `step`; what runs inside Tensor.backward is backward."""
     backward, real = [], torch.Tensor.backward
 
     def counted(tensor, *args, **kwargs):
@@ -73,12 +92,13 @@ def count_flops(step):
             step()
     finally:
         torch.Tensor.backward = real
-    operators = {str(op).removeprefix("aten."): int(flops) for op, flops in counter.get_flop_counts().get("Global", {}).items()}
+    counts = counter.get_flop_counts().get("Global", {})
+    operators = {str(op).removeprefix("aten."): int(flops) for op, flops in counts.items()}
     return operators, counter.get_total_flops() - sum(backward), sum(backward)
 
 
 def peak_memory(step, device):
-    """Bytes one call of `step` needs beyond what was there: of the allocator on CUDA, else of the resident set (None where that is unknown)."""
+    """Bytes that one call of `step` needs beyond what was there: of the allocator on CUDA, else of the resident set."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -98,47 +118,71 @@ def peak_memory(step, device):
     return 1024 * max(0, kilobytes("VmHWM") - before)
 
 
-def profile(config_path, batch_size=None, device="auto", repeats=5):
-    """FLOPs, memory and time of one training step of a config; None if it has no training step.
-
-    Returns: dict with `flops_profiler`, `flops_counter` (of a step), `flops_forward`, `flops_backward`, `flops_per_sample` (by FlopCounterMode),
-    `flops_run` (x steps, None if the number of steps is unknown), `batch_size`, `steps`, `parameters` (trained), `step_ms` (median), `flop_per_s`,
-    `peak_bytes`, `operators` ({name: FLOPs} by either counter), `uncounted` ({operator: share of the time}), `random_data`, `device`.
-    """
-    built = build(config_path, batch_size, device)
-    if built is None:
-        return None
-    _, model, batch, optimizer, train_step, steps, random = built
-    size = len(next(iter(batch.values())))
-    where = next(model.parameters()).device
+def measure(built, step_number, repeats):
+    """Figures of training step number step_number, as `profile` returns them."""
+    model, device, module = built.model, next(built.model.parameters()).device, built.module
+    drawn = [module.draw_dim(built.cfg, model, step_number)] if hasattr(module, "draw_dim") else []
+    model.train()
+    if hasattr(module, "set_train_mode"):
+        module.set_train_mode(built.cfg, model, step_number)
 
     def step():
-        train_step(model, batch, optimizer)
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
+        module.train_step(model, built.batch, built.optimizer, *drawn)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     step()  # allocates the optimizer's state
     by_counter, forward, backward = count_flops(step)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.type == "cuda" else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start and stop on stderr
     with torch.profiler.profile(activities=activities, with_flops=True) as profiler:
         step()
     events = profiler.key_averages()
-    seconds = {e.key: e.self_device_time_total if where.type == "cuda" else e.self_cpu_time_total for e in events}
+    seconds = {e.key: e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total for e in events}
     by_profiler = {e.key: int(e.flops) for e in events if e.flops}
     whole = sum(seconds.values()) or 1
-    uncounted = {key: t / whole for key, t in sorted(seconds.items(), key=lambda item: -item[1]) if key not in by_profiler and t / whole >= 0.001}
+    shares = {key: t / whole for key, t in sorted(seconds.items(), key=lambda item: -item[1])}
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    total, median = forward + backward, float(np.median(times))
-    return {"config": str(config_path), "flops_profiler": sum(by_profiler.values()), "flops_counter": total, "flops_forward": forward,
-            "flops_backward": backward,
-            "flops_per_sample": total / size, "flops_run": total * steps if steps else None, "batch_size": size, "steps": steps,
-            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "step_ms": 1000 * median, "flop_per_s": total / median,
-            "peak_bytes": peak_memory(step, where), "operators": {"profiler": by_profiler, "counter": by_counter}, "uncounted": uncounted,
-            "random_data": bool(random), "why_random": random, "device": str(where)}
+    return {"flops_profiler": sum(by_profiler.values()), "flops_counter": forward + backward,
+            "flops_forward": forward, "flops_backward": backward, "step_ms": 1000 * float(np.median(times)),
+            "peak_bytes": peak_memory(step, device),
+            "operators": {"profiler": by_profiler, "counter": by_counter},
+            "uncounted": {key: share for key, share in shares.items() if key not in by_profiler and share >= 0.001},
+            "trained": [name for name, p in model.named_parameters() if p.requires_grad]}
+
+
+def profile(config_path, batch_size=None, device="auto", repeats=5, overrides=()):
+    """FLOPs, memory and time of one training step of a config; None if it has no training step.
+
+    overrides: 'section.key=value' strings.
+    Returns: dict with `flops_profiler`, `flops_counter` (of a step), `flops_forward`, `flops_backward`,
+        `flops_per_sample` (by FlopCounterMode), `flops_run` (x steps, None if they are unknown), `batch_size`, `steps`,
+        `parameters` (trained), `step_ms` (median), `flop_per_s`, `peak_bytes`, `operators` ({name: FLOPs} by either
+        counter), `uncounted` ({operator: share of the time}), `phases` (the same of each, where there are several; a
+        step's figures are their mean), `random_data`, `device`, `name` (of the run's folder).
+    Raises: UserError.
+    """
+    built = build(config_path, batch_size, device, overrides)
+    if built is None:
+        return None
+    starts = built.module.phases(built.cfg) if hasattr(built.module, "phases") else [1]
+    phases = [measure(built, start, repeats) for start in starts]
+    parameters = dict(built.model.named_parameters())
+    trained = {name for phase in phases for name in phase.pop("trained")}
+    flops = ("flops_profiler", "flops_counter", "flops_forward", "flops_backward")
+    mean = {key: sum(phase[key] for phase in phases) / len(phases) for key in (*flops, "step_ms")}
+    mean |= {key: int(mean[key]) for key in flops if mean[key].is_integer()}
+    size, total = len(next(iter(built.batch.values()))), mean["flops_counter"]
+    return {"config": str(config_path), "name": Path(built.cfg.output_dir).name, **phases[0], **mean,
+            "peak_bytes": max(phase["peak_bytes"] or 0 for phase in phases) or None,
+            "flops_per_sample": total / size, "flops_run": total * built.steps if built.steps else None,
+            "batch_size": size, "steps": built.steps, "parameters": sum(parameters[name].numel() for name in trained),
+            "flop_per_s": 1000 * total / mean["step_ms"], "phases": phases if len(phases) > 1 else [],
+            "random_data": bool(built.why), "why_random": built.why,
+            "device": str(next(built.model.parameters()).device)}
 
 
 def scaled(value, unit="FLOP"):
@@ -151,35 +195,45 @@ def scaled(value, unit="FLOP"):
     return f"{value:.0f} {unit}"
 
 
-ROWS = (("FLOPs a step, torch.profiler", "flops_profiler", scaled), ("FLOPs a step, FlopCounterMode", "flops_counter", scaled),
-        ("  forward", "flops_forward", scaled),
-        ("  backward", "flops_backward", scaled), ("FLOPs a sample", "flops_per_sample", scaled), ("FLOPs a run", "flops_run", scaled),
+ROWS = (("FLOPs a step, torch.profiler", "flops_profiler", scaled),
+        ("FLOPs a step, FlopCounterMode", "flops_counter", scaled),
+        ("  forward", "flops_forward", scaled), ("  backward", "flops_backward", scaled),
+        ("FLOPs a sample", "flops_per_sample", scaled), ("FLOPs a run", "flops_run", scaled),
         ("batch size", "batch_size", str), ("steps a run", "steps", lambda v: "-" if v is None else f"{v:,}"),
-        ("parameters", "parameters", "{:,}".format),
-        ("step, median", "step_ms", "{:.1f} ms".format), ("achieved", "flop_per_s", lambda v: scaled(v, "FLOP/s")),
+        ("parameters", "parameters", "{:,}".format), ("step, median", "step_ms", "{:.1f} ms".format),
+        ("achieved", "flop_per_s", lambda v: scaled(v, "FLOP/s")),
         ("peak memory of a step", "peak_bytes", lambda v: scaled(v, "B")))
 
 
 def report(results):
     """The side-by-side table, ratios to the first config, operators and what was not counted."""
-    first, lines = results[0], []
-    header = ["", *(Path(r["config"]).stem for r in results)]
-    table = [[label, *(show(r[key]) + (f" ({r[key] / first[key]:.3f}x)" if i and r[key] and first[key] and key != "batch_size" else "") for i,
-                       r in enumerate(results))]
-             for label, key, show in ROWS]
-    lines.append(common.format_table(header, table))
+    first, table, lines = results[0], [], []
+    for label, key, show in ROWS:
+        cells = [show(r[key]) for r in results]
+        for i, r in enumerate(results[1:], 1):
+            if r[key] and first[key] and key != "batch_size":
+                cells[i] += f" ({r[key] / first[key]:.3f}x)"
+        table.append([label, *cells])
+    lines.append(common.format_table(["", *(r["name"] for r in results)], table))
     for r in results:
-        lines.append(f"\n{Path(r['config']).stem}: on {r['device']}"
-                     + (f", random data of the real shapes ({r['why_random']})" if r["random_data"] else ""))
+        stand_in = f", stand-in data of the real shapes ({r['why_random']})" if r["random_data"] else ""
+        lines.append(f"\n{r['name']}: on {r['device']}{stand_in}")
+        for i, phase in enumerate(r["phases"], 1):
+            forward, backward = scaled(phase["flops_forward"]), scaled(phase["flops_backward"])
+            lines.append(f"  phase {i}: {scaled(phase['flops_counter'])} a step (forward {forward}, backward {backward}),"
+                         f" {phase['step_ms']:.1f} ms")
         for name, operators in r["operators"].items():
-            lines.append(f"  by {name}: " + ", ".join(f"{op} {scaled(flops)}" for op, flops in sorted(operators.items(), key=lambda item: -item[1])))
+            largest = sorted(operators.items(), key=lambda item: -item[1])
+            lines.append(f"  by {name}: " + ", ".join(f"{op} {scaled(flops)}" for op, flops in largest))
+        shares = [f"{op} {100 * share:.1f}%" for op, share in list(r["uncounted"].items())[:10]]
         lines.append(f"  not counted by the profiler, {100 * sum(r['uncounted'].values()):.1f}% of the time: "
-                     + ", ".join(f"{op} {100 * share:.1f}%" for op, share in list(r["uncounted"].items())[:10]))
+                     f"{', '.join(shares)}")
     return "\n".join([*lines, "\n1 multiply-add = 2 FLOPs"])
 
 
 def plot(results, path):
-    figure, (axis, second) = common.new_figure(2, width=2.2 + 1.1 * len(results), height=4)
+    """Bars: forward and backward FLOPs of a step, and FLOPs a sample."""
+    figure, (axis, per_sample) = common.new_figure(2, width=2.2 + 1.1 * len(results), height=4)
     place = np.arange(len(results))
     bottom = np.zeros(len(results))
     for key in ("flops_forward", "flops_backward"):
@@ -188,44 +242,50 @@ def plot(results, path):
         bottom += values
     axis.set(ylabel="GFLOP a step (FlopCounterMode)", title="a training step")
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
-    second.bar(place, [r["flops_per_sample"] / 1e6 for r in results], 0.6, color="tab:green")
-    second.set(ylabel="MFLOP a sample", title="per sample")
-    for each in (axis, second):
-        each.set_xticks(place, [Path(r["config"]).stem for r in results], rotation=30, ha="right", fontsize=8)
+    per_sample.bar(place, [r["flops_per_sample"] / 1e6 for r in results], 0.6, color="tab:green")
+    per_sample.set(ylabel="MFLOP a sample", title="per sample")
+    for panel in (axis, per_sample):
+        panel.set_xticks(place, [r["name"] for r in results], rotation=30, ha="right", fontsize=8)
     common.save_figure(figure, path)
 
 
 @common.exit_codes
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", help="YAML files in configs/")
+    parser.add_argument("configs", nargs="+", metavar="YAML | key=value", help="YAML files; overrides of all of them")
     parser.add_argument("--batch-size", type=int, help="instead of each config's own")
     parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu")
     parser.add_argument("--out", default="results/flops", help="folder of the JSON and PNG")
     args = parser.parse_args(argv)
+    overrides = [word for word in args.configs if re.match(r"[\w.]+=", word)]
+    configs = [word for word in args.configs if word not in overrides]
+    if not configs:
+        raise UserError("which config? Name at least one YAML file, e.g. one of configs/")
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size: must be at least 1, found {args.batch_size}")
     results = []
-    for path in args.configs:
+    for path in configs:
         try:
-            found = profile(path, args.batch_size, args.device)
+            result = profile(path, args.batch_size, args.device, overrides=overrides)
             why = "has no training step"
         except UserError as error:  # e.g. a pretrained encoder that is not here: the other configs are still wanted
-            found, why = None, error
-            if len(args.configs) == 1:
+            result, why = None, error
+            if len(configs) == 1:
                 raise
-        if found is None:
+        if result is None:
             print(f"{path}: {why}; passed over")
         else:
-            results.append(found)
+            results.append(result)
     if not results:
         return
     print(report(results))
-    folder = Path(args.out)
+    folder, convention = Path(args.out), {"convention": "1 multiply-add = 2 FLOPs"}
     folder.mkdir(parents=True, exist_ok=True)
-    stem = "+".join(Path(r["config"]).stem for r in results)
+    for result in results:  # report.md of a run quotes the file of its name
+        common.write_json(folder / f"{result['name']}.json", {**convention, "results": [result]})
+    stem = "+".join(r["name"] for r in results)
     stem = stem if len(stem) < 100 else f"{len(results)}_configs"
-    common.write_json(folder / f"{stem}.json", {"convention": "1 multiply-add = 2 FLOPs", "results": results})
+    common.write_json(folder / f"{stem}.json", {**convention, "results": results})
     plot(results, folder / f"{stem}.png")
     print(f"files: {folder / stem}.json, .png")
 

@@ -55,7 +55,7 @@ DOMAINS = ("image", "text", "labels")
 SUBSETS = tuple(s for n in (1, 2, 3) for s in itertools.combinations(DOMAINS, n))
 PROPER = SUBSETS[:-1]  # those with a complement
 LOSSES = ("translation", "demi_cycle", "cycle", "contrastive", "fused")
-CONTRASTIVE_TEMPERATURE = 0.07
+TEMPERATURE = 0.07  # of the contrastive loss
 N_DRAWS = 3  # of noise and of random weights, averaged
 AMOUNTS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # of corruption
 RATES = (0, 0.3, 0.5, 0.7, 0.9, 1.0)  # of films that miss a modality
@@ -333,7 +333,7 @@ def workspace_losses(model, batch):
     directions = {d: F.normalize(e.float(), dim=1) for d, e in encodings.items()}
     for a, b in itertools.combinations(DOMAINS, 2):
         ids = None if model.false_negatives == "ignore" else batch["genre_set" if b == "labels" else "film"]
-        terms["contrastive"].append(common.info_nce(directions[a], directions[b], 1 / CONTRASTIVE_TEMPERATURE, ids,
+        terms["contrastive"].append(common.info_nce(directions[a], directions[b], 1 / TEMPERATURE, ids,
                                                     model.false_negatives))
     return {name: torch.stack(list(values)).mean() for name, values in terms.items()}
 
@@ -840,6 +840,9 @@ def load_latents(path, ids):
     rows = common.guarded(lambda p: np.load(p, mmap_mode="c"), path)
     if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
         raise UserError(f"{path}: expected float16 or float32 [rows, dims], found {rows.dtype} {list(rows.shape)}")
+    if path.stat().st_size != rows.offset + rows.nbytes:
+        size = path.stat().st_size
+        raise UserError(f"{path}: expected {rows.offset + rows.nbytes} bytes by its header, found {size}")
     for key, value, where in (("total_rows", len(rows), path.name), ("dims", rows.shape[1], path.name),
                               ("original_rows", len(ids), "ids_all.txt")):
         if manifest.get(key, value) != value:

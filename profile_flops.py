@@ -11,9 +11,9 @@ sample and per run, parameters, memory, time, and the share of time in operators
 phases (`selector_after_freeze`) is measured in each of them; its figures of a step are their mean.
 
 Convention: 1 multiply-add = 2 FLOPs. torch.profiler counts matrix products (mm, addmm, bmm, baddbmm), conv2d, and
-elementwise add and mul; FlopCounterMode counts matrix products, convolutions with their backward, and attention (by its
-plain formulation: the fused kernels would count as nothing on a CPU). Neither counts softmax, GELU, normalisation or the
-optimizer. Recomputation of checkpointed blocks counts as backward.
+elementwise add and mul; FlopCounterMode counts matrix products, convolutions with their backward, and attention (by
+its plain formulation: the fused kernels would count as nothing on a CPU). Neither counts softmax, GELU, normalisation
+or the optimizer. Recomputation of checkpointed blocks counts as backward.
 """
 
 import argparse
@@ -220,8 +220,8 @@ def report(results):
         lines.append(f"\n{r['name']}: on {r['device']}{stand_in}")
         for i, phase in enumerate(r["phases"], 1):
             forward, backward = scaled(phase["flops_forward"]), scaled(phase["flops_backward"])
-            lines.append(f"  phase {i}: {scaled(phase['flops_counter'])} a step (forward {forward}, backward {backward}),"
-                         f" {phase['step_ms']:.1f} ms")
+            lines.append(f"  phase {i}: {scaled(phase['flops_counter'])} a step ({forward} forward, {backward} "
+                         f"backward), {phase['step_ms']:.1f} ms")
         for name, operators in r["operators"].items():
             largest = sorted(operators.items(), key=lambda item: -item[1])
             lines.append(f"  by {name}: " + ", ".join(f"{op} {scaled(flops)}" for op, flops in largest))

@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import types
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from conftest import ROOT
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from torch import nn
 
 import common
 from common import UserError, info_nce, ranged, retrieval_metrics, sigmoid_loss
@@ -342,6 +346,55 @@ def test_multilabel_metrics_edge_cases():
             common.multilabel_metrics(*args)
 
 
+def test_weights_are_repeated_rows():
+    """A weight of 2 is a row that stands there twice, one of 0 a row that does not."""
+    g = torch.Generator().manual_seed(1)
+    targets = (torch.rand(60, 5, generator=g) < torch.tensor([0.5, 0.3, 0.1, 0.05, 0.4])).float()
+    logits = (targets + torch.randn(60, 5, generator=g)).mul(2).round() / 2  # ties
+    weights = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), size=4)
+    together = common.multilabel_metrics(logits, targets, weights=weights)
+    for i, counts in enumerate(weights):
+        rows = np.repeat(np.arange(60), counts)
+        alone = common.multilabel_metrics(logits[rows], targets[rows])
+        for name, value in alone.items():
+            assert together[name][i] == pytest.approx(value, abs=1e-12, nan_ok=True), name
+    expected = average_precision_score(targets.ravel(), logits.ravel())
+    assert common.multilabel_metrics(logits, targets)["mAP_micro"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_bootstrap_of_a_mean_is_its_standard_error_and_groups_are_drawn_together():
+    values = np.random.default_rng(0).normal(size=400)
+
+    def mean(weights):
+        return {"mean": weights @ values / weights.sum(1)}
+    low, high = common.bootstrap_interval(mean, 400)["mean"]
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
+    assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.01)
+    assert common.bootstrap_interval(mean, 400)["mean"] == (low, high)
+    values = np.repeat(np.random.default_rng(1).normal(size=80), 5)  # five equal items a group
+    wide = common.bootstrap_interval(mean, 400, groups=np.repeat(np.arange(80), 5))["mean"]
+    assert (wide[1] - wide[0]) / 2 == pytest.approx(1.96 * values.std() / 80**0.5, rel=0.1)
+
+
+def test_intervals_of_macro_map_hold_the_truth():
+    """Rare classes bias average precision upwards; the interval must not inherit that twice."""
+    generator, prevalence = np.random.default_rng(0), np.geomspace(0.5, 0.05, 6)
+
+    def items(n):
+        y = generator.random((n, 6)) < prevalence
+        return torch.tensor(1.2 * y + generator.normal(size=(n, 6))), torch.tensor(y).float()
+    truth, held, held_by_percentiles = common.multilabel_metrics(*items(100_000))["mAP"], 0, 0
+    for i in range(60):
+        x, y = items(400)
+        draws = common.bootstrap(lambda w, x=x, y=y: common.multilabel_metrics(x, y, weights=w), 400, n_resamples=150, seed=i)
+        low, high = common.interval(common.multilabel_metrics(x, y)["mAP"], draws["mAP"])
+        held += low <= truth <= high
+        low, high = np.quantile(draws["mAP"], (0.025, 0.975))
+        held_by_percentiles += low <= truth <= high
+    assert held / 60 > 0.87
+    assert held > held_by_percentiles + 3
+
+
 # ----------------------------------------------------------------------------------------------------------- checkpoints
 
 def test_checkpoint_round_trip_with_random_states(tmp_path):
@@ -444,7 +497,13 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path):
     ("training:\n  batch_size: [3]", "expected a whole number"),
     ("training:\n  batch_size:", "expected a whole number"),
     ("training:\n  batch_size: 1", "must be >= 2, found 1"),
-    (f"training:\n  batch_size: -{'9' * 400}", "must be >= 2, found -999"),  # beyond the range of a float
+    (f"training:\n  batch_size: -{'9' * 400}", r"expected a whole number, found '-9{58}\.\.\.$"),  # torch takes 64 bits
+    ("training:\n  lr: 3", r"unknown key training.lr; did you mean training.learning_rate\?"),
+    ("training:\n  note: \"a\\0b\"", "training.note: expected a word"),
+    ("training:\n  note: \"\\ud800\"", "training.note: expected a word"),  # half a surrogate pair
+    ("a: &x [1]\nb: *x", "line 2: aliases"),
+    ("a: " + "[" * 50_000, "line 1: nested more than 20 levels deep"),
+    ("a: " + "{a: " * 50_000, "nested more than 20 levels deep"),
     ("training:\n  learning_rate: -1e-3", "must be > 0"),
     ("training:\n  learning_rate: nan", "expected a number"),
     ("training:\n  bn: maybe", "expected true or false"),
@@ -502,6 +561,11 @@ def test_demo_section_and_precedence(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- run folders
 
+def fresh(cfg):
+    cfg.fresh = True
+    return cfg
+
+
 def test_open_run_refuses_another_run_and_fresh_moves_it(tmp_path):
     cfg = load(tmp_path, "", f"output_dir={tmp_path / 'run'}")
     folder = common.open_run(cfg, "data")
@@ -510,7 +574,7 @@ def test_open_run_refuses_another_run_and_fresh_moves_it(tmp_path):
     with pytest.raises(UserError, match=r"different config: seed=7 \(was 42\)"):
         common.open_run(dataclasses.replace(cfg, seed=7), "data")
     for n in (1, 2):
-        common.open_run(dataclasses.replace(cfg, seed=6 + n), "data", fresh=True)
+        common.open_run(fresh(dataclasses.replace(cfg, seed=6 + n)), "data")
         assert (tmp_path / f"run.old-{n}" / "config.yaml").exists()
     assert (tmp_path / "run.old-1" / "checkpoint_latest.pt").exists()
     assert not (tmp_path / "run" / "checkpoint_latest.pt").exists()
@@ -522,28 +586,88 @@ def test_a_damaged_config_of_a_run_is_one_line(tmp_path, content):
     folder = common.open_run(cfg, "data")
     (folder / "config.yaml").write_bytes(content)
     (folder / "results.json").write_text("{}")
-    for opened in (lambda: common.open_run(cfg, "data"), lambda: common.finished_runs([str(folder)])):
+    for opened in (lambda: common.open_run(cfg, "data"), lambda: common.compare_runs([folder])):
         with pytest.raises(UserError, match=r"config\.yaml is damaged"):
             opened()
-    common.open_run(cfg, "data", fresh=True)
+    common.open_run(fresh(cfg), "data")
     assert (tmp_path / "run.old-1" / "results.json").exists()
 
 
 def test_open_run_protects_other_folders(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no run"):
-        common.open_run(load(tmp_path, "", f"output_dir={tmp_path}"), "data", fresh=True)
+        common.open_run(fresh(load(tmp_path, "", f"output_dir={tmp_path}")), "data")
     with pytest.raises(UserError, match="cannot be written"):
         common.open_run(load(tmp_path, "", f"output_dir={tmp_path / 'thesis.txt'}"), "data")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_written_is_one_short_line(tmp_path, monkeypatch):
-    def refused(path):
+    def refused(path, **options):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(Path, "touch", refused)
+    monkeypatch.setattr(Path, "mkdir", refused)
     with pytest.raises(UserError, match=r"run cannot be written \(Permission denied\); set output_dir=$"):
         common.open_run(load(tmp_path, "", f"output_dir={tmp_path / 'run'}"), "data")
+
+
+LOCKER = """
+import dataclasses, sys, time
+import common
+@dataclasses.dataclass
+class Config:
+    experiment: str = "toy"
+    output_dir: str = sys.argv[1]
+@common.exit_codes
+def main(argv):
+    common.open_run(Config(), "data")
+    print("open", flush=True)
+    time.sleep(float(argv[1]))
+sys.exit(main())
+"""
+
+
+def test_one_process_owns_a_folder_until_it_dies(tmp_path):
+    def start(seconds):
+        return subprocess.Popen([sys.executable, "-c", LOCKER, tmp_path / "run", str(seconds)], cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = start(60)
+    assert first.stdout.readline() == "open\n"
+    out, error = start(0).communicate()
+    assert out == ""
+    assert f"run is in use by process {first.pid} on " in error
+    assert len(error.splitlines()) == 1
+    assert (tmp_path / "run/.lock").read_bytes() == b""
+    first.kill()
+    first.communicate()
+    assert start(0).communicate() == ("open\n", "")
+
+
+def test_a_flipped_bit_in_a_data_file_is_refused(tmp_path):
+    """A .pt that torch.load takes: only its own checksums tell."""
+    path = tmp_path / "x.pt"
+    torch.save({"feats": torch.arange(4000.0), "ids": list(range(40))}, path)
+    good, refused, generator = path.read_bytes(), 0, np.random.default_rng(0)
+    digest = common.fingerprint([path])
+    for _ in range(100):
+        blob = bytearray(good)
+        blob[generator.integers(1000, 16000)] ^= 1 << generator.integers(8)  # inside the tensor
+        path.write_bytes(blob)
+        torch.load(path, weights_only=True)
+        with pytest.raises(UserError, match="does not match its checksum: the file is damaged"):
+            common.fingerprint([path])
+        refused += 1
+    assert refused == 100
+    path.write_bytes(good)
+    assert common.fingerprint([path]) == digest
+
+
+def test_torchs_advice_to_load_unsafely_is_not_passed_on(tmp_path):
+    torch.save({"f": re.compile("x")}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt: cannot be read \(it holds more than tensors and plain types, or is damaged\)$"):
+        common.guarded(lambda p: torch.load(p, weights_only=True), tmp_path / "x.pt")
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        common.read_json(tmp_path / "x.json")
 
 
 def test_data_fingerprint_is_checked(tmp_path):
@@ -570,6 +694,274 @@ def test_run_log_holds_the_history_and_nothing_else(tmp_path):
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,loss,bias", f"1,{1 / 3},", f"2,{2 / 3},"]
     with pytest.raises(ValueError, match="equal keys"):
         common.RunLog(tmp_path).write([*rows, {"epoch": 4}])
+
+
+class Toy:
+    """A training run of the smallest kind: a linear layer, noise from torch's generator, rows every 2 steps."""
+
+    def __init__(self, folder, n_steps=10, score=lambda step: step, **options):
+        self.cfg = Config(output_dir=str(folder))
+        self.n_steps, self.score, self.options, self.killed_at = n_steps, score, options, None
+
+    def train(self, patience=0, poison=None):
+        folder = common.open_run(self.cfg, "data")
+        common.seed_everything(3)
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        with common.Run(folder, self.cfg, model, optimizer, scheduler, **self.options) as run:
+            for step in run.steps(self.n_steps):
+                loss = (model(torch.randn(8, 4)) - 1).square().mean() + (math.nan if step == poison else 0)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                run.add({"loss": loss, "half": loss / 2})
+                scheduler.step()
+                if step == self.killed_at:
+                    raise KeyboardInterrupt
+                if step % 2 == 0:
+                    run.log({"step": step, **run.means()}, score=self.score(step), val_loss=-self.score(step), note=step)
+                    if patience and run.n_stale >= patience:
+                        run.finish()
+        return run
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 5, 10])
+def test_a_run_resumes_to_the_bit(tmp_path, killed_at):
+    whole, broken = Toy(tmp_path / "a"), Toy(tmp_path / "b")
+    whole.train()
+    broken.killed_at = killed_at
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    broken.killed_at = None
+    broken.train()
+    a, b = (common.load_checkpoint(tmp_path / name / "checkpoint_latest.pt") for name in "ab")
+    for part in ("model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "history", "position", "rng"):
+        assert repr(a[part]) == repr(b[part]), part
+    assert (tmp_path / "a/metrics.csv").read_bytes() == (tmp_path / "b/metrics.csv").read_bytes()
+    assert {"epoch", "global_step", "best_val_loss", "scaler_state_dict", "config"} <= a.keys()
+
+
+def test_a_finished_run_takes_no_step_and_best_model_is_of_the_best_score(tmp_path, capsys):
+    toy = Toy(tmp_path / "a", score=lambda step: -abs(step - 6), steps_per_epoch=5)
+    assert toy.train().best_step == 6
+    best, latest = (common.load_checkpoint(tmp_path / "a" / f"{name}.pt") for name in ("best_model", "checkpoint_latest"))
+    assert (best["step"], best["note"], latest["epoch"], latest["best_val_loss"]) == (6, 6, 2, 0)
+    before = (tmp_path / "a/checkpoint_latest.pt").stat().st_mtime_ns
+    run = toy.train()
+    assert (run.best_step, run.step, len(run.history)) == (6, 10, 5)
+    assert "training is complete" in capsys.readouterr().out
+    assert (tmp_path / "a/checkpoint_latest.pt").stat().st_mtime_ns == before
+    model = nn.Linear(4, 1)
+    assert common.load_best(tmp_path / "a", model)["step"] == 6
+    assert torch.equal(model.weight, best["model_state_dict"]["weight"])
+    assert not model.training
+    with pytest.raises(UserError, match="of another model"):
+        common.load_best(tmp_path / "a", nn.Linear(5, 1))
+
+
+def test_patience_ends_a_run_for_good(tmp_path):
+    toy = Toy(tmp_path / "a", score=lambda step: -step)
+    assert toy.train(patience=2).step == 6
+    assert toy.train(patience=2).step == 6  # a rerun does not go on
+    assert common.load_best(tmp_path / "a", nn.Linear(4, 1))["step"] == 2
+
+
+def test_an_unfinished_run_is_not_evaluated(tmp_path):
+    toy = Toy(tmp_path / "a")
+    toy.killed_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        toy.train()
+    with pytest.raises(UserError, match="training stopped at step 4; the same command"):
+        common.load_best(tmp_path / "a", nn.Linear(4, 1))
+    with pytest.raises(UserError, match=r"best_model\.pt: no such checkpoint"):
+        common.load_best(tmp_path / "none", nn.Linear(4, 1))
+
+
+def test_a_non_finite_loss_names_its_step_and_its_learning_rate(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"non-finite half in step 3, learning rate 0\.081;"):
+        Toy(tmp_path / "a").train(poison=3)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_in_hand(tmp_path, signum, monkeypatch):
+    toy = Toy(tmp_path / "a")
+    real = common.Run.add
+
+    def add(run, losses):
+        real(run, losses)
+        if run.step == 3:
+            os.kill(os.getpid(), signum)
+    before = signal.getsignal(signum)
+    monkeypatch.setattr(common.Run, "add", add)
+    with pytest.raises(common.Stopped, match="stopped at step 3; the same command resumes") as stop:
+        toy.train()
+    assert stop.value.signum == signum
+    assert signal.getsignal(signum) is before
+    monkeypatch.setattr(common.Run, "add", real)
+    toy.train()
+    Toy(tmp_path / "b").train()
+    assert (tmp_path / "a/metrics.csv").read_bytes() == (tmp_path / "b/metrics.csv").read_bytes()
+
+
+def test_a_row_without_a_score_is_a_row_alone(tmp_path):
+    cfg, model = Config(output_dir=str(tmp_path / "a")), nn.Linear(1, 1)
+    folder = common.open_run(cfg, "data")
+    with common.Run(folder, cfg, model, torch.optim.SGD(model.parameters(), lr=1)) as run:
+        for step in run.steps(2):
+            run.add({"loss": torch.tensor(0.5)})
+            run.log({"step": step, **run.means(), **({"dev": np.float32(2)} if step == 2 else {})})
+            assert (folder / "checkpoint_latest.pt").exists() is False
+    assert (folder / "metrics.csv").read_text() == "step,loss,dev\n1,0.5,\n2,0.5,2.0\n"
+    assert not (folder / "best_model.pt").exists()
+    assert common.load_checkpoint(folder / "checkpoint_latest.pt")["position"]["finished"]
+
+
+def test_a_model_beyond_the_memory_is_one_line(tmp_path):
+    with torch.device("meta"):
+        model = nn.Linear(10**6, 10**6)
+    for parameter in model.parameters():
+        parameter.__class__ = type("OnCpu", (nn.Parameter,), {"device": torch.device("cpu")})
+    with pytest.raises(UserError, match=r"needs 16000 GB with its gradients and optimizer, the machine has"):
+        common.Run(tmp_path, Config(), model, None)
+
+
+class FakeWandb(types.ModuleType):
+    """Records what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.calls = []
+
+    def init(self, **options):
+        self.calls.append(("init", options))
+        return self
+
+    def define_metric(self, name, **options):
+        self.calls.append(("axis", name, options))
+
+    def log(self, values):
+        self.calls.append(("log", values))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+    def Table(self, columns, data):
+        return columns, data
+
+    def Image(self, path):
+        return path
+
+
+@dataclass
+class WandbConfig(Config):
+    wandb: bool = True  # mirror
+
+
+def test_wandb_gets_rows_on_the_step_axis_tables_and_pictures_and_an_id_a_folder(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    toy = Toy(tmp_path / "a")
+    toy.cfg = WandbConfig(output_dir=str(tmp_path / "a"))
+    toy.killed_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        toy.train()
+    toy.killed_at = None
+    toy.train()
+    common.save_figure(common.new_figure()[0], tmp_path / "a/curve.png")
+    common.publish(tmp_path / "a", {**RESULTS, "per_item": {"ids": ["x"], "groups": None, "rows": {}}})
+    ids = [options["id"] for name, *rest in fake.calls if name == "init" for options in rest]
+    assert len(ids) == 3
+    assert len(set(ids)) == 1
+    assert ("axis", "*", {"step_metric": "step"}) in fake.calls
+    logged = [rest[0] for name, *rest in fake.calls if name == "log"]
+    assert [row["step"] for row in logged if "step" in row] == [2, 4, 6, 8, 10]
+    assert {"table": (["table", "score"], [["chance", "0.500"], ["head", "0.700 [0.600, 0.800]"]])} in logged
+    assert {"curve": str(tmp_path / "a/curve.png")} in logged
+    toy.cfg.fresh = True
+    toy.train()
+    assert len({options["id"] for name, *rest in fake.calls if name == "init" for options in rest}) == 2  # a new folder
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    toy.cfg.fresh = True
+    with pytest.raises(UserError, match="pip install wandb"):
+        toy.train()
+
+
+# --------------------------------------------------------------------------------------------------------------- results
+
+RESULTS = {"headline": "3 items", "experiment": "toy", "seed": 1, "data_fingerprint": "d", "synthetic": False, "source": "s",
+           "tables": {"table": {"chance": {"score": 0.5}, "head": {"score": 0.7, "score low": 0.6, "score high": 0.8}}}}
+
+
+def finished(folder, seed=1, shift=0.0, n=200, **config):
+    """A finished run whose head's item scores are noise + shift; the noise is that of its seed and shared over shifts."""
+    cfg = Config(seed=seed, output_dir=str(folder))
+    for key, value in config.items():
+        setattr(cfg.training, key, value)
+    common.open_run(cfg, "d")
+    values = torch.randn(n, generator=torch.Generator().manual_seed(seed)) + shift
+    rows = {"head": {"score": values}, "chance": {"score": torch.zeros(n)}}
+    table, _ = common.interval_tables(rows, [], n, ("score",))
+    curves = {"score": {"xlabel": "x", "lines": {"head": {"x": [0, 1], "y": [shift, seed]}, "chance": {"x": [0, 1], "y": [0, 0]}}}}
+    common.publish(folder, {**RESULTS, "seed": seed, "tables": {"table": table}, "curves": curves, "notes": ["a note"],
+                            "per_item": {"ids": [f"i{i}" for i in range(n)], "groups": None, "rows": rows}})
+    return folder
+
+
+def test_publish_prints_and_writes_results_report_and_items(tmp_path, capsys):
+    (tmp_path / "flops").mkdir()
+    common.write_json(tmp_path / "flops/run.json", {"results": [{"flops_run": 3e12}]})
+    folder = finished(tmp_path / "run")
+    out = capsys.readouterr().out
+    assert re.search(r"head +-?0\.\d{3} \[-?0\.\d{3}, 0\.\d{3}\]", out)
+    report = (folder / "report.md").read_text().splitlines()
+    assert report[0] == "# run"
+    assert any(re.fullmatch(r"\| head \| -?0\.\d{3} \[.*\] \|", line) for line in report)
+    assert report[-1].endswith("3.00 TFLOP.")
+    assert "a note" in report
+    assert "per_item" not in common.read_json(folder / "results.json")
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "environment.json"}
+    finished(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "environment.json"} == before  # equal runs, equal files
+
+
+def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys):
+    """A shift of .1 under noise of sd 1 that both share: the paired interval sees it, the runs' own intervals overlap."""
+    a = [finished(tmp_path / f"a,seed={seed}", seed) for seed in (1, 2)]
+    b = [finished(tmp_path / f"b,seed={seed}", seed, 0.1, note="b") for seed in (1, 2)]
+    capsys.readouterr()
+    common.compare_runs([*a, *b, a[0]], out=tmp_path / "out")
+    text = (tmp_path / "out/compare.txt").read_text()
+    assert capsys.readouterr().out.startswith(text.rstrip())
+    assert re.search(r"head: a \(2\) +-?0\.\d+ \+- 0\.\d+", text)
+    assert re.search(r"^chance  +0\.000 \[0\.000, 0\.000\]$", text, flags=re.MULTILINE)  # the same in all: one row
+    assert "b - a (paired, 200 items)" in text
+    assert re.search(r"^head +0\.100 \[0\.100, 0\.100\]$", text, flags=re.MULTILINE)
+    assert (tmp_path / "out/compare.png").stat().st_size > 5000
+    common.compare_runs(a, out=tmp_path / "one")
+    assert "paired" not in (tmp_path / "one/compare.txt").read_text()
+    other = finished(tmp_path / "c", 1, n=50)
+    common.compare_runs([a[0], other], out=tmp_path / "two")  # other items: tables, no pairs
+    assert "paired" not in (tmp_path / "two/compare.txt").read_text()
+
+
+def test_compare_refuses_what_is_no_finished_run(tmp_path):
+    with pytest.raises(UserError, match=r"none/results\.json: cannot be read as JSON \(no such file\)"):
+        common.compare_runs([tmp_path / "none"])
+    folder = finished(tmp_path / "a")
+    (folder / "results.json").write_text('{"experiment": "toy"}')
+    with pytest.raises(UserError, match=r"results\.json has no tables; run its command again"):
+        common.compare_runs([folder])
+
+
+def test_a_changed_script_is_evaluated_again(tmp_path, capsys, monkeypatch):
+    cfg = Config(output_dir=str(finished(tmp_path / "a")))
+    data = types.SimpleNamespace(fingerprint="d", synthetic=False)
+    assert common.published(cfg) is None  # RESULTS has another source
+    assert "another version of the script" in capsys.readouterr().out
+    common.write_json(tmp_path / "a/results.json", {**RESULTS, **common.run_facts(cfg, data)})
+    assert common.published(cfg)["headline"] == "3 items"
+    assert common.published(Config(output_dir=str(tmp_path / "b"))) is None
 
 
 def test_finished_runs_counts_a_run_once(tmp_path, monkeypatch):

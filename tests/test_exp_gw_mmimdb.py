@@ -1,4 +1,4 @@
-"""exp_gw_mmimdb.py and profile_flops.py: labels, mapping, model, losses against loops, selectors, exact resume, counts, bad input."""
+"""exp_gw_mmimdb.py and profile_flops.py: data, model, losses against loops, conditions, leaks, exact resume, FLOPs, bad input."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ import pytest
 import sklearn.metrics
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, assert_nothing_chosen_on_test
 from torch import nn
 
 import common
@@ -31,9 +31,14 @@ def films(tmp_path_factory):
     return demo_data.write_mmimdb(tmp_path_factory.mktemp("films"), n_films=150, views=3, dims=(10, 8))
 
 
-SMALL = ["data.views=3", "model.dim=16", "model.hidden_dim=12", "model.head_dim=8", "training.batch_size=32", "training.steps=12",
-         "training.eval_every=4",
-         "evaluation.amounts=[0, 0.5, 1]", "evaluation.n_draws=1", "device=cpu"]
+SMALL = ["data.backbone=clip", "model.dim=16", "model.hidden_dim=12", "model.head_dim=8", "training.batch_size=32",
+         "training.steps=12", "training.eval_every=4", "device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def few_conditions(monkeypatch):
+    for name, value in (("AMOUNTS", (0, 0.5, 1)), ("RATES", (0, 0.5, 1)), ("N_DRAWS", 1)):
+        monkeypatch.setattr(exp, name, value)
 
 
 def config(tmp_path, films, *overrides):
@@ -50,6 +55,7 @@ def cli(tmp_path, films, *overrides):
 
 def toy_model(selector="shared", dims=(10, 8, 23), dropout=0.0, **changes):
     torch.manual_seed(0)
+    changes = {"selector_scale": "none", "input_dropout": 0, **changes}
     model = exp.ModelConfig(selector=selector, dim=16, hidden_dim=12, head_dim=8, dropout=dropout, **changes)
     return exp.GlobalWorkspace(dict(zip(exp.DOMAINS, dims, strict=True)), model).double()
 
@@ -58,7 +64,7 @@ def toy_batch(size=6, dims=(10, 8, 23)):
     g = torch.Generator().manual_seed(1)
     image, text, image_target, text_target = (torch.randn(size, d, generator=g, dtype=torch.float64) for d in (*dims[:2], *dims[:2]))
     return {"image": image, "text": text, "labels": (torch.rand(size, dims[2], generator=g) < 0.3).double(), "image_target": image_target,
-            "text_target": text_target}
+            "text_target": text_target, "film": torch.tensor([0, 0, 1, 2, 3, 4, 5, 6][:size]), "genre_set": torch.tensor([0, 0, 1, 1, 2, 3, 4, 4][:size])}
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -135,9 +141,9 @@ def test_environment_names_the_folders_and_config_keys_win(monkeypatch, tmp_path
     for variable, value in (("MMIMDB1_DIR", "/raw"), ("OTHER_BACKBONES_DIR_IMDB1_AUG70", "/lat"), ("IMDB1_LABELS_DIR_23", "/lab"),
                             ("MMIMDB_TEXT_EMBEDS", "t.npy")):
         monkeypatch.setenv(variable, value)
-    root, image, text, labels = map(str, exp.paths(exp.DataConfig()))
+    root, image, text, labels = map(str, exp.paths(exp.DataConfig(backbone="clip", views=70)))
     assert (root, image, text, labels) == ("/raw", "/lat/mm_imdb1_globals_aug70_clip_image.npy", "/lat/t.npy", "/lab")
-    root, image, text, labels = map(str, exp.paths(exp.DataConfig(dir="/d", latents_dir="/l", text_file="mine.npy", backbone="blip2")))
+    root, image, text, labels = map(str, exp.paths(exp.DataConfig(dir="/d", latents_dir="/l", text_file="mine.npy", backbone="blip2", views=70)))
     assert (root, image, text, labels) == ("/d", "/l/mm_imdb1_globals_aug70_blip2_image.npy", "/l/mine.npy", "/lab")
 
 
@@ -157,22 +163,36 @@ def test_an_epoch_is_every_view_of_every_training_film_once(tmp_path, films):
 
 @pytest.mark.parametrize(("backbone", "trained"), [("clip", 6_078_999), ("blip2", 7_915_799)])
 def test_parameter_counts_at_the_real_sizes(backbone, trained):
-    dims = dict(zip(exp.DOMAINS, (*exp.BACKBONE_DIMS[backbone], 23), strict=True))
+    cfg = common.load_config(exp.Config, ROOT / f"configs/gw_{backbone}_shared.yaml")
+    widths = {"clip": (512, 512), "blip2": (768, 2048)}[backbone]
     with torch.device("meta"):
-        model = exp.GlobalWorkspace(dims, exp.ModelConfig())
+        model = exp.GlobalWorkspace(dict(zip(exp.DOMAINS, (*widths, 23), strict=True)), cfg.model)
     assert sum(p.numel() for p in model.parameters()) == trained
     assert sum(p.numel() for p in model.selector.parameters()) == 262_656
 
 
-def test_shared_selector_against_a_loop():
+@pytest.mark.parametrize("scale", [False, True])
+def test_shared_selector_against_a_loop(scale):
     torch.manual_seed(0)
-    selector, e = exp.SharedKeySelector(6, 4).double(), torch.randn(5, 2, 6, dtype=torch.float64)
+    selector, e = exp.SharedKeySelector(6, 4, scale).double(), torch.randn(5, 2, 6, dtype=torch.float64)
+    assert (selector.key.bias is None) == scale  # it cancels
     with torch.no_grad():
         weights = selector(e)
         for b in range(5):
             query = selector.query.weight @ (e[b, 0] + e[b, 1]) / 2 + selector.query.bias
-            logits = [query @ (selector.key.weight @ e[b, d] + selector.key.bias) for d in range(2)]
-            assert weights[b] == pytest.approx(torch.stack(logits).softmax(0))
+            logits = torch.stack([query @ (selector.key.weight @ e[b, d]) for d in range(2)])
+            assert weights[b] == pytest.approx((logits / (2 if scale else 1)).softmax(0))
+
+
+def test_a_constant_selector_is_the_same_for_every_film_and_learns():
+    selector = exp.ConstantSelector(2)
+    encodings = torch.randn(7, 2, 3)
+    assert selector(encodings).tolist() == [[0.5, 0.5]] * 7
+    selector(encodings)[:, 0].sum().backward()
+    torch.optim.Adam(selector.parameters(), lr=0.01, maximize=True).step()
+    weights = selector(torch.randn(7, 2, 3))
+    assert weights[0, 0].item() == pytest.approx(torch.sigmoid(torch.tensor(0.6)).item())
+    assert (weights == weights[0]).all()
 
 
 @pytest.mark.parametrize(("temperature", "largest"), [(0.1, 0.878), (1.0, 0.581)])
@@ -185,10 +205,11 @@ def test_random_selector_statistics(temperature, largest):
 
 
 def test_the_chosen_selector_weighs_exactly_image_and_text():
-    for selector, kind in (("shared", exp.SharedKeySelector), ("random", exp.RandomSelector), ("uniform", exp.UniformSelector)):
+    for selector, kind in (("shared", exp.SharedKeySelector), ("constant", exp.ConstantSelector), ("random", exp.RandomSelector),
+                           ("uniform", exp.UniformSelector)):
         model = toy_model(selector)
         assert isinstance(model.selector, kind)
-        assert model.test_selector is None
+        assert model.eval_selector is None
     model = toy_model("uniform")
     e = {d: torch.randn(4, 16, dtype=torch.float64) for d in exp.DOMAINS}
     assert model.fuse({d: e[d] for d in ("image", "text")})[1].tolist() == [[0.5, 0.5]] * 4
@@ -197,7 +218,9 @@ def test_the_chosen_selector_weighs_exactly_image_and_text():
     reference, both = toy_model("reference-random"), {d: e[d] for d in ("image", "text")}  # trains with attention, is tested with random weights
     assert torch.equal(reference.fuse(both)[1], reference.selector(torch.stack(list(both.values()), dim=1)))
     assert not torch.equal(reference.eval().fuse(both)[1], reference.fuse(both)[1])
-    assert reference.test_selector.temperature == 0.1
+    assert reference.eval_selector.temperature == 0.1
+    with pytest.raises(ValueError, match="no selector 'sharde'"):
+        exp.make_selector(exp.ModelConfig(selector="sharde"))
 
 
 def loop_losses(model, batch):
@@ -206,7 +229,7 @@ def loop_losses(model, batch):
 
     def loss(d, decoded):
         return F.binary_cross_entropy_with_logits(decoded, targets[d]) if d == "labels" else F.mse_loss(decoded, targets[d])
-    terms = {name: [] for name in exp.LOSS_WEIGHTS}
+    terms = {name: [] for name in exp.LOSSES}
     for s in exp.SUBSETS:
         z = model.fuse({d: model.encoders[d](batch[d]) for d in s})[0]
         outside = [d for d in exp.DOMAINS if d not in s]
@@ -230,7 +253,7 @@ def test_losses_against_a_loop_over_sets(selector, monkeypatch):
     model, batch = toy_model(selector), toy_batch()
     model.other_sets = exp.UniformSelector()  # the random ones draw in another order in the loop
     got, expected = exp.workspace_losses(model, batch), loop_losses(model, batch)
-    assert list(got) == list(exp.LOSS_WEIGHTS)
+    assert list(got) == list(exp.LOSSES)
     for name in got:
         assert got[name].item() == pytest.approx(expected[name].item(), rel=1e-5), name
     sum(got.values()).backward()
@@ -239,6 +262,46 @@ def test_losses_against_a_loop_over_sets(selector, monkeypatch):
     sum(expected.values()).backward()
     for mine, other in zip(gradients, (p.grad for p in model.parameters()), strict=True):
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_rare_genres_weigh_more_and_pairs_of_a_film_or_of_equal_genres_are_no_negatives(tmp_path, films):
+    cfg = config(tmp_path, films)
+    data = exp.load_data(cfg)
+    model, p = exp.build_model(cfg, data), data.labels[data.splits["train"]].mean(0)
+    assert model.pos_weight.numpy() == pytest.approx(((1 - p) / p).sqrt().numpy(), rel=1e-5)
+    assert exp.build_model(config(tmp_path, films, "training.pos_weight_power=0"), data).pos_weight.unique().tolist() == [1]
+    logits, labels = torch.randn(2, 5, 23), data.labels[:5]
+    expected = F.binary_cross_entropy_with_logits(logits, labels.expand(2, 5, 23), reduction="none")
+    expected = (expected * torch.where(labels > 0, model.pos_weight, 1.0)).mean((1, 2))
+    assert torch.allclose(exp.domain_loss(model, "labels", logits, labels), expected)
+    rows = torch.cat([data.splits["train"][:20] * 3, data.splits["train"][:20] * 3 + 1])  # two views of each film
+    batch = exp.make_batch(data, rows)
+    assert batch["film"].tolist() == (rows // 3).tolist()
+    same = (batch["labels"][:, None] == batch["labels"]).all(2)
+    assert torch.equal(batch["genre_set"][:, None] == batch["genre_set"], same)
+    model.eval()  # nothing dropped out
+    values = {}
+    for model.false_negatives in ("mask", "ignore"):
+        torch.manual_seed(0)
+        values[model.false_negatives] = exp.workspace_losses(model, batch)["contrastive"]
+    directions = {d: F.normalize(model.encoders[d](batch[d]), dim=1) for d in exp.DOMAINS}
+    terms = [common.info_nce(directions[a], directions[b], 1 / 0.07, batch["film" if b == "text" else "genre_set"], "mask")
+             for a, b in itertools.combinations(exp.DOMAINS, 2)]
+    assert values["mask"].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+    assert values["mask"] < values["ignore"]
+
+
+def test_a_loss_weight_is_a_key_and_input_dropout_leaves_targets_whole(tmp_path, films):
+    cfg = config(tmp_path, films, "training.cycle_weight=0", "model.input_dropout=0.5", "model.image_dropout=0.9")
+    data = exp.load_data(cfg)
+    model, batch = exp.build_model(cfg, data), exp.make_batch(data, data.splits["train"] * 3)
+    assert model.loss_weights == {"translation": 1, "demi_cycle": 0.5, "cycle": 0, "contrastive": 0.05, "fused": 1}
+    losses = exp.train_step(model, batch, exp.build_optimizer(cfg, model))
+    total = sum(model.loss_weights[name] * losses[name] for name in exp.LOSSES) / 5
+    assert losses["loss"].item() == pytest.approx(total.item(), rel=1e-6)
+    shares = {d: (dropout(batch[d]) == 0).float().mean().item() for d, dropout in model.input_dropout.items()}
+    assert shares == {"image": pytest.approx(0.9, abs=0.05), "text": pytest.approx(0.5, abs=0.06)}
+    assert torch.equal(model.eval().input_dropout["image"](batch["image"]), batch["image"])
 
 
 def test_contrastive_values_of_the_reference():
@@ -252,6 +315,7 @@ def test_contrastive_values_of_the_reference():
 def test_clean_views_supervise_whatever_view_is_the_input():
     model, batch = toy_model("uniform"), toy_batch()
     model.other_sets = exp.UniformSelector()
+    batch["film"] = batch["genre_set"] = torch.arange(6)
     before = exp.workspace_losses(model, batch)
     batch["image_target"] = batch["image_target"] + 1
     after = exp.workspace_losses(model, batch)
@@ -260,7 +324,7 @@ def test_clean_views_supervise_whatever_view_is_the_input():
 
 def test_one_cycle_of_500_steps():
     cfg = exp.Config()
-    cfg.training.steps = 500
+    cfg.training.steps, cfg.training.learning_rate = 500, 5.38e-4
     optimizer = exp.build_optimizer(cfg, nn.Linear(2, 2))
     scheduler, rates, betas = exp.build_scheduler(cfg, optimizer), [], []
     for _ in range(500):
@@ -287,38 +351,93 @@ def test_every_parameter_gets_gradient_and_one_batch_is_learnt():
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 def test_corruption_has_its_size_and_its_modality(tmp_path, films):
-    cfg = config(tmp_path, films)
-    data = exp.load_data(cfg)
-    seen = {}
+    data = exp.load_data(config(tmp_path, films))
+    clean = exp.film_inputs(data, "test")
+    for kind, touched in (("image", {"image"}), ("text", {"text"}), ("both", {"image", "text"})):
+        noisy = exp.corrupt(clean, kind, 0.4, seed=3)
+        for d in ("image", "text"):
+            change = noisy[d] - clean[d]
+            if d in touched:
+                assert change.std(1, correction=0) == pytest.approx(torch.full((len(change),), 2.0), rel=1e-4)
+                assert change.mean(1).abs().max() < 1e-5
+            else:
+                assert change.abs().max() == 0
+    noisy = exp.corrupt(clean, "one", 0.4, seed=3)
+    hit = torch.stack([(noisy[d] != clean[d]).any(1) for d in ("image", "text")])
+    assert (hit.sum(0) == 1).all()
+    assert hit.any(1).all()
+    assert torch.equal(noisy["text"], exp.corrupt(clean, "one", 0.4, seed=3)["text"])
 
-    class Spy(nn.Module):
-        def forward(self, inputs, decode):
-            seen.update({k: v.clone() for k, v in inputs.items()})
-            return torch.zeros(len(inputs["image"]), 23), torch.full((len(inputs["image"]), 2), 0.5)
-    exp.predict(cfg, Spy(), data, "test")
-    clean = dict(seen)
-    for kind in ("one", "image", "text", "both"):
-        _, _, hit = exp.predict(cfg, Spy(), data, "test", corrupt=kind, amount=0.4, seed=3)
-        for i, d in enumerate(("image", "text")):
-            change = seen[d] - clean[d]
-            touched = (hit == i) | (kind == "both")
-            assert change[~touched].abs().sum() == 0
-            if touched.any():
-                assert change[touched].std(1, correction=0) == pytest.approx(torch.full((int(touched.sum()),), 2.0), rel=1e-4)
-                assert change[touched].mean(1).abs().max() < 1e-5
-    assert set(exp.predict(cfg, Spy(), data, "test", corrupt="one", amount=1)[2].tolist()) == {0, 1}
+
+def test_what_is_missing_is_a_function_of_film_kind_and_rate():
+    films = [f"{i:07}" for i in range(4000)]
+    for kind in ("image", "text", "both"):
+        earlier = None
+        for rate in (0, 0.3, 0.7, 1.0):
+            missing = np.array([exp.missing_modality(film, kind, rate) for film in films])
+            assert (missing >= 0).mean() == pytest.approx(rate, abs=0.03)
+            if kind != "both":
+                assert set(missing[missing >= 0]) <= {("image", "text").index(kind)}
+            elif rate:
+                assert missing[missing >= 0].mean() == pytest.approx(0.5, abs=0.05)
+            if earlier is not None:
+                assert (missing[earlier >= 0] == earlier[earlier >= 0]).all()  # nested
+            earlier = missing
+
+
+def test_a_film_that_misses_a_modality_is_a_set_of_one_domain_and_filled_in_by_its_neighbours(tmp_path, films):
+    cfg = config(tmp_path, films, "model.selector=shared")
+    data = exp.load_data(cfg)
+    model, inputs, train = exp.build_model(cfg, data), exp.film_inputs(data, "test"), exp.film_inputs(data, "train")
+    lost = torch.tensor([exp.missing_modality(data.ids[i], "both", 0.7) for i in data.splits["test"].tolist()])
+    logits, weights = exp.logits_under(model, data, "test", 0, missing=("both", 0.7))
+    for i, what in enumerate(lost.tolist()):
+        present = [d for d, index in (("image", 0), ("text", 1)) if index != what]
+        alone, own = exp.predict(model, {d: inputs[d][i:i + 1] for d in present})
+        assert torch.allclose(logits[i], alone[0], atol=1e-5)
+        assert weights[i].tolist() == ([1.0, 0.0] if what == 1 else [0.0, 1.0] if what == 0 else pytest.approx(own[0].tolist(), abs=1e-5))
+    filled = exp.fill_in(data, inputs, lost)
+    i = int((lost == 0).nonzero()[0])  # no image: the mean image of the ten films whose texts are most like its own
+    cosine = F.cosine_similarity(inputs["text"][i], train["text"])
+    assert torch.allclose(filled["image"][i], train["image"][cosine.argsort(descending=True)[:10]].mean(0), atol=1e-5)
+    assert torch.equal(filled["text"][lost != 1], inputs["text"][lost != 1])
+
+
+def test_replaced_weights(tmp_path, films):
+    cfg = config(tmp_path, films, "model.selector=shared")
+    data = exp.load_data(cfg)
+    model = exp.build_model(cfg, data)
+    own = exp.logits_under(model, data, "test", 0)[1]
+    of = {name: exp.logits_under(model, data, "test", 0, weights=name)[1] for name in exp.REWEIGH}
+    assert torch.equal(of["own"], own)
+    assert torch.allclose(of["mean"], own.mean(0).expand_as(own))
+    assert of["equal"].unique().tolist() == [0.5]
+    assert torch.equal(of["another film's"][1:], own[:-1])
 
 
 def test_metrics_against_scikit_learn_over_the_whole_split(tmp_path, films):
     cfg = config(tmp_path, films)
     data = exp.load_data(cfg)
-    model = exp.build_model(cfg, data)
-    logits, _, _ = exp.predict(cfg, model, data, "test")
+    logits, _ = exp.logits_under(exp.build_model(cfg, data), data, "test", 0)
     labels = data.labels[data.splits["test"]]
-    got = exp.scores(logits, labels)
+    got = exp.genre_scores(logits, labels)
     for average in ("micro", "macro", "weighted", "samples"):
         assert got[f"f1_{average}"] == pytest.approx(sklearn.metrics.f1_score(labels, logits > 0, average=average, zero_division=0))
     assert got["bce"] == pytest.approx(F.binary_cross_entropy_with_logits(logits, labels).item())
+    twice = exp.genre_scores(logits, labels, np.full((1, len(labels)), 2.0))
+    assert {name: value[0] for name, value in twice.items()} == pytest.approx(got)
+
+
+def test_logistic_regression_against_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 12, generator=g)
+    y = (x @ torch.randn(12, 3, generator=g) + torch.randn(200, 3, generator=g) > torch.tensor([0.0, 2.0, 4.0])).float()
+    for strength in (1.0, 0.1):
+        theta = exp.logistic_regression(x, y, 1.0, strength)
+        for c in range(3):
+            reference = LogisticRegression(class_weight="balanced", C=1 / (200 * strength), tol=1e-8, max_iter=1000).fit(x, y[:, c])
+            assert (x @ theta[1:, c] + theta[0, c]).numpy() == pytest.approx(reference.decision_function(x), abs=0.01)
 
 
 def test_tuned_thresholds_reach_the_best_f1_of_a_grid():
@@ -343,21 +462,39 @@ def whole(tmp_path_factory, films):
     return folder / "run"
 
 
+def results_root(folder):
+    """The data folder of a run."""
+    return common._run_config(folder)["data"]["dir"]
+
+
 def assert_same_run(folder, whole):
-    assert (folder / "results.json").read_bytes() == (whole / "results.json").read_bytes()
-    assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    """Equal runs write equal files, but for what names the time and the folder."""
+    for path in whole.iterdir():
+        if path.suffix in (".csv", ".json", ".png") and path.name != "environment.json":
+            assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+    reports = [(f / "report.md").read_text().splitlines() for f in (folder, whole)]
+    assert [line for line in reports[0][:-1] if "    python" not in line] == [line for line in reports[1][:-1] if "    python" not in line]
     one, other = (common.load_checkpoint(f / "checkpoint_latest.pt")["model_state_dict"] for f in (folder, whole))
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_a_run_leaves_the_documented_files(whole):
-    assert {p.name for p in whole.iterdir()} >= {"config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "best_model.pt",
-                                                 "results.json",
-                                                 "results.txt", "training_curves.png", "corruption.png", "attention_histogram.png"}
+    assert {p.name for p in whole.iterdir()} == {
+        ".lock", "config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "checkpoint_latest.pt.previous", "best_model.pt",
+        "results.json", "per_item.pt", "report.md", "training_curves.png", "corruption.png", "missing.png", "attention_histogram.png",
+        "missing_modality.csv"}
     results = common.read_json(whole / "results.json")
     assert results["synthetic"] is True
-    assert {c["kind"] for c in results["corruption"]} == {"one", "image", "text", "both"}
-    assert results["inputs"].keys() == {"both", "image only", "text only"}
+    genres = results["tables"]["genres from image and text"]
+    assert genres.keys() >= {"chance", "logistic regression, both", "logistic regression, the state", "clean, both", "clean, text only",
+                             "clean, both, mean weights", "one corrupted by 0.5", "text missing in 0.5", "text missing in 0.5, filled in"}
+    assert genres["clean, both"].keys() >= {"f1_micro", "f1_macro", "f1_macro low", "f1_macro high", "f1_weighted", "mAP", "mAP low"}
+    assert all(0 <= row["mAP"] <= 1 for row in genres.values())
+    assert results["curves"].keys() >= {"mAP, one corrupted", "weight of the image, text corrupted", "macro F1 (dev thresholds), both missing"}
+    items = common.load_checkpoint(whole / "per_item.pt")
+    assert items["ids"] == common.read_json(next(Path(results_root(whole)).glob("split.json")))["test"]
+    for row, values in items["rows"].items():  # the table is the statistic of what --compare reads
+        assert float(exp.statistic(values)["f1_macro_tuned"]) == pytest.approx(genres[row]["f1_macro_tuned"]), row
     state = common.load_checkpoint(whole / "checkpoint_latest.pt")
     assert state["global_step"] == 12
     assert len((whole / "metrics.csv").read_text().splitlines()) == 1 + 3
@@ -394,7 +531,8 @@ def test_selector_after_freeze_trains_first_the_workspace_then_the_selector_alon
         states.append({k: v.clone() for k, v in model.state_dict().items()})
         return out
     monkeypatch.setattr(exp, "train_step", spied)
-    exp.train(config(tmp_path, films, "training.selector_after_freeze=true"))
+    cfg = config(tmp_path, films, "training.selector_after_freeze=true")
+    exp.train(cfg, exp.load_data(cfg))
     assert len(states) == 24
     for before, after, selector_moves in ((states[0], states[11], False), (states[11], states[23], True)):
         for key in before:
@@ -414,39 +552,80 @@ def test_killed_and_rerun_equals_uninterrupted(whole, films, tmp_path, sent, cod
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_rerun_reports_compare_tabulates_and_draws(whole, films, tmp_path, capsys):
-    for selector in ("random", "random,seed=7"):
-        (tmp_path / selector).mkdir()
-        assert cli(tmp_path / selector, films, "model.selector=random", f"seed={7 if 'seed' in selector else 42}") == 0
+def test_compare_tabulates_pairs_and_draws(whole, films, tmp_path, capsys, monkeypatch):
+    for selector, seed in (("random", 42), ("random", 7)):
+        (tmp_path / f"{selector}{seed}").mkdir()
+        assert cli(tmp_path / f"{selector}{seed}", films, "model.selector=random", f"seed={seed}", f"output_dir={tmp_path}/random,seed={seed}") == 0
     capsys.readouterr()
-    (tmp_path / "toy.yaml").write_text("")
-    folders = [whole, tmp_path / "random/run", tmp_path / "random,seed=7/run"]
-    assert exp.main([str(tmp_path / "toy.yaml"), "--stage", "compare", f"compare=[{','.join(map(str, folders))}]",
-                     f"output_dir={tmp_path / 'out'}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert exp.main(["--compare", str(whole), *(f"random,seed={seed}" for seed in (42, 7))]) == 0
     out = capsys.readouterr().out
-    assert "+-" in out
-    assert (tmp_path / "out/compare.png").exists()
-    lines = (tmp_path / "out/compare.txt").read_text().splitlines()
-    assert lines[-1] == "[SYNTHETIC demo data]"
-    assert [line.split("  ")[0] for line in lines[2:-1]] == ["chance: every genre", "run (1)", "run (2)"]  # folders of equal name
-    (tmp_path / "other").mkdir()
-    common.write_json(tmp_path / "other/results.json", {"experiment": "coco_heads"})
-    (tmp_path / "other/config.yaml").write_text("seed: 1\n")
-    assert exp.main([str(tmp_path / "toy.yaml"), "--stage", "compare", f"compare=[{tmp_path}/other]"]) == 2
-    assert "another experiment" in capsys.readouterr().err
+    text = Path("results/compare/compare.txt").read_text()
+    assert text.rstrip() in out
+    assert text.splitlines()[-1] == "[SYNTHETIC demo data]"
+    assert "clean, both: random (2)" in text
+    assert " +- " in text
+    assert f"random - run (paired, {len(common.load_checkpoint(whole / 'per_item.pt')['ids'])} items)" in text
+    assert sum(line.startswith("chance ") for line in text.splitlines()) == 2  # of genres and of retrieval, once each
+    assert Path("results/compare/compare.png").stat().st_size > 50_000
 
 
 def test_a_finished_run_only_reports_and_an_unfinished_one_is_not_tested(tmp_path, films, capsys, monkeypatch):
     assert cli(tmp_path, films) == 0
-    before = (tmp_path / "run/results.json").stat().st_mtime_ns
-    monkeypatch.setattr(exp, "predict", None)
-    assert cli(tmp_path, films) == 0
-    assert (tmp_path / "run/results.json").stat().st_mtime_ns == before
-    latest = common.load_checkpoint(tmp_path / "run/checkpoint_latest.pt")
-    common.save_checkpoint(tmp_path / "run/checkpoint_latest.pt", {**latest, "global_step": 8})
+    before = (tmp_path / "run/results.json").read_bytes()
     capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(exp, "predict", None)
+        assert cli(tmp_path, films) == 0
+    assert (tmp_path / "run/results.json").read_bytes() == before
+    assert "clean, both" in capsys.readouterr().out
+    (tmp_path / "run/results.json").write_text(before.decode().replace('"source": "', '"source": "x'))  # of another version of the script
+    assert cli(tmp_path, films) == 0
+    assert "the evaluation runs again" in capsys.readouterr().out
+    assert (tmp_path / "run/results.json").read_bytes() == before
+    latest = common.load_checkpoint(tmp_path / "run/checkpoint_latest.pt")
+    common.save_checkpoint(tmp_path / "run/checkpoint_latest.pt", {**latest, "global_step": 8, "position": {**latest["position"], "finished": False}})
+    (tmp_path / "run/results.json").unlink()
     assert cli(tmp_path, films, "--stage", "evaluate") == 2
-    assert "stopped at step 8 of 12" in capsys.readouterr().err
+    assert "stopped at step 8; the same command without --stage goes on" in capsys.readouterr().err
+    assert cli(tmp_path, films, "--stage", "evaluate", f"output_dir={tmp_path / 'none'}") == 2
+    assert "no trained run to evaluate" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_load_model_predicts_raw_latents(whole, films):
+    model, cfg = exp.load_model(whole)
+    data = exp.load_data(cfg)
+    rows = data.splits["test"] * data.views
+    raw = {m: data.latents[m][rows].float() for m in ("image", "text")}
+    inputs = {m: (x - model.statistics[m][0]) / model.statistics[m][1] for m, x in raw.items()}
+    logits = model(inputs)[0]
+    assert torch.allclose(logits, common.load_checkpoint(whole / "per_item.pt")["rows"]["clean, both"]["logits"][0], atol=1e-5)
+    assert model.genres == data.genres
+    assert not model.training
+
+
+def test_nothing_is_chosen_on_test(films, tmp_path):
+    """With the test films' labels shuffled, all that is chosen and all that is trained stays as it was, to the bit."""
+    root = tmp_path / "films"
+    shutil.copytree(films, root)
+    ids = (root / "labels/ids_all.txt").read_text().split()
+    rows = np.array([ids.index(film) for film in common.read_json(root / "split.json")["test"]])
+    labels = np.load(root / "labels/labels_all_23.npy")
+    labels[rows] = labels[np.random.default_rng(0).permutation(rows)]
+    np.save(root / "labels/labels_all_23.npy", labels)
+    (tmp_path / "whole").mkdir()
+    assert cli(tmp_path, root) == cli(tmp_path / "whole", films) == 0
+    assert_nothing_chosen_on_test(tmp_path / "run", tmp_path / "whole/run", changed=("tables", "genres from image and text", "clean, both", "mAP"))
+
+
+def test_patience_and_the_monitor_are_the_configs(tmp_path, films):
+    cfg = config(tmp_path, films, "training.monitor=bce", "training.patience=1", "training.steps=40", "training.learning_rate=0.05")
+    history = exp.train(cfg, exp.load_data(cfg))
+    scores = [-row["dev_bce"] for row in history]
+    best = common.load_checkpoint(tmp_path / "run/best_model.pt")["step"]
+    assert best == history[int(np.argmax(scores))]["step"]
+    assert history[-1]["step"] == min(40, best + 4)
 
 
 def test_learned_attention_beats_random_weights_where_modalities_differ_in_noise(tmp_path):
@@ -455,12 +634,14 @@ def test_learned_attention_beats_random_weights_where_modalities_differ_in_noise
     weights = {}
     for selector in ("shared", "random"):
         cfg = config(tmp_path, root, "data.views=4", f"model.selector={selector}", "training.steps=150", "training.eval_every=50", "model.dim=64",
-                     "training.batch_size=128", "model.hidden_dim=48", f"output_dir={tmp_path / selector}")
+                     "training.batch_size=128", "model.hidden_dim=48", f"output_dir={tmp_path / selector}", "model.input_dropout=0",
+                     "model.selector_scale=none", "training.pos_weight_power=0")
         data = exp.load_data(cfg)
         exp.train(cfg, data)
-        model, _ = exp.read_best(Path(cfg.output_dir), data, cfg)
+        model = exp.build_model(cfg, data)
+        common.load_best(cfg.output_dir, model)
         for kind, column in (("image", 0), ("text", 1)):
-            weights[selector, kind] = [exp.predict(cfg, model, data, "test", corrupt=kind, amount=a)[1][:, column].mean().item() for a in (0.0, 1.0)]
+            weights[selector, kind] = [exp.logits_under(model, data, "test", 0, noise=(kind, a))[1][:, column].mean().item() for a in (0.0, 1.0)]
     assert weights["shared", "image"][1] < weights["shared", "image"][0] - 0.1
     assert weights["shared", "text"][1] < weights["shared", "text"][0] - 0.1
     assert weights["random", "image"][0] == weights["random", "image"][1]
@@ -474,6 +655,11 @@ def spoil(root, name, change):
         np.save(path, change(np.load(path)))
     else:
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def grow(root, name):
+    path = next(Path(root).rglob(name))
+    path.write_bytes(path.read_bytes() + b"xyz")
 
 
 def set_nan(x):
@@ -490,6 +676,10 @@ BAD = {
     "films in another order": (lambda r: spoil(r, "*clip_text_manifest.json", lambda m: {
         **m, "ids": Path(r, "labels/ids_all.txt").read_text().split()[::-1]}), "not those of ids_all.txt in the same order; encode again"),
     "no manifest": (lambda r: next(Path(r).rglob("*clip_image_manifest.json")).unlink(), "clip_image_manifest.json: cannot be read"),
+    "constant latents": (lambda r: spoil(r, "*aug3_clip_image.npy", lambda x: x * 0 + 3), "clip_image.npy: cannot be read (ValueError: all 10 features "
+                         "are constant over 270 rows"),
+    "no genres": (lambda r: spoil(r, "labels_all_23.npy", lambda x: x * 0), "no film of train has a genre"),
+    "trailing bytes": (lambda r: grow(r, "*aug3_clip_image.npy"), "expected 9128 bytes by its header, found 9131"),
     "nan": (lambda r: spoil(r, "*aug3_clip_image.npy", set_nan), "NaN or infinite values, first in row 5"),
     "labels": (lambda r: spoil(r, "labels_all_23.npy", lambda x: x[:-1]), "expected 0/1 of 150 different ids"),
     "split id": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": ["nobody", *s["dev"]]}), "1 films of dev are not in"),
@@ -525,10 +715,13 @@ def test_bad_input_is_one_line_naming_the_file(tmp_path, films, capsys, case):
 
 
 def test_mistakes_in_the_command(tmp_path, films, capsys):
-    for overrides, message in ((["data.backbone=blip2"], "there are mm_imdb1_globals_aug3_clip_image.npy"),
+    for overrides, message in ((["data.backbone=blip2"], "there is mm_imdb1_globals_aug3_clip_image.npy"),
                                (["model.selector=share"], "did you mean shared?"),
                                (["training.selector_after_freeze=true", "model.selector=random"], "has none"),
-                               (["--stage", "compare"], "needs compare=")):
+                               (["training.lr=1"], "did you mean training.learning_rate?"),
+                               (["--steps", "7"], "--steps: no such option; did you mean training.steps=7?"),
+                               (["model.dim=1000000000"], "model.dim: must be <= 65536"),
+                               (["--compare", str(tmp_path)], "results.json: cannot be read as JSON (no such file)")):
         assert cli(tmp_path, films, *overrides) == 2
         assert message in capsys.readouterr().err
     assert cli(tmp_path, films, "training.learning_rate=1e30") == 1
@@ -582,8 +775,9 @@ def test_profile_prints_ratios_writes_files_and_passes_over_what_does_not_train(
     assert "x)" in out
     assert "1 multiply-add = 2 FLOPs" in out
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png"}
-    content = common.read_json(next(tmp_path.glob("*.json")))
+    content = common.read_json(tmp_path / "alignment_synthetic+clip_finetune+siglip.json")
     assert [r["batch_size"] for r in content["results"]] == [16, 16, 16]
+    assert common.read_json(tmp_path / "siglip.json")["results"] == content["results"][2:]  # report.md of a run reads its own
 
 
 def test_profile_refuses_other_files(tmp_path, capsys):

@@ -22,8 +22,8 @@ DEMOS = {  # overrides that shrink a config's demo to a few seconds
     "blip": ["training.num_epochs=2", "model.hidden_dim=64", "loss.queue_size=256"],
     **{name: ["synthetic.n_samples=4000", "synthetic.epochs=2", "alignment.n_permutations=19", "synthetic.n_seeds=1"]
        for name in ("alignment_synthetic", "alignment_synthetic_full")},
-    **{f"gw_{backbone}_{selector}": ["training.steps=6", "training.eval_every=3", "evaluation.n_draws=1", "evaluation.amounts=[0, 0.5, 1]"]
-       for backbone in ("clip", "blip2") for selector in ("shared", "random")},
+    **{f"gw_{name}": ["training.steps=6", "training.eval_every=3"]
+       for name in ("clip_shared", "clip_random", "blip2_shared", "blip2_random", "small")},
     **{f"pixmo_{name}": ["optimization.num_epochs=1", "evaluation.n_pca=200", "vision_encoder.depth=1", "text_encoder.depth=1",
                          "vision_encoder.projection_dim=256", "vision_encoder.mrl_dimensions=[64, 16]"]
        for name in ("alignment", "scratch", "scratch_nomrl")},

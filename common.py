@@ -400,8 +400,10 @@ def interval(estimate, resampled):
     average precision of rare classes is biased upwards: its percentile interval holds the truth in 65% of 120 draws of 522
     items with 12 classes of 2 to 60%, this one in 93%.
     """
-    low, high = np.nanquantile(resampled, (0.025, 0.975))
-    return float(2 * estimate - high), float(2 * estimate - low)
+    low, high = 2 * estimate - np.nanquantile(resampled, (0.975, 0.025))
+    if 0 <= np.nanmin(resampled) and np.nanmax(resampled) <= 1:  # a proportion stays one
+        low, high = max(low, 0), min(high, 1)
+    return float(low), float(high)
 
 
 def bootstrap_interval(statistic, n, groups=None, n_resamples=1000, seed=0):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import demo_data
 import exp_gw_mmimdb as gw
 
 
@@ -26,7 +28,7 @@ def plain_step(model, batch, optimizer):
 
     def loss(d, decoded):
         return F.binary_cross_entropy_with_logits(decoded, targets[d]) if d == "labels" else F.mse_loss(decoded, targets[d])
-    terms = {name: [] for name in gw.LOSS_WEIGHTS}
+    terms = {name: [] for name in gw.LOSSES}
     for s in gw.SUBSETS:
         for d in gw.DOMAINS:  # a term at a time: encode, fuse, decode
             state = model.fuse({m: model.encoders[m](batch[m]) for m in s})[0]
@@ -41,39 +43,41 @@ def plain_step(model, batch, optimizer):
         own = torch.arange(len(x), device=x.device)
         terms["contrastive"].append((F.cross_entropy(x @ y.T / gw.TEMPERATURE, own) + F.cross_entropy(y @ x.T / gw.TEMPERATURE, own)) / 2)
     optimizer.zero_grad(set_to_none=True)
-    total = sum(weight * torch.stack(terms[name]).mean() for name, weight in gw.LOSS_WEIGHTS.items()) / len(terms)
+    total = sum(model.loss_weights[name] * torch.stack(terms[name]).mean() for name in gw.LOSSES) / len(terms)
     total.backward()
     optimizer.step()
     return {"loss": total.detach()}
 
 
 def main():
-    cfg = gw.Config()
-    cfg.training.batch_size = int(sys.argv[1]) if len(sys.argv) > 1 else 512
     torch.set_num_threads(1)
-    data = gw.random_data(cfg)
-    torch.manual_seed(0)
-    model = gw.build_model(cfg, data)
-    optimizer, batch = gw.build_optimizer(cfg, model), gw.make_batch(data, data.splits["train"])
-    model.train()
-    times = {gw.train_step: [], plain_step: []}
-    for repeat in range(6):
-        for step in times:
-            wall, cpu = time.perf_counter(), time.process_time()
-            step(model, batch, optimizer)["loss"].item()
-            if repeat:  # the first warms up
-                times[step].append((time.process_time() - cpu, time.perf_counter() - wall))
-    (cpu, wall), (plain_cpu, plain_wall) = ([statistics.median(column) for column in zip(*v, strict=True)] for v in times.values())
-    print(f"step of {cfg.training.batch_size} on {data.device}: {cpu:.2f} CPU s ({wall:.2f} s), plain {plain_cpu:.2f} CPU s ({plain_wall:.2f} s): "
-          f"ratio {cpu / plain_cpu:.2f} ({wall / plain_wall:.2f})")
+    size = int(sys.argv[1]) if len(sys.argv) > 1 else 512
+    root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as folder:
+        cfg = common.load_config(gw.Config, root / "configs/gw_clip_shared.yaml", [f"training.batch_size={size}", "data.views=2"])
+        cfg.data.dir = demo_data.write_mmimdb(folder, n_films=max(600, 2 * size), views=2, dims=(512, 512))
+        data = gw.load_data(cfg)
+        torch.manual_seed(0)
+        model = gw.build_model(cfg, data)
+        optimizer, batch = gw.build_optimizer(cfg, model), gw.make_batch(data, gw.batch_rows(data, cfg, 0))
+        model.train()
+        times = {gw.train_step: [], plain_step: []}
+        for repeat in range(6):
+            for step in times:
+                wall, cpu = time.perf_counter(), time.process_time()
+                step(model, batch, optimizer)["loss"].item()
+                if repeat:  # the first warms up
+                    times[step].append((time.process_time() - cpu, time.perf_counter() - wall))
+        (cpu, wall), (plain_cpu, plain_wall) = ([statistics.median(column) for column in zip(*v, strict=True)] for v in times.values())
+        print(f"step of {size} on {data.device}: {cpu:.2f} CPU s ({wall:.3f} s), plain {plain_cpu:.2f} CPU s ({plain_wall:.3f} s): "
+              f"ratio {cpu / plain_cpu:.2f} ({wall / plain_wall:.2f})")
         path = Path(folder) / "latents.npy"
         np.save(path, np.random.RandomState(0).rand(200_000, 512).astype(np.float16))
         data.latents = dict.fromkeys(("image", "text"), torch.from_numpy(np.load(path, mmap_mode="c")))
-        data.labels, data.views = data.labels[:1].expand(20_000, -1), 10
+        data.labels, data.views, data.genre_sets = data.labels[:1].expand(20_000, -1), 10, torch.zeros(20_000, dtype=torch.long, device=data.device)
         gather = []
         for i in range(20):
-            rows = torch.randint(200_000, (cfg.training.batch_size,), generator=torch.Generator().manual_seed(i))
+            rows = torch.randint(200_000, (size,), generator=torch.Generator().manual_seed(i))
             start = time.perf_counter()
             gw.make_batch(data, rows)
             gather.append(time.perf_counter() - start)

@@ -401,7 +401,7 @@ def interval(estimate, resampled):
     items with 12 classes of 2 to 60%, this one in 93%.
     """
     low, high = 2 * estimate - np.nanquantile(resampled, (0.975, 0.025))
-    if 0 <= np.nanmin(resampled) and np.nanmax(resampled) <= 1:  # a proportion stays one
+    if np.nanmin(resampled) >= 0 and np.nanmax(resampled) <= 1:  # a proportion stays one
         low, high = max(low, 0), min(high, 1)
     return float(low), float(high)
 

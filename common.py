@@ -323,26 +323,26 @@ def _ranking_scores(score, positive, weights):
     seen = weights.cumsum(1)[:, ends]  # [R, distinct scores]
     hits = (weights * positive[order]).cumsum(1)[:, ends]
     n, n_positive = seen[:, -1:], hits[:, -1:]
+    new_hits = np.diff(hits, prepend=0)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is the nan that is promised
-        precision = (np.diff(hits, prepend=0) * hits / np.maximum(seen, 1)).sum(1) / n_positive[:, 0]
-        recall, fall_out = hits / n_positive, (seen - hits) / (n - n_positive)
-        recall_before = np.concatenate([np.zeros_like(n), recall[:, :-1]], axis=1)
-        auc = (np.diff(fall_out, prepend=0) * (recall + recall_before) / 2).sum(1)
+        precision = (new_hits * hits / np.maximum(seen, 1)).sum(1) / n_positive[:, 0]
+        new_misses = np.diff(seen - hits, prepend=0)
+        auc = (new_misses * (hits - new_hits / 2)).sum(1) / (n_positive * (n - n_positive))[:, 0]
     return precision, auc
 
 
 def _defined_mean(values):
     """Mean over the first axis of [C, R], nan left out; nan where there is nothing else."""
-    defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
-        return np.where(defined, values, 0).sum(0) / defined.sum(0)
+        return np.nansum(values, axis=0) / (~np.isnan(values)).sum(0)
 
 
-def multilabel_metrics(logits, targets, threshold=0.5, weights=None):
+def multilabel_metrics(logits, targets, threshold=0.5, weights=None, names=None):
     """F1 at a probability threshold, mAP and ROC-AUC of multi-label predictions, over the whole set at once.
 
     logits: [N, C] float. targets: [N, C] of 0/1. A label is predicted when sigmoid(logit) > threshold.
     weights: [R, N] how often each row counts in each of R resamples of a bootstrap; each value is then an array [R].
+    names: the values that are wanted (default: all).
     Returns: dict of floats `f1_micro`, `f1_macro`, `f1_weighted`, `f1_samples` (an F1 of 0/0 counts as 0), `mAP` and
     `roc_auc` (macro, over the classes where they are defined: with a positive; with a positive and a negative; else
     nan), `mAP_micro` (of all rows x classes as one list).
@@ -367,14 +367,15 @@ def multilabel_metrics(logits, targets, threshold=0.5, weights=None):
         return 2 * hits / np.maximum(2 * hits + errors, 1)  # hits is 0 where the sum is
 
     of_class, support = f1(w @ hit, w @ wrong), w @ y  # [R, C]
-    columns = [_ranking_scores(x[:, c], y[:, c], w) for c in range(x.shape[1])]
-    precision, auc = (np.stack(part) for part in zip(*columns, strict=True))  # [C, R]
     out = {"f1_micro": f1((w @ hit).sum(1), (w @ wrong).sum(1)), "f1_macro": of_class.mean(1),
            "f1_samples": w @ f1(hit.sum(1), wrong.sum(1)) / w.sum(1),
-           "f1_weighted": (of_class * support).sum(1) / np.maximum(support.sum(1), 1),
-           "mAP": _defined_mean(precision), "roc_auc": _defined_mean(auc),
-           "mAP_micro": _ranking_scores(x.ravel(), y.ravel(), w.repeat(x.shape[1], axis=1))[0]}
-    return {name: float(value[0]) for name, value in out.items()} if weights is None else out
+           "f1_weighted": (of_class * support).sum(1) / np.maximum(support.sum(1), 1)}
+    if names is None or {"mAP", "roc_auc"} & set(names):
+        columns = [_ranking_scores(x[:, c], y[:, c], w) for c in range(x.shape[1])]
+        out["mAP"], out["roc_auc"] = (_defined_mean(np.stack(part)) for part in zip(*columns, strict=True))
+    if names is None or "mAP_micro" in names:
+        out["mAP_micro"] = _ranking_scores(x.ravel(), y.ravel(), w.repeat(x.shape[1], axis=1))[0]
+    return {name: float(v[0]) if weights is None else v for name, v in out.items() if names is None or name in names}
 
 
 def bootstrap(statistic, n, groups=None, n_resamples=1000, seed=0):
@@ -1247,15 +1248,15 @@ def parse_command_line(argv, configs, doc, stages, compare=False):
     return args
 
 
-def setup(argv, Config, doc, stages, use_demo, statistic=None):
+def setup(argv, Config, doc, stages, use_demo):
     """(cfg, stage) of a command line, with all that can be told before the data are read; `--compare` ends here.
 
-    use_demo(cfg) writes the stand-in data and points cfg at them. statistic: as in `compare_runs`.
+    use_demo(cfg) writes the stand-in data and points cfg at them.
     Raises: UserError; Finished after --compare.
     """
     args = parse_command_line(argv, (Config,), doc, stages, compare=True)
     if args.compare:
-        compare_runs(args.compare, statistic)
+        compare_runs(args.compare)
         raise Finished
     cfg = load_config(Config, args.config, args.overrides, demo=args.demo)
     if args.demo:
@@ -1359,29 +1360,34 @@ def publish(folder, results):
     print(f"files: {folder}/ (report.md, results.json, metrics.csv, best_model.pt, *.png)")
 
 
-def interval_tables(rows, pairs, n, columns, statistic=None, groups=None):
-    """({row: columns}, {"a - b": columns}): values of rows, and the differences of pairs, with bootstrap intervals.
+def interval_tables(rows, pairs, n, statistic=None, groups=None):
+    """(table, differences, items): rows and the differences of pairs with bootstrap intervals; `items` is for per_item.pt.
 
-    rows: {row: values}; statistic, n and groups: as in `compare_runs` and `bootstrap`. Only `columns` get an interval.
+    rows: {row: values}. statistic(values, None) -> {column: number}; with weights [R, n] -> {column: [R]} of the columns
+    that get an interval. By default values are {column: [n]} and the numbers their means. pairs: (row, row) as "a - b".
+    groups: as in `bootstrap`.
     """
     statistic = statistic or _mean_statistic
     scores = {name: statistic(values, None) for name, values in rows.items()}
-    draws = {name: bootstrap(functools.partial(statistic, values), n, groups) for name, values in rows.items()}
-    differences = {f"{a} - {b}": _row(_minus(scores[a], scores[b]), _minus(draws[a], draws[b]), columns)
-                   for a, b in pairs}
-    return {name: _row(scores[name], draws[name], columns) for name in rows}, differences
+    draws = {name: bootstrap(functools.partial(statistic, values), n, groups)
+             for name, values in progress(rows.items(), "bootstrap")}
+    differences = {f"{a} - {b}": _row(_minus(scores[a], scores[b]), _minus(draws[a], draws[b])) for a, b in pairs}
+    table = {name: _row(scores[name], draws[name]) for name in rows}
+    as_tensors = {kind: {name: {column: torch.as_tensor(value) for column, value in columns.items()}
+                         for name, columns in numbers.items()} for kind, numbers in (("scores", scores), ("draws", draws))}
+    return table, differences, {"rows": rows, **as_tensors}
 
 
 def _minus(a, b):
     return {name: a[name] - b[name] for name in a if name in b}
 
 
-def _row(scores, draws, columns):
-    """A table's row of {column: number}; `columns` get the interval of their draws {column: [R]}."""
+def _row(scores, draws):
+    """A table's row of {column: number}, with an interval for the columns that have draws [R]."""
     row = {}
     for name, value in scores.items():
         row[name] = float(value)
-        if name in columns:
+        if name in draws:
             row[f"{name} low"], row[f"{name} high"] = interval(value, draws[name])
     return row
 
@@ -1474,14 +1480,12 @@ def _runs_by_seed(folders):
     return labelled
 
 
-def compare_runs(folders, statistic=None, out="results/compare"):
+def compare_runs(folders, out="results/compare"):
     """Finished runs side by side, in tables (mean +- sd over seeds), paired differences to the first, and curves.
 
-    A run's per_item.pt is {"ids": [N] names of test items, "groups": [N] ints or None, "rows": {row: {name: values}}}.
-    statistic(values of a row, weights [R, N] or None) -> {column: number or [R]}; by default values are [N], of which
-    it is the mean. A difference (the mean over the seeds of either side) gets its paired 95% bootstrap interval over
-    the test items, wherever two runs have the same ids. Writes compare.txt and compare.png to `out`.
-    Raises: UserError for a folder without a finished run.
+    A run's per_item.pt is {"ids": [n] names of the test items} and the `items` of `interval_tables`. A difference (the
+    mean over the seeds of either side) gets its paired 95% bootstrap interval over the test items, wherever two runs have
+    the same ids. Writes compare.txt and compare.png to `out`. Raises: UserError for a folder without a finished run.
     """
     runs, tables, out = _runs_by_seed(folders), {}, Path(out)
     for title in dict.fromkeys(title for group in runs.values() for _, results in group for title in results["tables"]):
@@ -1494,7 +1498,7 @@ def compare_runs(folders, statistic=None, out="results/compare"):
                 merged[row] = values[next(iter(runs))]  # chance, a baseline: the same in all
             else:
                 merged |= {f"{row}: {label} ({len(runs[label])})": value for label, value in values.items() if value}
-    tables |= _paired_differences(runs, statistic or _mean_statistic)
+    tables |= _paired_differences(runs)
     synthetic = any(results["synthetic"] for group in runs.values() for _, results in group)
     text = "\n\n".join(format_table(*_cells(title, table)) for title, table in tables.items())
     text += "\n\n[SYNTHETIC demo data]" if synthetic else ""
@@ -1519,30 +1523,24 @@ def _over_seeds(rows):
     return merged
 
 
-def _paired_differences(runs, statistic):
+def _paired_differences(runs):
     """{title: table} of the differences between the other runs and the first, paired over the test items."""
     items = {label: [guarded(lambda p: torch.load(p, weights_only=True), folder / "per_item.pt") for folder, _ in group
                      if (folder / "per_item.pt").exists()] for label, group in runs.items()}
-    named = {key for _, results in next(iter(runs.values())) for table in results["tables"].values()
-             for row in table.values() for key in row}
-    columns = [name for name in named if f"{name} low" in named]
 
-    def seed_mean(dicts):
-        return {name: np.mean([d[name] for d in dicts], axis=0) for name in dicts[0]}
+    def seed_mean(side, kind, row):
+        return {name: np.mean([x[kind][row][name].numpy() for x in side], axis=0) for name in side[0]["draws"][row]}
     (first, theirs), *others = items.items()
     tables = {}
     for label, ours in others:
-        both = [*theirs, *ours]
+        both, table = [*theirs, *ours], {}
         if not theirs or not ours or any(x["ids"] != both[0]["ids"] for x in both):
             continue
-        n, groups, table = len(both[0]["ids"]), both[0]["groups"], {}
-        for row in (row for row in both[0]["rows"] if all(row in x["rows"] for x in both)):
-            scores = [seed_mean([statistic(x["rows"][row], None) for x in side]) for side in (ours, theirs)]
-            draws = [seed_mean([bootstrap(functools.partial(statistic, x["rows"][row]), n, groups) for x in side])
-                     for side in (ours, theirs)]
-            if any(np.any(x) for x in _minus(*scores).values()):  # else chance, or a baseline of either
-                table[row] = _row(_minus(*scores), _minus(*draws), columns)
-        tables[f"{label} - {first} (paired, {n:,} items)"] = table
+        for row in (row for row in both[0]["draws"] if all(row in x["draws"] for x in both)):
+            scores, draws = (_minus(*(seed_mean(side, kind, row) for side in (ours, theirs))) for kind in ("scores", "draws"))
+            if any(scores.values()):  # else chance, or a baseline of either
+                table[row] = _row(scores, draws)
+        tables[f"{label} - {first} (paired, {len(both[0]['ids']):,} items)"] = table
     return tables
 
 

@@ -60,7 +60,6 @@ N_DRAWS = 3  # of noise and of random weights, averaged
 AMOUNTS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # of corruption
 RATES = (0, 0.3, 0.5, 0.7, 0.9, 1.0)  # of films that miss a modality
 N_NEIGHBOURS = 10  # training films whose mean fills in a missing latent
-INTERVALS = ("f1_macro", "mAP", "f1_macro_tuned")  # columns that get one
 
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -516,22 +515,27 @@ def tuned_thresholds(logits, labels):
     return torch.where(labels.sum(0) > 0, middle, 0)
 
 
-def genre_scores(logits, labels, weights=None):
-    """Genre metrics at .5 and the binary cross-entropy; weights [R, n] of a bootstrap. Raises: FloatingPointError."""
+def genre_scores(logits, labels):
+    """Genre metrics at .5 and the binary cross-entropy. Raises: FloatingPointError."""
     if not torch.isfinite(logits).all():
         raise FloatingPointError("non-finite predictions: the weights have overflowed; lower training.learning_rate")
-    bce = F.binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="none").mean(1).cpu().numpy()
-    mean = bce.mean() if weights is None else weights @ bce / weights.sum(1)
-    return {**common.multilabel_metrics(logits, labels, weights=weights), "bce": mean}
+    bce = F.binary_cross_entropy_with_logits(logits, labels).item()
+    return {**common.multilabel_metrics(logits, labels), "bce": bce}
 
 
 def statistic(values, weights=None):
-    """A row's columns, means over draws. values: logits, logits above dev's thresholds [draws, n, C], labels [n, C]."""
-    draws = []
+    """A row's columns, means over draws; with weights [R, n] of a bootstrap those that get an interval.
+
+    values: logits and logits above dev's thresholds [draws, n, C], labels [n, C].
+    """
+    draws, labels = [], values["labels"]
     for logits, above in zip(values["logits"], values["above_thresholds"], strict=True):
-        tuned = common.multilabel_metrics(above, values["labels"], weights=weights)
-        draws.append({**genre_scores(logits, values["labels"], weights), "f1_macro_tuned": tuned["f1_macro"],
-                      "f1_weighted_tuned": tuned["f1_weighted"]})
+        if weights is None:
+            scores = genre_scores(logits, labels)
+        else:
+            scores = common.multilabel_metrics(logits, labels, weights=weights, names=("f1_macro", "mAP"))
+        tuned = common.multilabel_metrics(above, labels, weights=weights, names=("f1_macro",))
+        draws.append({**scores, "f1_macro_tuned": tuned["f1_macro"]})
     return {name: np.mean([draw[name] for draw in draws], axis=0) for name in draws[0]}
 
 
@@ -629,7 +633,7 @@ def evaluate(cfg, data):
     pairs = [("clean, both", name) for name in shown if others.match(name)]
     pairs += [(f"{d} missing in 0.5, filled in", f"{d} missing in 0.5") for d in ("image", "text")]
     print(f"evaluating: bootstrap of {len(shown)} rows over {len(test_labels):,} films", flush=True)
-    genres, differences = common.interval_tables(shown, pairs, len(test_labels), INTERVALS, statistic)
+    genres, differences, items = common.interval_tables(shown, pairs, len(test_labels), statistic)
     notes = ["Intervals: 95%, bootstrap over the test films; the model, thresholds and settings as they are."]
     if genres["clean, both"]["mAP"] < genres["logistic regression, both"]["mAP"]:
         notes.append("NOTE: the workspace does not beat logistic regression on the same latents (mAP).")
@@ -656,7 +660,7 @@ def evaluate(cfg, data):
         "tables": {"genres from image and text": genres, "paired difference": differences, "weight of the image": {
             split: {"mean": w.mean().item(), "sd": w.std().item()} for split, w in weights.items()},
                    "cross-translation": translation_table(model, film_inputs(data, "test"), cfg.seed)},
-        "per_item": {"ids": films, "groups": None, "rows": shown}}
+        "per_item": {"ids": films, **items}}
 
 
 def curve_panels(scores, noun, xs, xlabel, kinds, columns, labels):
@@ -921,7 +925,7 @@ def use_demo(cfg):
 
 @common.exit_codes
 def main(argv):
-    cfg, stage = common.setup(argv, Config, __doc__, STAGES, use_demo, statistic)
+    cfg, stage = common.setup(argv, Config, __doc__, STAGES, use_demo)
     if cfg.training.selector_after_freeze and cfg.model.selector != "shared":
         raise UserError("training.selector_after_freeze trains the shared selector; model.selector="
                         f"{cfg.model.selector} has none")

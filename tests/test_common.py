@@ -742,6 +742,36 @@ def test_a_run_resumes_to_the_bit(tmp_path, killed_at):
     assert {"epoch", "global_step", "best_val_loss", "scaler_state_dict", "config"} <= a.keys()
 
 
+@pytest.mark.parametrize("moment", ["mid-save", "between the renames", "before metrics.csv", "best saved, latest not"])
+@pytest.mark.parametrize("nth", [1, 3])
+def test_a_run_killed_inside_a_save_resumes_to_the_bit(tmp_path, monkeypatch, moment, nth):
+    Toy(tmp_path / "a").train()
+    real, seen = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def replace(source, target):
+        name = Path(target).name
+        seen.append(name)
+        at = {"mid-save": "checkpoint_latest.pt.previous", "between the renames": "checkpoint_latest.pt", "before metrics.csv": "metrics.csv",
+              "best saved, latest not": "checkpoint_latest.pt.previous" if "checkpoint_latest.pt" in seen else "checkpoint_latest.pt"}[moment]
+        if name == at and seen.count(name) == nth:
+            raise Killed
+        real(source, target)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(Killed):
+        Toy(tmp_path / "b").train()
+    monkeypatch.setattr(os, "replace", real)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # between the renames it is the previous one that is read
+        Toy(tmp_path / "b").train()
+    for name in ("checkpoint_latest.pt", "best_model.pt"):
+        a, b = (common.load_checkpoint(tmp_path / folder / name) for folder in "ab")
+        assert repr({k: v for k, v in a.items() if k != "config"}) == repr({k: v for k, v in b.items() if k != "config"})
+    assert (tmp_path / "a/metrics.csv").read_bytes() == (tmp_path / "b/metrics.csv").read_bytes()
+
+
 def test_a_finished_run_takes_no_step_and_best_model_is_of_the_best_score(tmp_path, capsys):
     toy = Toy(tmp_path / "a", score=lambda step: -abs(step - 6), steps_per_epoch=5)
     assert toy.train().best_step == 6
@@ -869,7 +899,7 @@ def test_wandb_gets_rows_on_the_step_axis_tables_and_pictures_and_an_id_a_folder
     toy.killed_at = None
     toy.train()
     common.save_figure(common.new_figure()[0], tmp_path / "a/curve.png")
-    common.publish(tmp_path / "a", {**RESULTS, "per_item": {"ids": ["x"], "groups": None, "rows": {}}})
+    common.publish(tmp_path / "a", {**RESULTS, "per_item": {"ids": ["x"]}})
     ids = [options["id"] for name, *rest in fake.calls if name == "init" for options in rest]
     assert len(ids) == 3
     assert len(set(ids)) == 1
@@ -901,10 +931,10 @@ def finished(folder, seed=1, shift=0.0, n=200, **config):
     common.open_run(cfg, "d")
     values = torch.randn(n, generator=torch.Generator().manual_seed(seed)) + shift
     rows = {"head": {"score": values}, "chance": {"score": torch.zeros(n)}}
-    table, _ = common.interval_tables(rows, [], n, ("score",))
+    table, _, items = common.interval_tables(rows, [], n)
     curves = {"score": {"xlabel": "x", "lines": {"head": {"x": [0, 1], "y": [shift, seed]}, "chance": {"x": [0, 1], "y": [0, 0]}}}}
     common.publish(folder, {**RESULTS, "seed": seed, "tables": {"table": table}, "curves": curves, "notes": ["a note"],
-                            "per_item": {"ids": [f"i{i}" for i in range(n)], "groups": None, "rows": rows}})
+                            "per_item": {"ids": [f"i{i}" for i in range(n)], **items}})
     return folder
 
 

@@ -437,7 +437,7 @@ def _previous(path):
     return path.with_name(f"{path.name}.previous")
 
 
-def _reason(error):
+def reason_of(error):
     """What went wrong in a few words of one line."""
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         return "it holds more than tensors and plain types, or is damaged"
@@ -453,7 +453,7 @@ def guarded(read, path):
     except UserError:
         raise
     except Exception as error:  # numpy, json, zip and pickle raise kinds of their own
-        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
+        raise UserError(f"{path}: cannot be read ({reason_of(error)})") from None
 
 
 def atomic_write(path, write, keep_previous=False):
@@ -499,7 +499,7 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({_reason(error)})") from None
+        raise UserError(f"{path}: cannot be read as JSON ({reason_of(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -1301,7 +1301,9 @@ def exit_codes(main):
         except (torch.OutOfMemoryError, MemoryError, RuntimeError, TypeError) as error:
             if isinstance(error, (RuntimeError, TypeError)) and not _ALLOCATION.search(str(error)):
                 raise
-            message, code = f"out of memory ({_reason(error)}); lower the batch size or the sizes of the model", 1
+            asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
+            asked = f"tried to allocate {asked.group(1)}" if asked else reason_of(error)
+            message, code = f"out of memory ({asked}); lower the batch size or the sizes of the model", 1
         except (OSError, FloatingPointError) as error:
             message, code = str(error), 1
         line = " ".join(message.split())

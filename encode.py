@@ -13,6 +13,12 @@ output stands a `*_manifest.json`: model, revision, transform, versions, and the
 Shapes: N items (images, captions, films), B rows of a batch, T tokens, L layers, D features.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the modules load ends in one line, too
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by Ctrl-C\n") and 130))
+
 import argparse
 import concurrent.futures
 import dataclasses
@@ -22,7 +28,6 @@ import importlib.metadata
 import inspect
 import json
 import math
-import os
 import random
 import shutil
 import sys

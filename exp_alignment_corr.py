@@ -22,6 +22,12 @@ Deviations from the recipes this follows:
 - probes and fine-tuning choose on dev, never on test; every contrastive weight gets the same number of steps, and several seeds.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the modules load ends in one line, too
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by Ctrl-C\n") and 130))
+
 import dataclasses
 import functools
 import glob
@@ -29,7 +35,6 @@ import itertools
 import json
 import math
 import operator
-import os
 import re
 import sys
 import time
@@ -697,7 +702,7 @@ def read_features(path, a, device, pool=""):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise kinds of their own on a damaged file
-        raise UserError(f"{path}: not a readable .pt file of tensors ({type(error).__name__}: {str(error).splitlines()[0]}); "
+        raise UserError(f"{path}: not a readable .pt file of tensors ({common.reason_of(error)}); "
                         "extract the features again") from None
     if isinstance(content, torch.Tensor):
         warnings.warn(f"{path}: a bare tensor; the order of its items was not checked", stacklevel=2)

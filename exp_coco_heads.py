@@ -23,12 +23,17 @@ Deviations from the recipe this follows:
 - validation has at least min(10%, 1,000) images and picks the epoch by RSUM; the last batch of an epoch is not short.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the modules load ends in one line, too
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by Ctrl-C\n") and 130))
+
 import copy
 import dataclasses
 import hashlib
 import json
 import math
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -163,7 +168,7 @@ def load_tensor(path):
         except RuntimeError:  # a file of an old torch cannot be mapped
             tensor = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise kinds of their own on a damaged file
-        raise UserError(f"{path}: not a readable .pt file ({type(error).__name__}: {str(error).splitlines()[0]}); "
+        raise UserError(f"{path}: not a readable .pt file ({common.reason_of(error)}); "
                         "copy or encode it again") from None
     if not (isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] and tensor.is_floating_point()
             and tensor.layout == torch.strided):

@@ -23,6 +23,12 @@ Deviations from the recipe this follows:
 - encodings are standardised (batch statistics in training, fixed ones after): else the modality that is harder to match shrinks to one point.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the modules load ends in one line, too
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by Ctrl-C\n") and 130))
+
 import concurrent.futures
 import csv
 import dataclasses
@@ -32,7 +38,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import struct
 import sys
@@ -386,7 +391,7 @@ def read_features(path, photos):
         if feats.ndim == 3:
             feats = feats[:, -1, :content["dims"][-1] if "dims" in content else None]
     except Exception as error:  # torch, pickle and zipfile raise kinds of their own
-        raise UserError(f"{path}: cannot be read as a dict of feats and ids ({first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read as a dict of feats and ids ({common.reason_of(error)})") from None
     row_of = {name: i for i, name in enumerate(ids)}
     if feats.ndim != 2 or len(feats) != len(ids) or len(row_of) != len(ids):
         raise UserError(f"{path}: expected feats [N, D] with N different ids, found {list(feats.shape)}, {len(row_of)} different of {len(ids)} ids")

@@ -21,6 +21,12 @@ Deviations from the recipe this follows:
 - the cosine schedule stays at 0 past its end; resuming is exact, and a finished run is not trained again.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the modules load ends in one line, too
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by Ctrl-C\n") and 130))
+
 import collections
 import contextlib
 import dataclasses
@@ -31,7 +37,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import sys

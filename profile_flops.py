@@ -16,11 +16,16 @@ its plain formulation: the fused kernels would count as nothing on a CPU). Neith
 or the optimizer. Recomputation of checkpointed blocks counts as backward.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the modules load ends in one line, too
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped by Ctrl-C\n") and 130))
+
 import argparse
 import contextlib
 import ctypes
 import importlib
-import os
 import re
 import sys
 import time

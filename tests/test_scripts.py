@@ -98,8 +98,8 @@ def test_every_readme_command_parses(command):
         assert callable(importlib.import_module("encode").parse_command_line(words[1:]).run)
     if words[0].startswith("exp_") and "-h" not in words:
         module = importlib.import_module(words[0].removesuffix(".py"))
-        args = common.parse_command_line(words[1:], (module.Config,), module.__doc__, module.STAGES)
-        if Path(args.config).exists() and Path(args.config).parent.name != "tune":  # not a config that the README has just had written
+        args = common.parse_command_line(words[1:], (module.Config,), module.__doc__, module.STAGES, compare="compare" not in module.STAGES)
+        if args.config and Path(args.config).exists() and Path(args.config).parent.name != "tune":  # not a config that the README has just had written
             common.load_config(module.Config, args.config, args.overrides, demo=args.demo)
 
 

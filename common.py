@@ -856,11 +856,11 @@ class Run:
         for step in progress(range(first + 1, last_step + 1), "steps", initial=first, total=last_step):
             self.step = step
             yield step
-            if self.finished:
-                return
             if self._signum:
                 self.save()
                 raise Stopped(self._signum, f"stopped at step {step}; the same command resumes from {self.latest}")
+            if self.finished:
+                return
         self.save()  # the last step was not logged
 
     def finish(self):
@@ -1128,7 +1128,7 @@ def _set(section, tree, where, keys, prefix="", seen=None):
         for bound in type(section).__dataclass_fields__[key].metadata.get("bounds", ()):
             if not _within(value, bound):
                 raise UserError(f"{where}: {name}: must be {bound}, found {raw}")
-        setattr(section, key, os.path.expanduser(value) if key.endswith("dir") else value)
+        setattr(section, key, os.path.expanduser(value) if key.endswith(("dir", "_file")) else value)
 
 
 def load_config(Config, path, overrides=(), demo=False):
@@ -1263,8 +1263,8 @@ def setup(argv, Config, doc, stages, use_demo):
         before = flatten(dataclasses.asdict(cfg))
         use_demo(cfg)
         after = flatten(dataclasses.asdict(cfg))
-        for key in (item.partition("=")[0] for item in args.overrides):
-            if before[key] != after[key]:
+        for key in (item.partition("=")[0].strip() for item in args.overrides):
+            if before.get(key) != after.get(key):
                 raise UserError(f"--demo brings its own data; leave --demo or {key}= out")
     if args.fresh and args.stage not in ("all", "train"):
         raise UserError(f"--fresh starts a run again; --stage {args.stage} needs a trained one")
@@ -1327,10 +1327,12 @@ def _source_hash(cfg):
     return hashlib.sha256(content + repr(settings).encode()).hexdigest()[:16]
 
 
-def published(cfg):
-    """results.json of cfg's run, or None if it is not there or the script has changed since (which is said)."""
+def published(cfg, data_fingerprint):
+    """results.json of cfg's run, or None if it is not there, of other data or of another version of the script."""
     path = Path(cfg.output_dir) / "results.json"
     results = read_json(path) if path.exists() else None
+    if results and results.get("data_fingerprint") != data_fingerprint:
+        return None
     if results and results.get("source") != _source_hash(cfg):
         print(f"{path} is of another version of the script: the evaluation runs again (the training does not)")
         return None
@@ -1446,7 +1448,7 @@ def _report(folder, results):
     parts += results.get("notes", [])
     parts += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png"))]
     command = re.sub(r" (output_dir=\S*|--fresh|--stage \w+)", "", environment["command_line"])
-    versions, commit = environment["versions"], str(environment["git_commit"])[:10]
+    versions, commit = environment["versions"], (environment["git_commit"] or "unknown")[:10]
     parts.append(f"    python {command}")
     parts.append(f"seed {results['seed']}, data {results['data_fingerprint']}, torch {versions['torch']}, numpy "
                  f"{versions['numpy']}, commit {commit}")
@@ -1461,6 +1463,8 @@ def _runs_by_seed(folders):
     """{label: [(folder, results)]}: finished runs, those that differ only in their seed together. Raises: UserError."""
     groups, seen = {}, set()
     for folder in map(Path, folders):
+        if re.search(r"\.old-\d+$", folder.name):  # what a pattern names beside the run that took its place
+            continue
         results, config = read_json(folder / "results.json"), flatten(_run_config(folder))
         missing = [key for key in ("tables", "seed", "data_fingerprint", "synthetic") if key not in results]
         if missing:
@@ -1506,8 +1510,10 @@ def compare_runs(folders, out="results/compare"):
     text += "\n\n[SYNTHETIC demo data]" if synthetic else ""
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "compare.txt", f"{text}\n")
-    plot_lines(out / "compare.png", _merged_curves(runs), synthetic=synthetic)
-    print(f"{text}\n{out / 'compare.txt'}, {out / 'compare.png'}")
+    print(f"{text}\n{out / 'compare.txt'}")
+    if curves := _merged_curves(runs):
+        plot_lines(out / "compare.png", curves, synthetic=synthetic)
+        print(out / "compare.png")
 
 
 def _over_seeds(rows):
@@ -1547,35 +1553,29 @@ def _paired_differences(runs):
 
 
 def _merged_curves(runs):
-    """Curves of all runs, a line each (mean and sd over seeds); without curves, the first table's first column."""
+    """Curves of all runs, a line each (mean and sd over seeds)."""
     panels = {}
     for label, group in runs.items():
         for title, panel in group[0][1].get("curves", {}).items():
             lines = panels.setdefault(title, {**panel, "lines": {}})["lines"]
             for name, line in panel["lines"].items():
-                seeds = [results["curves"][title]["lines"][name]["y"] for _, results in group]
+                seeds = [results.get("curves", {}).get(title, {}).get("lines", {}).get(name) for _, results in group]
+                seeds = [seed["y"] for seed in seeds if seed and seed["x"] == line["x"]]  # evaluated by one version
                 spread = {"sd": np.std(seeds, axis=0, ddof=1).tolist()} if len(seeds) > 1 else {}
                 key = name if name.startswith("chance") else f"{label}: {name}"
                 lines[key] = {"x": line["x"], "y": np.mean(seeds, axis=0).tolist(), **spread}
-    if panels:
-        return panels
-    title, table = next(iter(next(iter(runs.values()))[0][1]["tables"].items()))
-    column = next(name for row in table.values() for name in row)
-    lines = {}
-    for label, group in runs.items():
-        seeds = [[results["tables"].get(title, {}).get(row, {}).get(column) for row in table] for _, results in group]
-        lines[label] = {"x": list(table), "y": np.array(seeds, dtype=float).mean(0).tolist()}
-    return {column: {"xlabel": "", "lines": lines}}
+    return panels
 
 
 # --------------------------------------------------------------------------------------------------------------- plots
 
 def new_figure(n_panels=1, width=4.6, height=3.6):
-    """(figure, list of axes), four in a row; matplotlib is imported here, so that -h and imports stay quick."""
+    """(figure, list of axes), four or three in a row; matplotlib is imported here, so that -h and imports stay quick."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows, columns = -(-n_panels // 4), min(n_panels, 4)
+    columns = min(n_panels, 3 if n_panels > 4 and n_panels % 4 else 4)
+    rows = -(-n_panels // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
                                 layout="constrained")
     for axis in axes.flat[n_panels:]:
@@ -1603,8 +1603,7 @@ def plot_lines(path, panels, title="", synthetic=False, mark=None):
             if label.startswith("chance"):
                 axis.plot(x, y, color="grey", linestyle=":", label=label)
             else:
-                axis.errorbar(x, y, line.get("sd"), marker="." if len(x) < 30 else None, capsize=2, label=label,
-                              linestyle="none" if isinstance(x[0], str) else "-")
+                axis.errorbar(x, y, line.get("sd"), marker="." if len(x) < 30 else None, capsize=2, label=label)
         if mark is not None:
             axis.axvline(mark, color="grey", linestyle="--", linewidth=1, label="chosen")
         axis.set(xlabel=panel["xlabel"], ylabel=ylabel)

@@ -36,7 +36,6 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +73,10 @@ class DataConfig:
     backbone: str = "mobilenet_minilm"  # encoder that the latents are of: clip, blip2, or the name in the files
     views: int = ranged(3, ">= 1")  # views a film, view 0 clean (names the files; the manifest decides)
     statistics: Literal["train", "all"] = "train"  # z-scoring: of the training films' rows, or of the .stats.npz
+
+
+RANDOM_SELECTORS = ("random", "reference-random")  # in the test: their draws are averaged
+PER_FILM_SELECTORS = ("shared",)  # whose weights are worth replacing
 
 
 @dataclass
@@ -241,8 +244,9 @@ class GlobalWorkspace(nn.Module):
 
     def fuse(self, encodings, reweigh=None):
         """(state z [B, W], weights [B, n]) of {domain: e_d [B, W]}; reweigh(weights) -> the weights to take instead."""
-        stacked = torch.stack(list(encodings.values()), dim=1)  # [B, n, W]
-        weights = self.weights(tuple(encodings), stacked)
+        domains = tuple(d for d in DOMAINS if d in encodings)  # the order of the weights' columns
+        stacked = torch.stack([encodings[d] for d in domains], dim=1)  # [B, n, W]
+        weights = self.weights(domains, stacked)
         if reweigh is not None:
             weights = reweigh(weights)
         return torch.tanh((weights[:, :, None] * stacked).sum(1)), weights
@@ -331,7 +335,7 @@ def workspace_losses(model, batch):
 
     directions = {d: F.normalize(e.float(), dim=1) for d, e in encodings.items()}
     for a, b in itertools.combinations(DOMAINS, 2):
-        ids = None if model.false_negatives == "ignore" else batch["genre_set" if b == "labels" else "film"]
+        ids = None if model.false_negatives == "ignore" else batch["genre_set" if "labels" in (a, b) else "film"]
         terms["contrastive"].append(common.info_nce(directions[a], directions[b], 1 / TEMPERATURE, ids,
                                                     model.false_negatives))
     return {name: torch.stack(list(values)).mean() for name, values in terms.items()}
@@ -377,7 +381,7 @@ def set_train_mode(cfg, model, step):
         model.mean_weights = not alone
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("selector.") == alone)
-        for part in (model.encoders, model.decoders):
+        for part in (model.input_dropout, model.encoders, model.decoders):
             part.train(not alone)
 
 
@@ -391,22 +395,23 @@ def train(cfg, data):
     scheduler = build_scheduler(cfg, optimizer)
     with common.Run(folder, cfg, model, optimizer, scheduler) as run:
         for step in run.steps(last_step):
-            if step == t.steps + 1:  # the selector alone, on a cycle of its own
+            if step == t.steps + 1:  # the selector alone, on the last workspace, with a cycle of its own
                 scheduler = build_scheduler(cfg, optimizer)
                 run.restart(scheduler)
             set_train_mode(cfg, model, step)
             batch = make_batch(data, batch_rows(data, cfg, step - 1))  # steps count from 1, batches from 0
             losses = train_step(model, batch, optimizer)
             run.add(losses)  # stays on the device; run.means() waits for it
-            rate = scheduler.get_last_lr()[0]
-            if step % t.steps:
+            rate, phase_ends = scheduler.get_last_lr()[0], step % t.steps == 0  # of this step
+            if not phase_ends:
                 scheduler.step()
-            if step % t.eval_every == 0 or step % t.steps == 0:
+            if step % t.eval_every == 0 or phase_ends:
                 row = {"step": step, **run.means(), **validate(model, data, cfg.seed), "learning_rate": rate}
                 score = -row["dev_bce"] if t.monitor == "bce" else row[f"dev_{t.monitor}"]
                 run.log(row, score, val_loss=row["dev_bce"], show=("loss", "dev_bce", "dev_mAP", "dev_f1_macro"),
                         statistics=data.statistics, genres=data.genres)
-                if t.patience and run.n_stale >= t.patience and step > last_step - t.steps:
+                in_last_phase = step > last_step - t.steps
+                if t.patience and run.n_stale >= t.patience and in_last_phase:
                     run.finish()
     common.plot_history(folder / "training_curves.png", run.history, TRAINING_PANELS, mark=run.best_step,
                         title=f"{cfg.data.backbone}, selector {cfg.model.selector}", synthetic=data.synthetic)
@@ -458,30 +463,35 @@ def missing_modality(film, kind, rate):
     return digest[6] % 2 if kind == "both" else ("image", "text").index(kind)
 
 
-def fill_in(data, inputs, missing):
-    """Inputs whose missing [n] latents are means over the 10 training films nearest by the other modality (cosine)."""
+def fill_in(data, inputs, lost):
+    """Inputs whose lost [n] latents (0: image, 1: text) are means of the 10 training films nearest by the other one."""
     train, filled = film_inputs(data, "train"), {d: x.clone() for d, x in inputs.items()}
-    for i, (lost, present) in enumerate((("image", "text"), ("text", "image"))):
-        rows = missing == i
-        similarity = F.normalize(inputs[present][rows], dim=1) @ F.normalize(train[present], dim=1).T
+    for i, (absent, present) in enumerate((("image", "text"), ("text", "image"))):
+        rows = lost == i
+        with common.full_precision():
+            similarity = F.normalize(inputs[present][rows], dim=1) @ F.normalize(train[present], dim=1).T
         nearest = similarity.topk(min(N_NEIGHBOURS, similarity.shape[1]), dim=1).indices  # [rows, k]
-        filled[lost][rows] = train[lost][nearest].mean(1)
+        filled[absent][rows] = train[absent][nearest].mean(1)
     return filled
 
 
 REWEIGH = {"own": None, "mean": lambda w: w.mean(0).expand_as(w), "equal": lambda w: torch.full_like(w, 0.5),
            "another film's": lambda w: w.roll(1, 0)}
+CURVES = {  # picture: (what is done, x, its label, to which modality, {suffix of the row: label of the line})
+    "corruption": ("corrupted by", AMOUNTS, "amount of noise", ("one", "image", "text", "both"), {"": "as it is"}),
+    "missing": ("missing in", RATES, "share of films that miss it", ("image", "text", "both"),
+                {"": "left out", ", filled in": "filled in"})}
 
 
 def conditions(selector):
     """{row: arguments of `logits_under`} of all that the trained model is asked."""
     asked = {"clean, both": {}, "clean, text only": {"missing": ("image", 1)},
              "clean, image only": {"missing": ("text", 1)}}
-    if selector == "shared":
-        asked |= {f"clean, both, {weights} weights": {"weights": weights} for weights in REWEIGH if weights != "own"}
-    for kind, amount in itertools.product(("one", "image", "text", "both"), AMOUNTS):
+    if selector in PER_FILM_SELECTORS:
+        asked |= {f"clean, both, {name} weights": {"weights": name} for name in REWEIGH if name != "own"}
+    for kind, amount in itertools.product(CURVES["corruption"][3], AMOUNTS):
         asked[f"{kind} corrupted by {amount:g}"] = {"noise": (kind, amount)}
-    for kind, rate in itertools.product(("image", "text", "both"), RATES):
+    for kind, rate in itertools.product(CURVES["missing"][3], RATES):
         asked[f"{kind} missing in {rate:g}"] = {"missing": (kind, rate)}
         asked[f"{kind} missing in {rate:g}, filled in"] = {"missing": (kind, rate), "fill": True}
     return asked
@@ -498,7 +508,7 @@ def logits_under(model, data, split, seed, noise=None, missing=None, fill=False,
         lost = torch.tensor([missing_modality(film, *missing) for film in films], device=data.device)
         if fill:
             inputs = fill_in(data, inputs, lost)
-        else:  # all of the weight is the other's, as of a set of one domain
+        else:  # all of the weight to the other, which is the state of a set of one domain
             other = F.one_hot(1 - lost.clamp(min=0), 2)
             reweigh = lambda w: torch.where(lost[:, None] >= 0, other.to(w), w)  # noqa: E731
     return predict(model, inputs, seed=seed, reweigh=reweigh)
@@ -523,18 +533,18 @@ def genre_scores(logits, labels):
     return {**common.multilabel_metrics(logits, labels), "bce": bce}
 
 
-def statistic(values, weights=None):
-    """A row's columns, means over draws; with weights [R, n] of a bootstrap those that get an interval.
+def row_scores(values, counts=None):
+    """A row's columns, means over draws; with counts [R, n] of a bootstrap those that get an interval.
 
     values: logits and logits above dev's thresholds [draws, n, C], labels [n, C].
     """
     draws, labels = [], values["labels"]
     for logits, above in zip(values["logits"], values["above_thresholds"], strict=True):
-        if weights is None:
+        if counts is None:
             scores = genre_scores(logits, labels)
         else:
-            scores = common.multilabel_metrics(logits, labels, weights=weights, names=("f1_macro", "mAP"))
-        tuned = common.multilabel_metrics(above, labels, weights=weights, names=("f1_macro",))
+            scores = common.multilabel_metrics(logits, labels, weights=counts, names=("f1_macro", "mAP"))
+        tuned = common.multilabel_metrics(above, labels, weights=counts, names=("f1_macro",))
         draws.append({**scores, "f1_macro_tuned": tuned["f1_macro"]})
     return {name: np.mean([draw[name] for draw in draws], axis=0) for name in draws[0]}
 
@@ -564,7 +574,8 @@ def logistic_regression(x, y, power, strength, start=None):
 
 
 def baseline_logits(model, data, seed):
-    """({row: {"dev" | "test": logits [1, n, C]}}, {row: settings}) of logistic regression on latents and on the state.
+    """({row: {"dev" | "test": logits [1, n, C]}}, {row: settings}) of logistic regression on latents and on the state,
+    on the clean views of the training films.
 
     Dev chooses weighting and strength, by macro F1 at .5 plus mAP. Of both modalities the wider is scaled down to the
     variance of the other: under one penalty it would count more.
@@ -574,21 +585,23 @@ def baseline_logits(model, data, seed):
     states = {split: predict(model, x, "state", seed)[0] for split, x in inputs.items()}
     mean, deviation = states["train"].mean(0), states["train"].std(0).clamp(min=1e-6)
     narrow = min(x.shape[1] for x in inputs["train"].values())
-    features = {"both": {split: torch.cat([x[d] * (narrow / x[d].shape[1]) ** 0.5 for d in ("image", "text")], dim=1)
-                         for split, x in inputs.items()},
-                "image": {split: x["image"] for split, x in inputs.items()},
-                "text": {split: x["text"] for split, x in inputs.items()},
+    scale = {d: (narrow / x.shape[1]) ** 0.5 for d, x in inputs["train"].items()}
+    features = {"both": {split: torch.cat([x[d] * scale[d] for d in x], dim=1) for split, x in inputs.items()},
+                **{d: {split: x[d] for split, x in inputs.items()} for d in scale},
                 "the state": {split: (z - mean) / deviation for split, z in states.items()}}
     logits, settings = {}, {}
     for name, x in features.items():
         best, row = 0, f"logistic regression, {name}"
-        for power, strength in itertools.product((0.75, 1.0), (3.0, 1.0, 0.3, 0.1)):
-            start = None if strength == 3 else theta  # noqa: F821, of the strength before
-            theta = logistic_regression(x["train"], labels["train"], power, strength, start)
-            dev = genre_scores(x["dev"] @ theta[1:] + theta[0], labels["dev"])
-            if dev["f1_macro"] + dev["mAP"] > best:
-                best, settings[row] = dev["f1_macro"] + dev["mAP"], {"power": power, "strength": strength}
-                logits[row] = {split: (x[split] @ theta[1:] + theta[0])[None].cpu() for split in ("dev", "test")}
+        for power in (0.75, 1.0):
+            theta = None
+            for strength in (3.0, 1.0, 0.3, 0.1):
+                theta = logistic_regression(x["train"], labels["train"], power, strength, theta)
+                with common.full_precision():
+                    found = {split: x[split] @ theta[1:] + theta[0] for split in ("dev", "test")}
+                dev = genre_scores(found["dev"], labels["dev"])
+                if dev["f1_macro"] + dev["mAP"] > best:
+                    best, settings[row] = dev["f1_macro"] + dev["mAP"], {"power": power, "strength": strength}
+                    logits[row] = {split: z[None].cpu() for split, z in found.items()}
     return logits, settings
 
 
@@ -596,8 +609,8 @@ def condition_logits(cfg, model, data):
     """({row: {"dev" | "test": logits [draws, n, C]}}, {row: mean weight of the image}) of all conditions."""
     logits, weight_image, asked = {}, {}, conditions(cfg.model.selector)
     for name in common.progress(asked, "conditions"):
-        drawn = "noise" in asked[name] or cfg.model.selector in ("random", "reference-random")
-        seeds = range(cfg.seed, cfg.seed + (N_DRAWS if drawn else 1))
+        is_random = "noise" in asked[name] or cfg.model.selector in RANDOM_SELECTORS
+        seeds = range(cfg.seed, cfg.seed + (N_DRAWS if is_random else 1))
         answers = {split: [logits_under(model, data, split, seed, **asked[name]) for seed in seeds]
                    for split in ("dev", "test")}
         logits[name] = {split: torch.stack([x.cpu() for x, _ in answers[split]]) for split in answers}
@@ -608,7 +621,8 @@ def condition_logits(cfg, model, data):
 def evaluate(cfg, data):
     """Test the best model under every condition, beside logistic regression; draw the pictures, return the results.
 
-    All that is chosen (step, thresholds, the baselines' settings) is chosen on dev.
+    All that is chosen (step, thresholds, the baselines' settings) is chosen on dev; the thresholds of `f1_macro_tuned`
+    under the same condition (noise, missing modality) as they are used, so that only the ranking of films counts.
     """
     folder = common.open_run(cfg, data.fingerprint)
     model = build_model(cfg, data)
@@ -627,51 +641,52 @@ def evaluate(cfg, data):
         rows[name] = {"logits": of_split["test"], "above_thresholds": of_split["test"] - tuned[:, None],
                       "labels": test_labels}
         thresholds[name] = tuned.tolist()
-    hidden = re.compile(r"(corrupted by|missing in) (?!0\.5)")  # the rest of the curves
-    shown = {name: values for name, values in rows.items() if not hidden.search(name)}
-    others = re.compile("clean, both,|clean, text|clean, image|logistic.*both")
-    pairs = [("clean, both", name) for name in shown if others.match(name)]
-    pairs += [(f"{d} missing in 0.5, filled in", f"{d} missing in 0.5") for d in ("image", "text")]
+    on_curves = {f"{kind} {what} {x:g}{suffix}" for what, xs, _, kinds, suffixes in CURVES.values()
+                 for kind in kinds for x in xs if x != 0.5 for suffix in suffixes}
+    shown = {name: values for name, values in rows.items() if name not in on_curves}
+    others = [name for name in shown if name.startswith(("clean, ", "logistic regression, both"))]
+    pairs = [*(("clean, both", name) for name in others if name != "clean, both"),
+             *((f"{d} missing in 0.5, filled in", f"{d} missing in 0.5") for d in ("image", "text"))]
     print(f"evaluating: bootstrap of {len(shown)} rows over {len(test_labels):,} films", flush=True)
-    genres, differences, items = common.interval_tables(shown, pairs, len(test_labels), statistic)
+    genres, differences, items = common.interval_tables(shown, pairs, len(test_labels), row_scores)
+    for name in genres.keys() & weight_image.keys():
+        genres[name]["weight_image"] = weight_image[name]
     notes = ["Intervals: 95%, bootstrap over the test films; the model, thresholds and settings as they are."]
     if genres["clean, both"]["mAP"] < genres["logistic regression, both"]["mAP"]:
         notes.append("NOTE: the workspace does not beat logistic regression on the same latents (mAP).")
 
-    films = [data.ids[i] for i in data.splits["test"].tolist()]
-    scores = {name: {**statistic(values), "weight_image": weight_image.get(name, 0.5)} for name, values in rows.items()}
-    columns = {"mAP": "mAP", "f1_macro_tuned": "macro F1 (dev thresholds)", "weight_image": "weight of the image"}
-    corruption = curve_panels(scores, "corrupted by", AMOUNTS, "amount of noise", ("one", "image", "text", "both"),
-                              columns, {"": cfg.model.selector})
-    del columns["weight_image"]
-    missing = curve_panels(scores, "missing in", RATES, "share of films that miss it", ("image", "text", "both"),
-                           columns, {"": "left out", ", filled in": "filled in"})
+    scores = {name: {**row_scores(values), "weight_image": weight_image.get(name, 0.5)}
+              for name, values in rows.items()}
     weights = {split: predict(model, film_inputs(data, split), seed=cfg.seed)[1][:, 0].cpu() for split in data.splits}
-    pictures = {"corruption": corruption, "missing": missing, "attention_histogram": weight_panel(weights)}
+    pictures = {picture: curve_panels(scores, *spec) for picture, spec in CURVES.items()}
+    pictures["attention_histogram"] = weight_panel(weights)
     for name, panels in pictures.items():
         common.plot_lines(folder / f"{name}.png", panels, f"selector {cfg.model.selector}, test films", data.synthetic)
-    lines = [f"{film},{kind},{rate:g},{('image', 'text', '')[missing_modality(film, kind, rate)]}"
-             for film in films for kind in ("image", "text", "both") for rate in RATES]
+    films = [data.ids[i] for i in data.splits["test"].tolist()]
+    lines = [f"{film},{kind},{rate:g},{({0: 'image', 1: 'text', -1: ''})[missing_modality(film, kind, rate)]}"
+             for film in films for kind in CURVES["missing"][3] for rate in RATES]
     common.write_text(folder / "missing_modality.csv", "\n".join(["film,kind,rate,missing", *lines, ""]))
+    of_split = {split: {"mean": w.mean().item(), "sd": w.std().item()} for split, w in weights.items()}
     return {
-        **common.run_facts(cfg, data), "n": len(films), "notes": notes, "curves": corruption | missing,
+        **common.run_facts(cfg, data), "n": len(films), "notes": notes,
         "headline": f"{len(films):,} test films; selector {cfg.model.selector}, step {step}, seed {cfg.seed}",
         "chosen": {"step": step, "thresholds": thresholds, **settings},
-        "tables": {"genres from image and text": genres, "paired difference": differences, "weight of the image": {
-            split: {"mean": w.mean().item(), "sd": w.std().item()} for split, w in weights.items()},
+        "tables": {"genres from image and text": genres, "paired difference": differences,
+                   "weight of the image": of_split,
                    "cross-translation": translation_table(model, film_inputs(data, "test"), cfg.seed)},
-        "per_item": {"ids": films, **items}}
+        "curves": pictures["corruption"] | pictures["missing"], "per_item": {"ids": films, **items}}
 
 
-def curve_panels(scores, noun, xs, xlabel, kinds, columns, labels):
-    """Panels of `common.plot_lines`: {column: ylabel} by kind, of rows "{kind} {noun} {x}{suffix}", a line a suffix."""
+def curve_panels(scores, what, xs, xlabel, kinds, suffixes):
+    """Panels of `common.plot_lines`, by column and kind, of the rows "{kind} {what} {x}{suffix}", a line a suffix."""
     panels = {}
-    for (column, ylabel), kind in itertools.product(columns.items(), kinds):
-        lines = {label: {"x": xs, "y": [scores[f"{kind} {noun} {x:g}{suffix}"][column] for x in xs]}
-                 for suffix, label in labels.items()}
-        lines["chance: every genre" if column != "weight_image" else "chance: equal weights"] = {
-            "x": xs, "y": [scores["chance"][column]] * len(xs)}
-        panels[f"{ylabel}, {kind} {noun.split()[0]}"] = {"xlabel": xlabel, "lines": lines}
+    for column, ylabel in (("mAP", "mAP"), ("f1_macro_tuned", "macro F1 (dev thresholds)"),
+                           ("weight_image", "weight of the image")):
+        for kind in kinds:
+            lines = {label: {"x": xs, "y": [scores[f"{kind} {what} {x:g}{suffix}"][column] for x in xs]}
+                     for suffix, label in suffixes.items()}
+            lines["chance"] = {"x": xs, "y": [scores["chance"][column]] * len(xs)}
+            panels[f"{ylabel}, {kind} {what.split()[0]}"] = {"xlabel": xlabel, "lines": lines}
     return panels
 
 
@@ -941,7 +956,7 @@ def main(argv):
     if stage in ("all", "train"):
         train(cfg, data)
     if stage in ("all", "evaluate"):
-        common.publish(cfg.output_dir, common.published(cfg) or evaluate(cfg, data))
+        common.publish(cfg.output_dir, common.published(cfg, data.fingerprint) or evaluate(cfg, data))
 
 
 if __name__ == "__main__":

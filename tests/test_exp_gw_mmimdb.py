@@ -37,7 +37,8 @@ SMALL = ["data.backbone=clip", "model.dim=16", "model.hidden_dim=12", "model.hea
 
 @pytest.fixture(autouse=True)
 def few_conditions(monkeypatch):
-    for name, value in (("AMOUNTS", (0, 0.5, 1)), ("RATES", (0, 0.5, 1)), ("N_DRAWS", 1)):
+    curves = {picture: (what, (0, 0.5, 1), *rest) for picture, (what, _, *rest) in exp.CURVES.items()}
+    for name, value in (("AMOUNTS", (0, 0.5, 1)), ("RATES", (0, 0.5, 1)), ("N_DRAWS", 1), ("CURVES", curves)):
         monkeypatch.setattr(exp, name, value)
 
 
@@ -304,6 +305,20 @@ def test_a_loss_weight_is_a_key_and_input_dropout_leaves_targets_whole(tmp_path,
     assert torch.equal(model.eval().input_dropout["image"](batch["image"]), batch["image"])
 
 
+def test_the_order_of_the_inputs_does_not_matter_and_the_selector_alone_drops_nothing_out(tmp_path, films):
+    cfg = config(tmp_path, films, "training.selector_after_freeze=true", "model.input_dropout=0.5")
+    data = exp.load_data(cfg)
+    model, inputs = exp.build_model(cfg, data), exp.film_inputs(data, "test")
+    one, other = (exp.predict(model, {d: inputs[d] for d in order}) for order in (("image", "text"), ("text", "image")))
+    assert torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
+    for step, dropped in ((1, True), (13, False)):
+        exp.set_train_mode(cfg, model, step)
+        assert (model.input_dropout["text"](inputs["text"]) == 0).any().item() == dropped
+        assert model.encoders["image"].training == dropped
+        assert model.selector.training
+
+
 def test_contrastive_values_of_the_reference():
     flat = torch.arange(128, dtype=torch.float64).view(8, 16)
     x, y = (F.normalize(f, dim=1) for f in (torch.sin(0.1 * flat), torch.cos(0.07 * flat)))
@@ -425,7 +440,7 @@ def test_metrics_against_scikit_learn_over_the_whole_split(tmp_path, films):
         assert got[f"f1_{average}"] == pytest.approx(sklearn.metrics.f1_score(labels, logits > 0, average=average, zero_division=0))
     assert got["bce"] == pytest.approx(F.binary_cross_entropy_with_logits(logits, labels).item())
     values = {"logits": logits[None], "above_thresholds": logits[None] - 0.3, "labels": labels}
-    whole, twice = exp.statistic(values), exp.statistic(values, np.full((1, len(labels)), 2.0))  # every film twice
+    whole, twice = exp.row_scores(values), exp.row_scores(values, np.full((1, len(labels)), 2.0))  # every film twice
     assert {name: x[0] for name, x in twice.items()} == pytest.approx({name: whole[name] for name in ("f1_macro", "mAP", "f1_macro_tuned")})
     assert whole["f1_macro_tuned"] == pytest.approx(sklearn.metrics.f1_score(labels, logits > 0.3, average="macro", zero_division=0))
 
@@ -496,7 +511,7 @@ def test_a_run_leaves_the_documented_files(whole):
     items = common.load_checkpoint(whole / "per_item.pt")
     assert items["ids"] == common.read_json(next(Path(results_root(whole)).glob("split.json")))["test"]
     for row, values in items["rows"].items():  # the table is the statistic of what --compare reads
-        assert float(exp.statistic(values)["f1_macro_tuned"]) == pytest.approx(genres[row]["f1_macro_tuned"]), row
+        assert float(exp.row_scores(values)["f1_macro_tuned"]) == pytest.approx(genres[row]["f1_macro_tuned"]), row
     state = common.load_checkpoint(whole / "checkpoint_latest.pt")
     assert state["global_step"] == 12
     assert len((whole / "metrics.csv").read_text().splitlines()) == 1 + 3

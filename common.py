@@ -785,6 +785,8 @@ class Run:
     first Ctrl-C or SIGTERM ends the loop after the step in hand, with a checkpoint; a second one acts at once.
     """
 
+    POSITION = ("best_score", "best_step", "n_stale", "finished", "_pending", "_rates")  # of a checkpoint
+
     def __init__(self, folder, cfg, model, optimizer, scheduler=None, scaler=None, steps_per_epoch=None):
         self.folder, self.config = Path(folder), dataclasses.asdict(cfg)
         self.parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -796,8 +798,14 @@ class Run:
         self._rng = self._signum = self._wandb = None
         _check_memory(model)
         self.latest = self.folder / "checkpoint_latest.pt"
+        self._source = _source_hash(cfg)
         if self.latest.exists() or _previous(self.latest).exists():
-            self._resume(load_checkpoint(self.latest))
+            state = load_checkpoint(self.latest)
+            try:
+                self._resume(state)
+            except (KeyError, TypeError, RuntimeError, ValueError) as error:
+                raise UserError(f"{self.latest} is of another model or version of the script ({reason_of(error)}); use "
+                                "--fresh to start again") from None
         self._first_step = self.step
 
     def _resume(self, state):
@@ -806,11 +814,12 @@ class Run:
                 part.load_state_dict(state[f"{name}_state_dict"])
         device = next(self.parts["model"].parameters()).device
         self.step, self.history, self._rng = state["global_step"], state["history"], state["rng"]
-        self.best_val_loss, position = state["best_val_loss"], state["position"]
-        for name in ("best_score", "best_step", "n_stale", "finished"):
-            setattr(self, name, position[name])
-        self._pending = [{name: x.to(device) for name, x in losses.items()} for losses in position["pending"]]
-        self._rates = position["rates"]
+        self.best_val_loss = state["best_val_loss"]
+        for name in self.POSITION:
+            setattr(self, name, state["position"][name])
+        self._pending = [{name: x.to(device) for name, x in losses.items()} for losses in self._pending]
+        if state["source"] != self._source:
+            print(f"NOTE: {self.folder} was trained by another version of the script so far")
         if self.history:  # a kill may have come between the checkpoint and this file
             self._write_csv()
 
@@ -922,11 +931,10 @@ class Run:
         """Write checkpoint_latest.pt."""
         self.finished = self.finished or self.step == self.last_step
         states = {f"{name}_state_dict": {} if part is None else part.state_dict() for name, part in self.parts.items()}
-        position = {name: getattr(self, name) for name in ("best_score", "best_step", "n_stale", "finished")}
         save_checkpoint(self.latest, {
             "epoch": self.step // self.steps_per_epoch if self.steps_per_epoch else 0, "global_step": self.step,
             "best_val_loss": self.best_val_loss, **states, "history": self.history, "config": self.config,
-            "rng": rng_state(), "position": {**position, "pending": self._pending, "rates": self._rates}})
+            "rng": rng_state(), "source": self._source, "position": {name: getattr(self, name) for name in self.POSITION}})
 
     def _write_csv(self):
         columns = list(dict.fromkeys(name for row in self.history for name in row))
@@ -969,6 +977,9 @@ def load_best(folder, model):
 
 
 # -------------------------------------------------------------------------------------------- config and command line
+
+COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+
 
 def ranged(default, *bounds):
     """A dataclass field whose value must satisfy every bound, e.g. `ranged(0.1, ">= 0", "< 1")`."""
@@ -1027,21 +1038,16 @@ def _nearest(word, known):
 
 
 def nearest_key(word, keys):
-    """The key that was meant: the same leaf elsewhere, its initials (lr), a word of it (epochs), a near spelling."""
-    *section, leaf = word.replace("-", "_").split(".")
+    """The key that was meant, or None: the same leaf elsewhere, its initials (lr), a word of it (epochs), a near spelling."""
+    leaf = word.replace("-", "_").rpartition(".")[2]
 
     def closeness(key):
-        *key_section, key_leaf = key.split(".")
-        words = key_leaf.split("_")
-        if key_leaf == leaf:
-            score = 2.0
-        elif leaf in ("".join(w[0] for w in words), *words, "_".join(words[1:])):
-            score = 1.0
-        else:
-            score = difflib.SequenceMatcher(None, leaf, key_leaf).ratio()
-        return score + 0.2 * bool(section and section == key_section)
+        name = key.rpartition(".")[2]
+        words = name.split("_")
+        named = leaf in (name, "".join(w[0] for w in words), *words)
+        return named + difflib.SequenceMatcher(None, word, key).ratio()
     best = max(keys, key=closeness, default="")
-    return best if best and closeness(best) >= 0.6 else None
+    return best if closeness(best) > 0.6 else None
 
 
 def _describe(kind):
@@ -1091,13 +1097,6 @@ def _convert(value, kind):
     return number
 
 
-def _within(value, bound):
-    op, limit = bound.split()
-    compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}[op]
-    numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
-    return all(compare(v, float(limit)) for v in numbers)
-
-
 def _set(section, tree, where, keys, prefix="", seen=None):
     """Set the fields of a config section, and of those in it, from nested dicts of strings; UserError names the key."""
     hints = typing.get_type_hints(type(section))
@@ -1125,8 +1124,10 @@ def _set(section, tree, where, keys, prefix="", seen=None):
             shown = repr(raw) if len(repr(raw)) < 80 else f"{repr(raw)[:60]}..."
             hint = _nearest(str(raw), choices)
             raise UserError(f"{where}: {name}: expected {_describe(kind)}, found {shown}{hint}") from None
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
         for bound in type(section).__dataclass_fields__[key].metadata.get("bounds", ()):
-            if not _within(value, bound):
+            op, limit = bound.split()
+            if not all(COMPARE[op](v, float(limit)) for v in numbers):
                 raise UserError(f"{where}: {name}: must be {bound}, found {raw}")
         setattr(section, key, os.path.expanduser(value) if key.endswith(("dir", "_file")) else value)
 

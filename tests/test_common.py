@@ -790,6 +790,19 @@ def test_a_finished_run_takes_no_step_and_best_model_is_of_the_best_score(tmp_pa
         common.load_best(tmp_path / "a", nn.Linear(5, 1))
 
 
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path, capsys):
+    Toy(tmp_path / "a").train()
+    path = tmp_path / "a/checkpoint_latest.pt"
+    state = common.load_checkpoint(path)
+    common.save_checkpoint(path, {**state, "source": "x"})
+    Toy(tmp_path / "a").train()
+    assert "was trained by another version of the script" in capsys.readouterr().out
+    for changed in ({**state, "position": {}}, {**state, "model_state_dict": {}}, {"a": 1}):
+        common.save_checkpoint(path, changed)
+        with pytest.raises(UserError, match=r"latest\.pt is of another model or version of the script .*; use --fresh to start again$"):
+            Toy(tmp_path / "a").train()
+
+
 def test_patience_ends_a_run_for_good(tmp_path):
     toy = Toy(tmp_path / "a", score=lambda step: -step)
     assert toy.train(patience=2).step == 6

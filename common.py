@@ -1556,14 +1556,16 @@ def _paired_differences(runs):
 def _merged_curves(runs):
     """Curves of all runs, a line each (mean and sd over seeds)."""
     panels = {}
+    start = os.path.commonprefix([*runs]) if len(runs) > 1 else ""  # noqa: RUF071, characters are meant
+    shared = len(re.match(r"(.*[,=])?", start).group())  # what all labels begin with is left out
     for label, group in runs.items():
         for title, panel in group[0][1].get("curves", {}).items():
             lines = panels.setdefault(title, {**panel, "lines": {}})["lines"]
             for name, line in panel["lines"].items():
                 seeds = [results.get("curves", {}).get(title, {}).get("lines", {}).get(name) for _, results in group]
                 seeds = [seed["y"] for seed in seeds if seed and seed["x"] == line["x"]]  # evaluated by one version
-                spread = {"sd": np.std(seeds, axis=0, ddof=1).tolist()} if len(seeds) > 1 else {}
-                key = name if name.startswith("chance") else f"{label}: {name}"
+                spread = {"sd": np.std(seeds, axis=0, ddof=1).tolist()} if len({*map(tuple, seeds)}) > 1 else {}
+                key = name if name.startswith("chance") else f"{label[shared:]}: {name}"
                 lines[key] = {"x": line["x"], "y": np.mean(seeds, axis=0).tolist(), **spread}
     return panels
 
@@ -1575,7 +1577,7 @@ def new_figure(n_panels=1, width=4.6, height=3.6):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    columns = min(n_panels, 3 if n_panels > 4 and n_panels % 4 else 4)
+    columns = 3 if n_panels in (5, 6, 9) else min(n_panels, 4)
     rows = -(-n_panels // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
                                 layout="constrained")
@@ -1592,24 +1594,26 @@ def save_figure(figure, path):
 
 
 def plot_lines(path, panels, title="", synthetic=False, mark=None):
-    """Panels in a row: {ylabel: {"xlabel": str, "lines": {label: {"x": [...], "y": [...]}}}}.
+    """Panels: {ylabel: {"xlabel": str, "lines": {label: {"x": [...], "y": [...]}}}}; a label has one colour in all of them.
 
     A line may have "sd" (error bars); one whose label begins with "chance" is grey and dotted. `mark` draws a vertical
-    line at the chosen x.
+    line at the chosen x. More than four panels share one legend.
     """
     figure, axes = new_figure(len(panels))
+    colours, handles = {}, {}
     for axis, (ylabel, panel) in zip(axes, panels.items(), strict=True):
         for label, line in panel["lines"].items():
-            x, y = line["x"], line["y"]
-            if label.startswith("chance"):
-                axis.plot(x, y, color="grey", linestyle=":", label=label)
-            else:
-                axis.errorbar(x, y, line.get("sd"), marker="." if len(x) < 30 else None, capsize=2, label=label)
+            style = {"color": "grey", "linestyle": ":"} if label.startswith("chance") else {
+                "color": colours.setdefault(label, f"C{len(colours)}"), "marker": "." if len(line["x"]) < 30 else None,
+                "linestyle": "-" if [*colours].index(label) < 10 else "--"}
+            handles[label] = axis.errorbar(line["x"], line["y"], line.get("sd"), capsize=2, label=label, **style)
         if mark is not None:
             axis.axvline(mark, color="grey", linestyle="--", linewidth=1, label="chosen")
         axis.set(xlabel=panel["xlabel"], ylabel=ylabel)
-        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(panel["lines"]) > 6 else {}
-        axis.legend(fontsize=7, **beside)
+        if len(panels) <= 4:
+            axis.legend(fontsize=7)
+    if len(panels) > 4:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(" ".join([title, "(synthetic data)" if synthetic else ""]).strip(), fontsize=10)
     save_figure(figure, path)
 

@@ -14,6 +14,9 @@ arXiv 2602.08597; global workspace: Devillers et al. 2024, arXiv 2306.15711.
 It prints genre F1s and mAP on the test films last: clean, with a modality missing or corrupted, beside chance and
 logistic regression, with bootstrap intervals over films.
 
+Measured: gw_small, 522 test films, seeds 1-3: macro F1 .470 +- .008 at .5, mAP .483 +- .012 (`constant` .477, .498;
+`uniform` .464, .475; `random` .375, .390; logistic regression .490, .507), 35 s of training on one CPU thread.
+
 Shapes: B films a batch, n a split's films, D a domain's width (labels: C = 23 genres), W = 512 the workspace; a set S
 is a non-empty subset of {image, text, labels}; e_d the encoding of domain d, w_d its weight, z = tanh(sum_d w_d e_d).
 
@@ -477,10 +480,11 @@ def fill_in(data, inputs, lost):
 
 REWEIGH = {"own": None, "mean": lambda w: w.mean(0).expand_as(w), "equal": lambda w: torch.full_like(w, 0.5),
            "another film's": lambda w: w.roll(1, 0)}
-CURVES = {  # picture: (what is done, x, its label, to which modality, {suffix of the row: label of the line})
-    "corruption": ("corrupted by", AMOUNTS, "amount of noise", ("one", "image", "text", "both"), {"": "as it is"}),
+CURVES = {  # picture: (what is done, x, its label, to which modality, {suffix of the row: label of the line}, columns)
+    "corruption": ("corrupted by", AMOUNTS, "amount of noise", ("one", "image", "text", "both"), {"": "test films"},
+                   ("mAP", "f1_macro_tuned", "weight_image")),
     "missing": ("missing in", RATES, "share of films that miss it", ("image", "text", "both"),
-                {"": "left out", ", filled in": "filled in"})}
+                {"": "left out", ", filled in": "filled in"}, ("mAP", "f1_macro_tuned"))}
 
 
 def conditions(selector):
@@ -641,7 +645,7 @@ def evaluate(cfg, data):
         rows[name] = {"logits": of_split["test"], "above_thresholds": of_split["test"] - tuned[:, None],
                       "labels": test_labels}
         thresholds[name] = tuned.tolist()
-    on_curves = {f"{kind} {what} {x:g}{suffix}" for what, xs, _, kinds, suffixes in CURVES.values()
+    on_curves = {f"{kind} {what} {x:g}{suffix}" for what, xs, _, kinds, suffixes, _ in CURVES.values()
                  for kind in kinds for x in xs if x != 0.5 for suffix in suffixes}
     shown = {name: values for name, values in rows.items() if name not in on_curves}
     others = [name for name in shown if name.startswith(("clean, ", "logistic regression, both"))]
@@ -677,16 +681,15 @@ def evaluate(cfg, data):
         "curves": pictures["corruption"] | pictures["missing"], "per_item": {"ids": films, **items}}
 
 
-def curve_panels(scores, what, xs, xlabel, kinds, suffixes):
+def curve_panels(scores, what, xs, xlabel, kinds, suffixes, columns):
     """Panels of `common.plot_lines`, by column and kind, of the rows "{kind} {what} {x}{suffix}", a line a suffix."""
+    ylabels = {"f1_macro_tuned": "macro F1 (dev thresholds)", "weight_image": "weight of the image"}
     panels = {}
-    for column, ylabel in (("mAP", "mAP"), ("f1_macro_tuned", "macro F1 (dev thresholds)"),
-                           ("weight_image", "weight of the image")):
-        for kind in kinds:
-            lines = {label: {"x": xs, "y": [scores[f"{kind} {what} {x:g}{suffix}"][column] for x in xs]}
-                     for suffix, label in suffixes.items()}
-            lines["chance"] = {"x": xs, "y": [scores["chance"][column]] * len(xs)}
-            panels[f"{ylabel}, {kind} {what.split()[0]}"] = {"xlabel": xlabel, "lines": lines}
+    for column, kind in itertools.product(columns, kinds):
+        lines = {label: {"x": xs, "y": [scores[f"{kind} {what} {x:g}{suffix}"][column] for x in xs]}
+                 for suffix, label in suffixes.items()}
+        lines["chance"] = {"x": xs, "y": [scores["chance"][column]] * len(xs)}
+        panels[f"{ylabels.get(column, column)}, {kind} {what.split()[0]}"] = {"xlabel": xlabel, "lines": lines}
     return panels
 
 

@@ -1323,7 +1323,9 @@ def run_facts(cfg, data):
 
 def _source_hash(cfg):
     """16 hex digits of the script's and this file's source, and of the evaluation's settings."""
-    content = b"".join(Path(path).read_bytes() for path in (inspect.getfile(type(cfg)), __file__))
+    content = Path(__file__).read_bytes()
+    with contextlib.suppress(TypeError, OSError):  # a class that was typed into a notebook
+        content += Path(inspect.getfile(type(cfg))).read_bytes()
     settings = dataclasses.asdict(cfg).get("evaluation", {})
     return hashlib.sha256(content + repr(settings).encode()).hexdigest()[:16]
 
@@ -1348,7 +1350,7 @@ def publish(folder, results):
     and `<column> high` are the interval of a column.
     """
     folder, results = Path(folder), dict(results)
-    per_item, config = results.pop("per_item", None), _run_config(folder)
+    per_item, config = results.pop("per_item", None), _run_config(folder) if (folder / "config.yaml").exists() else {}
     if per_item is not None:
         save_checkpoint(folder / "per_item.pt", per_item, keep_previous=False)
     write_json(folder / "results.json", results)
@@ -1434,7 +1436,7 @@ def format_table(header, rows):
 
 def results_text(results):
     """What a run prints last: its headline, its tables and its notes."""
-    mark = "  [SYNTHETIC demo data]" if results["synthetic"] else ""
+    mark = "  [SYNTHETIC demo data]" if results.get("synthetic") else ""
     tables = [format_table(*_cells(title, table)) for title, table in results["tables"].items()]
     return "\n\n".join([results["headline"] + mark, *tables, "\n".join(results.get("notes", []))]).rstrip()
 
@@ -1442,22 +1444,23 @@ def results_text(results):
 def _report(folder, results):
     """report.md: the headline, tables and pictures of a run, its command and versions; last the seconds and FLOPs."""
     environment, parts = _environment(folder), [f"# {folder.name}"]
-    parts.append(results["headline"] + (" **Synthetic demo data.**" if results["synthetic"] else ""))
+    parts.append(results["headline"] + (" **Synthetic demo data.**" if results.get("synthetic") else ""))
     for title, table in results["tables"].items():
         header, rows = _cells(title, table)
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]))
     parts += results.get("notes", [])
     parts += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png"))]
-    command = re.sub(r" (output_dir=\S*|--fresh|--stage \w+)", "", environment["command_line"])
-    versions, commit = environment["versions"], (environment["git_commit"] or "unknown")[:10]
-    parts.append(f"    python {command}")
-    parts.append(f"seed {results['seed']}, data {results['data_fingerprint']}, torch {versions['torch']}, numpy "
-                 f"{versions['numpy']}, commit {commit}")
-    where = environment.get("gpu") or f"{environment['threads']} CPU threads"
-    flops = folder.parent / "flops" / f"{folder.name}.json"
-    measured = f", {read_json(flops)['results'][0]['flops_run'] / 1e12:.2f} TFLOP" if flops.exists() else ""
-    seconds = environment.get("train_seconds", math.nan)
-    return "\n\n".join([*parts, f"{seconds:.1f} s of training ({where}){measured}.\n"])
+    if environment:
+        command = re.sub(r" (output_dir=\S*|--fresh|--stage \w+)", "", environment["command_line"])
+        versions, commit = environment["versions"], (environment["git_commit"] or "unknown")[:10]
+        parts.append(f"    python {command}")
+        parts.append(f"seed {results.get('seed')}, data {environment['data_fingerprint']}, torch {versions['torch']}, numpy "
+                     f"{versions['numpy']}, commit {commit}")
+        where = environment.get("gpu") or f"{environment['threads']} CPU threads"
+        flops = folder.parent / "flops" / f"{folder.name}.json"
+        measured = f", {read_json(flops)['results'][0]['flops_run'] / 1e12:.2f} TFLOP" if flops.exists() else ""
+        parts.append(f"{environment.get('train_seconds', math.nan):.1f} s of training ({where}){measured}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def _runs_by_seed(folders):

@@ -968,6 +968,12 @@ def test_publish_prints_and_writes_results_report_and_items(tmp_path, capsys):
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "environment.json"} == before  # equal runs, equal files
 
 
+def test_publish_takes_the_least_that_a_script_can_give(tmp_path, capsys):
+    common.publish(tmp_path, {"headline": "3 items", "tables": {"t": {"chance": {"R@1": 12.345, "n": 3, "x": None}}}})
+    assert capsys.readouterr().out.splitlines()[:5] == ["", "3 items", "", "t        R@1  n  x", "-----------------"]
+    assert (tmp_path / "report.md").read_text().endswith("| chance | 12.3 | 3 | - |\n")
+
+
 def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys):
     """A shift of .1 under noise of sd 1 that both share: the paired interval sees it, the runs' own intervals overlap."""
     a = [finished(tmp_path / f"a,seed={seed}", seed) for seed in (1, 2)]

@@ -797,6 +797,43 @@ def test_profile_prints_ratios_writes_files_and_passes_over_what_does_not_train(
     assert common.read_json(tmp_path / "siglip.json")["results"] == content["results"][2:]  # report.md of a run reads its own
 
 
+def test_profile_measures_the_overrides_and_both_phases(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "configs/gw_clip_shared.yaml"
+    found = profile_flops.profile(path, 1, "cpu", 1, ["training.selector_after_freeze=true", "model.dim=64", "training.steps=50"])
+    first, second = found["phases"]
+    random = profile_flops.profile(ROOT / "configs/gw_clip_random.yaml", 1, "cpu", 1, ["model.dim=64"])
+    assert first["flops_counter"] == random["flops_counter"]  # mean weights cost nothing
+    assert second["flops_forward"] > first["flops_forward"]  # the selector's own products
+    assert second["flops_backward"] < first["flops_backward"]  # no gradient of a frozen weight
+    assert (found["steps"], found["flops_run"]) == (100, 50 * (first["flops_counter"] + second["flops_counter"]))
+    assert found["name"] == "gw_clip_shared,model.dim=64,training.selector_after_freeze=true,training.steps=50"
+    joint = profile_flops.profile(path, 1, "cpu", 1, ["model.dim=64"])
+    assert joint["phases"] == []
+    assert joint["parameters"] == found["parameters"]
+
+
+def test_profile_measures_a_copied_script(tmp_path):
+    for name in ("common", "demo_data", "profile_flops"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copy(ROOT / "exp_gw_mmimdb.py", tmp_path / "exp_mine.py")
+    (tmp_path / "mine.yaml").write_text("experiment: mine\ndata:\n  views: 1\nmodel:\n  dim: 32\n  n_blocks: 1\n")
+    command = [sys.executable, "profile_flops.py", "mine.yaml", "training.batch_size=4", "--device", "cpu"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "stand-in data of the real shapes" in result.stdout
+    assert common.read_json(tmp_path / "results/flops/mine,training.batch_size=4.json")["results"][0]["batch_size"] == 4
+    (tmp_path / "mine.yaml").write_text("experiment: gw_mmimdb\n")
+    refused = subprocess.run([sys.executable, "exp_mine.py", "mine.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "is a config of exp_gw_mmimdb.py (experiment: gw_mmimdb), not of exp_mine.py; a copied script takes a copied YAML" in refused.stderr
+
+
+def test_profile_measures_flickrs_settings():
+    with_fused, without = (profile_flops.profile(ROOT / "configs/flickr8k_tiny.yaml", 4, "cpu", 1, [f"losses.fused={share}"]) for share in (0.5, 0))
+    assert without["flops_counter"] < with_fused["flops_counter"]
+
+
 def test_profile_refuses_other_files(tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("experiment: something\n")
     assert profile_flops.main([str(tmp_path / "x.yaml")]) == 2

@@ -970,7 +970,7 @@ def test_publish_prints_and_writes_results_report_and_items(tmp_path, capsys):
 
 def test_publish_takes_the_least_that_a_script_can_give(tmp_path, capsys):
     common.publish(tmp_path, {"headline": "3 items", "tables": {"t": {"chance": {"R@1": 12.345, "n": 3, "x": None}}}})
-    assert capsys.readouterr().out.splitlines()[:5] == ["", "3 items", "", "t        R@1  n  x", "-----------------"]
+    assert capsys.readouterr().out.splitlines()[:5] == ["", "3 items", "", "t        R@1  n  x", "-" * 18]
     assert (tmp_path / "report.md").read_text().endswith("| chance | 12.3 | 3 | - |\n")
 
 

@@ -1305,6 +1305,9 @@ def exit_codes(main):
             asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
             asked = f"tried to allocate {asked.group(1)}" if asked else reason_of(error)
             message, code = f"out of memory ({asked}); lower the batch size or the sizes of the model", 1
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except (OSError, FloatingPointError) as error:
             message, code = str(error), 1
         line = " ".join(message.split())

@@ -1091,6 +1091,15 @@ def test_exit_codes(error, code, capsys):
     assert capsys.readouterr().err.count("\n") == (code != 0)
 
 
+def test_a_closed_pipe_is_no_error():
+    code = "import sys, common\n@common.exit_codes\ndef main(argv):\n    while True: print('x' * 1000)\nsys.exit(main([]))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
 def test_a_bug_still_shows_its_traceback():
     @common.exit_codes
     def main(argv):

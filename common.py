@@ -661,19 +661,21 @@ def _run_config(folder):
 
 def _environment(folder):
     """environment.json of a run's folder, {} if it has none yet."""
-    path = Path(folder) / "environment.json"
-    return read_json(path) if path.exists() else {}
+    with contextlib.suppress(UserError):  # a damaged one is begun anew
+        return read_json(Path(folder) / "environment.json")
+    return {}
 
 
 def check_run(cfg, data_fingerprint=None):
     """Raise UserError if cfg.output_dir holds a run of another config or data, or something else. Writes nothing."""
     folder, remedy = Path(cfg.output_dir), "choose another output_dir= or move the old run aside with --fresh"
+    is_run = (folder / "config.yaml").exists() or (folder / "checkpoint_latest.pt").exists()
+    if is_run and getattr(cfg, "fresh", False):
+        return
     if not (folder / "config.yaml").exists():
         others = [p.name for p in folder.glob("*") if not p.name.startswith((".", "compare."))]
         if others:
             raise UserError(f"{folder} is not empty and holds no run ({others[0]} ...); choose another output_dir=")
-        return
-    if getattr(cfg, "fresh", False):
         return
     old, new = flatten(_run_config(folder)), flatten(dataclasses.asdict(cfg))
     changed = [key for key in {**old, **new} if not is_neutral(key) and old.get(key) != new.get(key)]
@@ -717,7 +719,7 @@ def open_run(cfg, data_fingerprint):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
-        if getattr(cfg, "fresh", False) and (folder / "config.yaml").exists():
+        if getattr(cfg, "fresh", False) and any(folder.glob("c*")):  # config.yaml, checkpoint_latest.pt
             names = (folder.with_name(f"{folder.name}.old-{n}") for n in range(1, 10**6))
             old = folder.rename(next(name for name in names if not name.exists()))
             print(f"moved the earlier run to {old}")
@@ -1160,6 +1162,8 @@ def load_config(Config, path, overrides=(), demo=False):
         if value.startswith(("[", "{", '"', "'")):  # the rest stays as it is: a path may hold ` #` or `: `
             with contextlib.suppress(yaml.YAMLError):
                 value = yaml.load(value, Loader=_StrictLoader)
+        if key == "experiment":
+            raise UserError("command line: experiment is the script's own name; it cannot be set")
         _set(cfg, {key: value}, "command line", keys)
         if not is_neutral(key):
             changed[key] = _plain(value)
@@ -1210,7 +1214,9 @@ class Finished(Exception):
     """A command that was done before any data were read."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A mistake on the command line is a UserError."""
+
     def error(self, message):
         raise UserError(f"{message} (-h shows the usage)")
 
@@ -1224,7 +1230,7 @@ def parse_command_line(argv, configs, doc, stages, compare=False):
     if {"-h", "--help"} & set(argv):
         epilog = "config keys, defaults and meaning (set in the YAML, or as key=value):\n" + "\n\n".join(
             "\n".join(_config_help(Config())) for Config in configs)
-    parser = _Parser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False)
     parser.add_argument("config", nargs="?", help="a YAML file in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value",
@@ -1242,6 +1248,8 @@ def parse_command_line(argv, configs, doc, stages, compare=False):
         meant = nearest_key(option.lstrip("-"), keys)
         hint = f"did you mean {meant}={value or ''.join(following)}?" if meant else "config keys are written key=value"
         raise UserError(f"{option}: no such option; {hint} (-h lists everything)")
+    if args.config and getattr(args, "compare", None):
+        raise UserError(f"--compare takes folders alone; leave {args.config} out")
     if args.config is None and not getattr(args, "compare", None):
         raise UserError("which config? The first argument is a YAML file, e.g. one of configs/ (-h shows the usage)")
     if args.config and "=" in args.config and not Path(args.config).exists():
@@ -1333,14 +1341,40 @@ def _source_hash(cfg):
     return hashlib.sha256(content + repr(settings).encode()).hexdigest()[:16]
 
 
+def _read_results(folder):
+    """results.json of a finished run. Raises: UserError if it is not there, damaged, or without what `publish` writes."""
+    path = Path(folder) / "results.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {folder} is not the folder of a finished run")
+    results = read_json(path)
+    kinds = {"headline": str, "tables": dict, "seed": int, "data_fingerprint": str, "synthetic": bool, "files": list}
+    wrong = [key for key, kind in kinds.items() if not isinstance(results.get(key), kind)]
+    tables = results["tables"].values() if "tables" not in wrong else []
+    if not all(isinstance(table, dict) and all(isinstance(row, dict) for row in table.values()) for table in tables):
+        wrong.append("tables")
+    if wrong or not isinstance(results.get("curves", {}), dict):
+        raise UserError(f"{path}: {(*wrong, 'curves')[0]} is missing or damaged; run its command again, which writes it anew")
+    return results
+
+
 def published(cfg, data_fingerprint):
-    """results.json of cfg's run, or None if it is not there, of other data or of another version of the script."""
-    path = Path(cfg.output_dir) / "results.json"
-    results = read_json(path) if path.exists() else None
-    if results and results.get("data_fingerprint") != data_fingerprint:
+    """results.json of cfg's run, or None (which is said) if it or what was written with it is not there, damaged, of other
+    data or of another version of the script: then the evaluation runs again, and the training does not."""
+    folder = Path(cfg.output_dir)
+    if not (folder / "results.json").exists():
         return None
-    if results and results.get("source") != _source_hash(cfg):
-        print(f"{path} is of another version of the script: the evaluation runs again (the training does not)")
+    try:
+        results = _read_results(folder)
+        check_crc(folder / "per_item.pt")
+        why = [f"{name} is gone" for name in results["files"] if not (folder / name).exists()]
+    except UserError as error:
+        results, why = {}, [str(error)]
+    if not why and results["data_fingerprint"] != data_fingerprint:
+        why = ["it is of other data"]
+    if not why and results.get("source") != _source_hash(cfg):
+        why = ["it is of another version of the script"]
+    if why:
+        print(f"{folder}: the evaluation runs again ({why[0]})")
         return None
     return results
 
@@ -1356,9 +1390,10 @@ def publish(folder, results):
     per_item, config = results.pop("per_item", None), _run_config(folder) if (folder / "config.yaml").exists() else {}
     if per_item is not None:
         save_checkpoint(folder / "per_item.pt", per_item, keep_previous=False)
+    results["files"] = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".csv", ".pt"))
     write_json(folder / "results.json", results)
-    print(f"\n{results_text(results)}")
     write_text(folder / "report.md", _report(folder, results))
+    print(f"\n{results_text(results)}")
     if config.get("wandb") and per_item is not None:
         run = _open_wandb(folder, config)
         import wandb
@@ -1460,8 +1495,10 @@ def _report(folder, results):
         parts.append(f"seed {results.get('seed')}, data {environment['data_fingerprint']}, torch {versions['torch']}, numpy "
                      f"{versions['numpy']}, commit {commit}")
         where = environment.get("gpu") or f"{environment['threads']} CPU threads"
-        flops = folder.parent / "flops" / f"{folder.name}.json"
-        measured = f", {read_json(flops)['results'][0]['flops_run'] / 1e12:.2f} TFLOP" if flops.exists() else ""
+        measured = ""
+        with contextlib.suppress(UserError, KeyError, IndexError, TypeError):  # profile_flops.py has not been here
+            flops = read_json(folder.parent / "flops" / f"{folder.name}.json")["results"][0]["flops_run"]
+            measured = f", {flops / 1e12:.3g} TFLOP"
         parts.append(f"{environment.get('train_seconds', math.nan):.1f} s of training ({where}){measured}.")
     return "\n\n".join(parts) + "\n"
 
@@ -1472,15 +1509,14 @@ def _runs_by_seed(folders):
     for folder in map(Path, folders):
         if re.search(r"\.old-\d+$", folder.name):  # what a pattern names beside the run that took its place
             continue
-        results, config = read_json(folder / "results.json"), flatten(_run_config(folder))
-        missing = [key for key in ("tables", "seed", "data_fingerprint", "synthetic") if key not in results]
-        if missing:
-            raise UserError(f"{folder}/results.json has no {missing[0]}; run its command again, which writes it anew")
+        results, config = _read_results(folder), flatten(_run_config(folder))
         settings = {k: v for k, v in config.items() if k != "seed" and not is_neutral(k)}
         key = json.dumps([settings, results["data_fingerprint"]], sort_keys=True)
         if (key, results["seed"]) not in seen:  # a copy of a run is not another seed
             seen.add((key, results["seed"]))
             groups.setdefault(key, []).append((folder, results))
+    if not groups:
+        raise UserError(f"no finished run among {', '.join(map(str, folders))}; --compare takes folders of finished runs")
     labelled = {}
     for runs in groups.values():
         folder = runs[0][0]
@@ -1511,7 +1547,11 @@ def compare_runs(folders, out="results/compare"):
                 merged[row] = values[next(iter(runs))]  # chance, a baseline: the same in all
             else:
                 merged |= {f"{row}: {label} ({len(runs[label])})": value for label, value in values.items() if value}
-    tables |= _paired_differences(runs)
+    try:
+        tables |= _paired_differences(runs)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"a per_item.pt of these runs is damaged ({reason_of(error)}); delete it and run its command "
+                        "again") from None
     synthetic = any(results["synthetic"] for group in runs.values() for _, results in group)
     text = "\n\n".join(format_table(*_cells(title, table)) for title, table in tables.items())
     text += "\n\n[SYNTHETIC demo data]" if synthetic else ""
@@ -1540,8 +1580,8 @@ def _over_seeds(rows):
 
 def _paired_differences(runs):
     """{title: table} of the differences between the other runs and the first, paired over the test items."""
-    items = {label: [guarded(lambda p: torch.load(p, weights_only=True), folder / "per_item.pt") for folder, _ in group
-                     if (folder / "per_item.pt").exists()] for label, group in runs.items()}
+    items = {label: [load_checkpoint(folder / "per_item.pt") for folder, _ in group if (folder / "per_item.pt").exists()]
+             for label, group in runs.items()}
 
     def seed_mean(side, kind, row):
         return {name: np.mean([x[kind][row][name].numpy() for x in side], axis=0) for name in side[0]["draws"][row]}

@@ -265,6 +265,9 @@ class GlobalWorkspace(nn.Module):
 
 def build_model(cfg, data):
     """GlobalWorkspace of the data's widths, on its device, with the objective's settings."""
+    if cfg.training.selector_after_freeze and cfg.model.selector != "shared":
+        raise UserError("training.selector_after_freeze trains the shared selector; model.selector="
+                        f"{cfg.model.selector} has none")
     dims = {**{m: x.shape[1] for m, x in data.latents.items()}, "labels": data.labels.shape[1]}
     model = GlobalWorkspace(dims, cfg.model).to(data.device)
     model.loss_weights = {name: getattr(cfg.training, f"{name}_weight") for name in LOSSES}
@@ -391,11 +394,11 @@ def set_train_mode(cfg, model, step):
 def train(cfg, data):
     """Train, resuming exactly; best_model.pt is the step with the best dev score. Returns the rows of metrics.csv."""
     t, last_step = cfg.training, total_steps(cfg)
-    folder = common.open_run(cfg, data.fingerprint)
     common.seed_everything(cfg.seed)
     model = build_model(cfg, data)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer)
+    folder = common.open_run(cfg, data.fingerprint)  # after what can fail for its settings
     with common.Run(folder, cfg, model, optimizer, scheduler) as run:
         for step in run.steps(last_step):
             if step == t.steps + 1:  # the selector alone, on the last workspace, with a cycle of its own
@@ -426,7 +429,7 @@ def validate(model, data, seed):
     logits, weights = predict(model, film_inputs(data, "dev"), seed=seed)
     dev = genre_scores(logits, data.labels[data.splits["dev"]])
     return {**{f"dev_{name}": dev[name] for name in ("bce", "mAP", "mAP_micro", "f1_macro", "f1_weighted")},
-            "dev_weight_image": weights[:, 0].mean(), "dev_weight_sd": weights[:, 0].std(),
+            "dev_weight_image": weights[:, 0].mean(), "dev_weight_sd": weights[:, 0].std(correction=0),
             "dev_weight_entropy": torch.special.entr(weights).sum(1).mean() / np.log(2)}
 
 
@@ -670,7 +673,7 @@ def evaluate(cfg, data):
     lines = [f"{film},{kind},{rate:g},{({0: 'image', 1: 'text', -1: ''})[missing_modality(film, kind, rate)]}"
              for film in films for kind in CURVES["missing"][3] for rate in RATES]
     common.write_text(folder / "missing_modality.csv", "\n".join(["film,kind,rate,missing", *lines, ""]))
-    of_split = {split: {"mean": w.mean().item(), "sd": w.std().item()} for split, w in weights.items()}
+    of_split = {split: {"mean": w.mean().item(), "sd": w.std(correction=0).item()} for split, w in weights.items()}
     return {
         **common.run_facts(cfg, data), "n": len(films), "notes": notes,
         "headline": f"{len(films):,} test films; selector {cfg.model.selector}, step {step}, seed {cfg.seed}",
@@ -807,8 +810,8 @@ def write_labels(root, folder):
         for genre in {GENRE_SPELLINGS.get(str(name).strip().lower()) for name in names} - {None}:
             labels[row, GENRES.index(genre)] = 1
     if (folder / "labels_all_23.npy").exists():
-        earlier, earlier_ids, _ = read_labels(folder)
-        if earlier_ids != ids or not np.array_equal(earlier, labels):
+        earlier, *names = read_labels(folder)
+        if names != [ids, list(GENRES)] or not np.array_equal(earlier, labels):
             raise UserError(f"{folder}: holds other labels than {root / 'dataset'} gives; move them away, or set "
                             "data.labels_dir=")
         return labels
@@ -827,9 +830,12 @@ def read_labels(folder):
     labels = common.guarded(np.load, path)
     ids = common.guarded(lambda p: p.read_text().split(), folder / "ids_all.txt")
     genres = common.guarded(lambda p: json.loads(p.read_text()), folder / "class_names_23.json")
-    if labels.shape != (len(ids), len(genres)) or len(set(ids)) != len(ids) or not np.isin(labels, (0, 1)).all():
+    if not isinstance(genres, list) or {type(g) for g in genres} != {str} or len(set(genres)) != len(genres):
+        raise UserError(f"{folder / 'class_names_23.json'}: expected a list of names; make it with --stage labels")
+    shape = getattr(labels, "shape", "no array")
+    if shape != (len(ids), len(genres)) or len(set(ids)) != len(ids) or not np.isin(labels, (0, 1)).all():
         raise UserError(f"{path}: expected 0/1 of {len(ids)} different ids (ids_all.txt) x {len(genres)} genres, found "
-                        f"{labels.shape}")
+                        f"{shape}")
     return labels, ids, genres
 
 
@@ -860,8 +866,9 @@ def load_latents(path, ids):
     manifest_file = path.with_name(f"{path.stem}_manifest.json")
     manifest = common.read_json(manifest_file)
     rows = common.guarded(lambda p: np.load(p, mmap_mode="c"), path)
-    if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
-        raise UserError(f"{path}: expected float16 or float32 [rows, dims], found {rows.dtype} {list(rows.shape)}")
+    if not isinstance(rows, np.memmap) or rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
+        found = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else type(rows).__name__
+        raise UserError(f"{path}: expected float16 or float32 [rows, dims], found {found}")
     if path.stat().st_size != rows.offset + rows.nbytes:
         size = path.stat().st_size
         raise UserError(f"{path}: expected {rows.offset + rows.nbytes} bytes by its header, found {size}")
@@ -923,7 +930,7 @@ def load_model(folder):
     """(GlobalWorkspace of a finished run in eval mode, its Config). `model.statistics` z-scores latents, as in
     `latent_rows`; `model.genres` names the logits. Raises: UserError."""
     cfg = common.load_config(Config, Path(folder) / "config.yaml")
-    best = common.load_checkpoint(Path(folder) / "best_model.pt")
+    best = common.guarded(common.load_checkpoint, Path(folder) / "best_model.pt")
     dims = {d: best["model_state_dict"][f"encoders.{d}.0.weight"].shape[1] for d in DOMAINS}
     model = GlobalWorkspace(dims, cfg.model)
     common.load_best(folder, model)
@@ -944,9 +951,6 @@ def use_demo(cfg):
 @common.exit_codes
 def main(argv):
     cfg, stage = common.setup(argv, Config, __doc__, STAGES, use_demo)
-    if cfg.training.selector_after_freeze and cfg.model.selector != "shared":
-        raise UserError("training.selector_after_freeze trains the shared selector; model.selector="
-                        f"{cfg.model.selector} has none")
     if stage == "labels":
         root, *_, folder = paths(cfg.data)
         labels = write_labels(root, folder)

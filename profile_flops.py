@@ -250,18 +250,18 @@ def plot(results, path):
     per_sample.bar(place, [r["flops_per_sample"] / 1e6 for r in results], 0.6, color="tab:green")
     per_sample.set(ylabel="MFLOP a sample", title="per sample")
     for panel in (axis, per_sample):
-        panel.set_xticks(place, [r["name"] for r in results], rotation=30, ha="right", fontsize=8)
+        panel.set_xticks(place, [r["name"][:40] for r in results], rotation=30, ha="right", fontsize=8)
     common.save_figure(figure, path)
 
 
 @common.exit_codes
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", metavar="YAML | key=value", help="YAML files; overrides of all of them")
     parser.add_argument("--batch-size", type=int, help="instead of each config's own")
     parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu")
     parser.add_argument("--out", default="results/flops", help="folder of the JSON and PNG")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     overrides = [word for word in args.configs if re.match(r"[\w.]+=", word)]
     configs = [word for word in args.configs if word not in overrides]
     if not configs:
@@ -286,9 +286,9 @@ def main(argv):
     print(report(results))
     folder, convention = Path(args.out), {"convention": "1 multiply-add = 2 FLOPs"}
     folder.mkdir(parents=True, exist_ok=True)
-    for result in results:  # report.md of a run quotes the file of its name
+    for result in results if args.batch_size is None else []:  # report.md of a run quotes the file of its name
         common.write_json(folder / f"{result['name']}.json", {**convention, "results": [result]})
-    stem = "+".join(r["name"] for r in results)
+    stem = "+".join(r["name"] for r in results) + (f",batch={args.batch_size}" if args.batch_size else "")
     stem = stem if len(stem) < 100 else f"{len(results)}_configs"
     common.write_json(folder / f"{stem}.json", {**convention, "results": results})
     plot(results, folder / f"{stem}.png")

@@ -586,9 +586,8 @@ def test_a_damaged_config_of_a_run_is_one_line(tmp_path, content):
     folder = common.open_run(cfg, "data")
     (folder / "config.yaml").write_bytes(content)
     (folder / "results.json").write_text("{}")
-    for opened in (lambda: common.open_run(cfg, "data"), lambda: common.compare_runs([folder])):
-        with pytest.raises(UserError, match=r"config\.yaml is damaged"):
-            opened()
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+        common.open_run(cfg, "data")
     common.open_run(fresh(cfg), "data")
     assert (tmp_path / "run.old-1" / "results.json").exists()
 
@@ -960,7 +959,7 @@ def test_publish_prints_and_writes_results_report_and_items(tmp_path, capsys):
     report = (folder / "report.md").read_text().splitlines()
     assert report[0] == "# run"
     assert any(re.fullmatch(r"\| head \| -?0\.\d{3} \[.*\] \|", line) for line in report)
-    assert report[-1].endswith("3.00 TFLOP.")
+    assert report[-1].endswith(", 3 TFLOP.")
     assert "a note" in report
     assert "per_item" not in common.read_json(folder / "results.json")
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "environment.json"}
@@ -995,12 +994,23 @@ def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys):
 
 
 def test_compare_refuses_what_is_no_finished_run(tmp_path):
-    with pytest.raises(UserError, match=r"none/results\.json: cannot be read as JSON \(no such file\)"):
+    with pytest.raises(UserError, match=r"none/results\.json: no such file; .*none is not the folder of a finished run"):
         common.compare_runs([tmp_path / "none"])
     folder = finished(tmp_path / "a")
     (folder / "results.json").write_text('{"experiment": "toy"}')
-    with pytest.raises(UserError, match=r"results\.json has no tables; run its command again"):
+    with pytest.raises(UserError, match=r"results\.json: headline is missing or damaged; run its command again"):
         common.compare_runs([folder])
+
+
+def test_compare_of_damaged_items_is_one_line(tmp_path):
+    a, b = finished(tmp_path / "a"), finished(tmp_path / "b", note="b")
+    items = common.load_checkpoint(b / "per_item.pt")
+    for changed in ([1], {}, {**items, "scores": {}}, {**items, "draws": {"head": {"score": torch.zeros(7)}}}):
+        common.save_checkpoint(b / "per_item.pt", changed, keep_previous=False)
+        with pytest.raises(UserError, match="per_item"):
+            common.compare_runs([a, b], out=tmp_path / "out")
+    with pytest.raises(UserError, match="no finished run among"):
+        common.compare_runs([(b.rename(tmp_path / "b.old-1"))], out=tmp_path / "out")
 
 
 def test_a_changed_script_is_evaluated_again(tmp_path, capsys, monkeypatch):
@@ -1008,8 +1018,10 @@ def test_a_changed_script_is_evaluated_again(tmp_path, capsys, monkeypatch):
     data = types.SimpleNamespace(fingerprint="d", synthetic=False)
     assert common.published(cfg, "d") is None  # RESULTS has another source
     assert "another version of the script" in capsys.readouterr().out
-    common.write_json(tmp_path / "a/results.json", {**RESULTS, **common.run_facts(cfg, data)})
+    results = common.read_json(tmp_path / "a/results.json")
+    common.write_json(tmp_path / "a/results.json", {**results, **common.run_facts(cfg, data)})
     assert common.published(cfg, "d")["headline"] == "3 items"
+    assert common.published(cfg, "other data") is None
     assert common.published(Config(output_dir=str(tmp_path / "b")), "d") is None
 
 

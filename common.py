@@ -687,14 +687,16 @@ def check_run(cfg, data_fingerprint=None):
         raise UserError(f"{folder} holds a run on other data (fingerprint {earlier}, now {data_fingerprint}); {remedy}")
 
 
-_LOCKS = {}  # inode of a run's .lock -> the open file, for as long as this process lives
+_LOCKS = {}  # (device, inode) of a run's .lock -> the open file, for as long as this process lives
 
 
 def _lock(folder):
     """Own a run's folder until this process ends, however it ends. Raises: UserError if another process owns it."""
     file = open(folder / ".lock", "ab")  # noqa: SIM115, it stays open
-    inode = os.fstat(file.fileno()).st_ino
-    if inode in _LOCKS or fcntl is None:
+    status = os.fstat(file.fileno())
+    identity = status.st_dev, status.st_ino
+    if identity in _LOCKS or fcntl is None:
+        file.close()  # an flock is of the first opening
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -704,7 +706,7 @@ def _lock(folder):
                         f"({owner.get('command_line', '?')}); wait for it, or set output_dir=") from None
     except OSError:  # a file system without locks
         pass
-    _LOCKS[inode] = file
+    _LOCKS[identity] = file
     os.register_at_fork(after_in_child=file.close)  # a killed run's workers do not keep it
 
 

@@ -144,8 +144,7 @@ class ResMLP(nn.Module):
 class SharedKeySelector(nn.Module):
     """Weights [B, n] = softmax_d(q . k_d) of encodings [B, n, W]: q from their mean, every k_d by one layer.
 
-    scale: divides q . k by sqrt(head_dim), and the key has no bias, which cancels in the softmax; the paper's form (no
-    scale) has one, so that its parameters are counted as there.
+    scale: divides q . k by sqrt(head_dim). The key's bias cancels in the softmax; the paper's form (no scale) has it.
     """
 
     def __init__(self, dim, head_dim, scale=False):
@@ -160,17 +159,14 @@ class SharedKeySelector(nn.Module):
 
 
 class ConstantSelector(nn.Module):
-    """Weights [B, n] = softmax(30 logits), learned, the same for every film: the control of one that looks at it.
-
-    The gain is a learning rate of their own: at the others' they would hardly move.
-    """
+    """Weights [B, n] = softmax(30 logits), learned, the same for every film: the control of one that looks at it."""
 
     def __init__(self, n_domains):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(n_domains))
 
     def forward(self, encodings):
-        return (30 * self.logits).softmax(0).expand(encodings.shape[:2])
+        return (30 * self.logits).softmax(0).expand(encodings.shape[:2])  # 30: at the others' rate they hardly move
 
 
 class RandomSelector(nn.Module):
@@ -220,14 +216,12 @@ class GlobalWorkspace(nn.Module):
             return [ResMLP(dim, model_cfg.hidden_dim, model_cfg.dropout) for _ in range(model_cfg.n_blocks)]
         of_image = model_cfg.input_dropout if model_cfg.image_dropout is None else model_cfg.image_dropout
         self.input_dropout = nn.ModuleDict({"image": nn.Dropout(of_image), "text": nn.Dropout(model_cfg.input_dropout)})
-        self.encoders, self.decoders = nn.ModuleDict(), nn.ModuleDict()
-        for d, n in dims.items():
-            self.encoders[d] = nn.Sequential(nn.Linear(n, dim), nn.GELU(), *blocks())
-        for d, n in dims.items():
-            self.decoders[d] = nn.Sequential(*blocks(), nn.Linear(dim, n))
+        self.encoders = nn.ModuleDict({d: nn.Sequential(nn.Linear(n, dim), nn.GELU(), *blocks())
+                                       for d, n in dims.items()})
+        self.decoders = nn.ModuleDict({d: nn.Sequential(*blocks(), nn.Linear(dim, n)) for d, n in dims.items()})
         self.selector = make_selector(model_cfg)
-        tested = RandomSelector(model_cfg.temperature) if model_cfg.selector == "reference-random" else None
-        self.eval_selector = tested  # None: the same as in training
+        is_other = model_cfg.selector == "reference-random"  # tested with other weights than it is trained with
+        self.eval_selector = RandomSelector(model_cfg.temperature) if is_other else None
         self.other_sets, self.uniform = RandomSelector(1.0), UniformSelector()
         self.mean_weights = False
         self.loss_weights = {"translation": 1.0, "demi_cycle": 0.5, "cycle": 0.5, "contrastive": 0.05, "fused": 1.0}
@@ -406,8 +400,7 @@ def train(cfg, data):
                 run.restart(scheduler)
             set_train_mode(cfg, model, step)
             batch = make_batch(data, batch_rows(data, cfg, step - 1))  # steps count from 1, batches from 0
-            losses = train_step(model, batch, optimizer)
-            run.add(losses)  # stays on the device; run.means() waits for it
+            run.add(train_step(model, batch, optimizer))  # stays on the device; run.means() waits for it
             rate, phase_ends = scheduler.get_last_lr()[0], step % t.steps == 0  # of this step
             if not phase_ends:
                 scheduler.step()
@@ -416,8 +409,7 @@ def train(cfg, data):
                 score = -row["dev_bce"] if t.monitor == "bce" else row[f"dev_{t.monitor}"]
                 run.log(row, score, val_loss=row["dev_bce"], show=("loss", "dev_bce", "dev_mAP", "dev_f1_macro"),
                         statistics=data.statistics, genres=data.genres)
-                in_last_phase = step > last_step - t.steps
-                if t.patience and run.n_stale >= t.patience and in_last_phase:
+                if t.patience and run.n_stale >= t.patience and step > last_step - t.steps:  # in the last phase
                     run.finish()
     common.plot_history(folder / "training_curves.png", run.history, TRAINING_PANELS, mark=run.best_step,
                         title=f"{cfg.data.backbone}, selector {cfg.model.selector}", synthetic=data.synthetic)

@@ -60,7 +60,9 @@ LOSSES = ("translation", "demi_cycle", "cycle", "contrastive", "fused")
 TEMPERATURE = 0.07  # of the contrastive loss
 N_DRAWS = 3  # of noise and of random weights, averaged
 AMOUNTS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # of corruption
+CORRUPTED = ("one", "image", "text", "both")  # one: either of them, at random
 RATES = (0, 0.3, 0.5, 0.7, 0.9, 1.0)  # of films that miss a modality
+MISSING = ("image", "text", "both")  # both: either of them
 N_NEIGHBOURS = 10  # training films whose mean fills in a missing latent
 
 
@@ -76,10 +78,6 @@ class DataConfig:
     backbone: str = "mobilenet_minilm"  # encoder that the latents are of: clip, blip2, or the name in the files
     views: int = ranged(3, ">= 1")  # views a film, view 0 clean (names the files; the manifest decides)
     statistics: Literal["train", "all"] = "train"  # z-scoring: of the training films' rows, or of the .stats.npz
-
-
-RANDOM_SELECTORS = ("random", "reference-random")  # in the test: their draws are averaged
-PER_FILM_SELECTORS = ("shared",)  # whose weights are worth replacing
 
 
 @dataclass
@@ -473,33 +471,26 @@ def fill_in(data, inputs, lost):
     return filled
 
 
-REWEIGH = {"own": None, "mean": lambda w: w.mean(0).expand_as(w), "equal": lambda w: torch.full_like(w, 0.5),
-           "another film's": lambda w: w.roll(1, 0)}
-CURVES = {  # picture: (what is done, x, its label, to which modality, {suffix of the row: label of the line}, columns)
-    "corruption": ("corrupted by", AMOUNTS, "amount of noise", ("one", "image", "text", "both"), {"": "test films"},
-                   ("mAP", "f1_macro_tuned", "weight_image")),
-    "missing": ("missing in", RATES, "share of films that miss it", ("image", "text", "both"),
-                {"": "left out", ", filled in": "filled in"}, ("mAP", "f1_macro_tuned"))}
-
-
 def conditions(selector):
     """{row: arguments of `logits_under`} of all that the trained model is asked."""
     asked = {"clean, both": {}, "clean, text only": {"missing": ("image", 1)},
              "clean, image only": {"missing": ("text", 1)}}
-    if selector in PER_FILM_SELECTORS:
-        asked |= {f"clean, both, {name} weights": {"weights": name} for name in REWEIGH if name != "own"}
-    for kind, amount in itertools.product(CURVES["corruption"][3], AMOUNTS):
+    if selector == "shared":  # weights by film: do they do more than these would?
+        asked["clean, both, mean weights"] = {"reweigh": lambda w: w.mean(0).expand_as(w)}
+        asked["clean, both, equal weights"] = {"reweigh": lambda w: torch.full_like(w, 0.5)}
+        asked["clean, both, another film's weights"] = {"reweigh": lambda w: w.roll(1, 0)}
+    for kind, amount in itertools.product(CORRUPTED, AMOUNTS):
         asked[f"{kind} corrupted by {amount:g}"] = {"noise": (kind, amount)}
-    for kind, rate in itertools.product(CURVES["missing"][3], RATES):
+    for kind, rate in itertools.product(MISSING, RATES):
         asked[f"{kind} missing in {rate:g}"] = {"missing": (kind, rate)}
         asked[f"{kind} missing in {rate:g}, filled in"] = {"missing": (kind, rate), "fill": True}
     return asked
 
 
-def logits_under(model, data, split, seed, noise=None, missing=None, fill=False, weights="own"):
+def logits_under(model, data, split, seed, noise=None, missing=None, fill=False, reweigh=None):
     """(logits [n, C], weights [n, 2]) of a split's films. noise: (kind, amount) of `corrupt`; missing: (kind, rate) of
-    `missing_modality`, left out of the sum or filled in; weights: a key of REWEIGH."""
-    inputs, reweigh = film_inputs(data, split), REWEIGH[weights]
+    `missing_modality`, left out of the sum or filled in; reweigh: as in `GlobalWorkspace.fuse`."""
+    inputs = film_inputs(data, split)
     if noise:
         inputs = corrupt(inputs, *noise, seed)
     if missing:
@@ -573,11 +564,10 @@ def logistic_regression(x, y, power, strength, start=None):
 
 
 def baseline_logits(model, data, seed):
-    """({row: {"dev" | "test": logits [1, n, C]}}, {row: settings}) of logistic regression on latents and on the state,
-    on the clean views of the training films.
+    """({row: {"dev" | "test": logits [1, n, C]}}, {row: settings}) of logistic regression on latents and on the state.
 
-    Dev chooses weighting and strength, by macro F1 at .5 plus mAP. Of both modalities the wider is scaled down to the
-    variance of the other: under one penalty it would count more.
+    It is fitted to the clean views of the training films; dev chooses weighting and strength, by macro F1 at .5 + mAP.
+    Of both modalities the wider is scaled down to the other's variance: under one penalty it would count more.
     """
     inputs = {split: film_inputs(data, split) for split in data.splits}
     labels = {split: data.labels[data.splits[split]] for split in ("train", "dev")}
@@ -596,11 +586,11 @@ def baseline_logits(model, data, seed):
             for strength in (3.0, 1.0, 0.3, 0.1):
                 theta = logistic_regression(x["train"], labels["train"], power, strength, theta)
                 with common.full_precision():
-                    found = {split: x[split] @ theta[1:] + theta[0] for split in ("dev", "test")}
-                dev = genre_scores(found["dev"], labels["dev"])
+                    fitted = {split: x[split] @ theta[1:] + theta[0] for split in ("dev", "test")}
+                dev = genre_scores(fitted["dev"], labels["dev"])
                 if dev["f1_macro"] + dev["mAP"] > best:
                     best, settings[row] = dev["f1_macro"] + dev["mAP"], {"power": power, "strength": strength}
-                    logits[row] = {split: z[None].cpu() for split, z in found.items()}
+                    logits[row] = {split: z[None].cpu() for split, z in fitted.items()}
     return logits, settings
 
 
@@ -608,7 +598,7 @@ def condition_logits(cfg, model, data):
     """({row: {"dev" | "test": logits [draws, n, C]}}, {row: mean weight of the image}) of all conditions."""
     logits, weight_image, asked = {}, {}, conditions(cfg.model.selector)
     for name in common.progress(asked, "conditions"):
-        is_random = "noise" in asked[name] or cfg.model.selector in RANDOM_SELECTORS
+        is_random = "noise" in asked[name] or "random" in cfg.model.selector
         seeds = range(cfg.seed, cfg.seed + (N_DRAWS if is_random else 1))
         answers = {split: [logits_under(model, data, split, seed, **asked[name]) for seed in seeds]
                    for split in ("dev", "test")}
@@ -627,9 +617,8 @@ def evaluate(cfg, data):
     model = build_model(cfg, data)
     step = common.load_best(folder, model)["step"]
     dev_labels, test_labels = (data.labels[data.splits[split]].cpu() for split in ("dev", "test"))
-    print("evaluating: logistic regression on the latents and on the state", flush=True)
+    print("evaluating: logistic regression, then the workspace, clean, corrupted, with a modality missing", flush=True)
     logits, settings = baseline_logits(model, data, cfg.seed)
-    print("evaluating: the workspace, clean, corrupted, with a modality missing", flush=True)
     of_workspace, weight_image = condition_logits(cfg, model, data)
 
     everything = torch.ones_like(test_labels)[None]  # predicts every genre
@@ -640,13 +629,11 @@ def evaluate(cfg, data):
         rows[name] = {"logits": of_split["test"], "above_thresholds": of_split["test"] - tuned[:, None],
                       "labels": test_labels}
         thresholds[name] = tuned.tolist()
-    on_curves = {f"{kind} {what} {x:g}{suffix}" for what, xs, _, kinds, suffixes, _ in CURVES.values()
-                 for kind in kinds for x in xs if x != 0.5 for suffix in suffixes}
-    shown = {name: values for name, values in rows.items() if name not in on_curves}
+    on_curves = [name for name in rows if " corrupted by " in name or " missing in " in name]
+    shown = {name: values for name, values in rows.items() if name not in on_curves or " 0.5" in name}
     others = [name for name in shown if name.startswith(("clean, ", "logistic regression, both"))]
     pairs = [*(("clean, both", name) for name in others if name != "clean, both"),
              *((f"{d} missing in 0.5, filled in", f"{d} missing in 0.5") for d in ("image", "text"))]
-    print(f"evaluating: bootstrap of {len(shown)} rows over {len(test_labels):,} films", flush=True)
     genres, differences, items = common.interval_tables(shown, pairs, len(test_labels), row_scores)
     for name in genres.keys() & weight_image.keys():
         genres[name]["weight_image"] = weight_image[name]
@@ -657,13 +644,10 @@ def evaluate(cfg, data):
     scores = {name: {**row_scores(values), "weight_image": weight_image.get(name, 0.5)}
               for name, values in rows.items()}
     weights = {split: predict(model, film_inputs(data, split), seed=cfg.seed)[1][:, 0].cpu() for split in data.splits}
-    pictures = {picture: curve_panels(scores, *spec) for picture, spec in CURVES.items()}
-    pictures["attention_histogram"] = weight_panel(weights)
-    for name, panels in pictures.items():
-        common.plot_lines(folder / f"{name}.png", panels, f"selector {cfg.model.selector}, test films", data.synthetic)
+    curves = draw_pictures(folder, cfg, data, scores, weights)
     films = [data.ids[i] for i in data.splits["test"].tolist()]
-    lines = [f"{film},{kind},{rate:g},{({0: 'image', 1: 'text', -1: ''})[missing_modality(film, kind, rate)]}"
-             for film in films for kind in CURVES["missing"][3] for rate in RATES]
+    lines = [f"{film},{kind},{rate:g},{('image', 'text', '')[missing_modality(film, kind, rate)]}"
+             for film in films for kind in MISSING for rate in RATES]
     common.write_text(folder / "missing_modality.csv", "\n".join(["film,kind,rate,missing", *lines, ""]))
     of_split = {split: {"mean": w.mean().item(), "sd": w.std(correction=0).item()} for split, w in weights.items()}
     return {
@@ -673,28 +657,36 @@ def evaluate(cfg, data):
         "tables": {"genres from image and text": genres, "paired difference": differences,
                    "weight of the image": of_split,
                    "cross-translation": translation_table(model, film_inputs(data, "test"), cfg.seed)},
-        "curves": pictures["corruption"] | pictures["missing"], "per_item": {"ids": films, **items}}
+        "curves": curves, "per_item": {"ids": films, **items}}
 
 
-def curve_panels(scores, what, xs, xlabel, kinds, suffixes, columns):
-    """Panels of `common.plot_lines`, by column and kind, of the rows "{kind} {what} {x}{suffix}", a line a suffix."""
-    ylabels = {"f1_macro_tuned": "macro F1 (dev thresholds)", "weight_image": "weight of the image"}
-    panels = {}
-    for column, kind in itertools.product(columns, kinds):
-        lines = {label: {"x": xs, "y": [scores[f"{kind} {what} {x:g}{suffix}"][column] for x in xs]}
-                 for suffix, label in suffixes.items()}
+def draw_pictures(folder, cfg, data, scores, weights):
+    """corruption.png, missing.png and attention_histogram.png -> the panels {ylabel: ..} of the first two.
+
+    scores: {row: {column: number}}; weights: {split: the image's weight [n]}.
+    """
+    ylabels = {"mAP": "mAP", "f1_macro_tuned": "macro F1 (dev thresholds)", "weight_image": "weight of the image"}
+
+    def panel(xlabel, xs, column, rows):
+        lines = {label: {"x": xs, "y": [scores[row.format(x)][column] for x in xs]} for label, row in rows.items()}
         lines["chance"] = {"x": xs, "y": [scores["chance"][column]] * len(xs)}
-        panels[f"{ylabels.get(column, column)}, {kind} {what.split()[0]}"] = {"xlabel": xlabel, "lines": lines}
-    return panels
-
-
-def weight_panel(weights):
-    """Histogram of the image's weight {split: [n]}, a panel of `common.plot_lines`."""
-    bins, lines = np.linspace(0, 1, 41), {}
+        return {"xlabel": xlabel, "lines": lines}
+    corruption, missing, densities = {}, {}, {}
+    for column, kind in itertools.product(ylabels, CORRUPTED):
+        rows = {"test films": f"{kind} corrupted by {{:g}}"}
+        corruption[f"{ylabels[column]}, {kind} corrupted"] = panel("amount of noise", AMOUNTS, column, rows)
+    for column, kind in itertools.product(("mAP", "f1_macro_tuned"), MISSING):
+        rows = {"left out": f"{kind} missing in {{:g}}", "filled in": f"{kind} missing in {{:g}}, filled in"}
+        missing[f"{ylabels[column]}, {kind} missing"] = panel("share of films that miss it", RATES, column, rows)
+    bins = np.linspace(0, 1, 41)
     for split, w in weights.items():
         density, _ = np.histogram(w.numpy(), bins, density=True)
-        lines[f"{split}, n = {len(w):,}, mean {w.mean():.2f}"] = {"x": (bins[1:] + bins[:-1]) / 2, "y": density}
-    return {"density of films": {"xlabel": "weight of the image", "lines": lines}}
+        densities[f"{split}, n = {len(w):,}, mean {w.mean():.2f}"] = {"x": (bins[1:] + bins[:-1]) / 2, "y": density}
+    pictures = {"corruption": corruption, "missing": missing,
+                "attention_histogram": {"density of films": {"xlabel": "weight of the image", "lines": densities}}}
+    for name, panels in pictures.items():
+        common.plot_lines(folder / f"{name}.png", panels, f"selector {cfg.model.selector}, test films", data.synthetic)
+    return corruption | missing
 
 
 def translation_table(model, inputs, seed):

@@ -38,9 +38,8 @@ SMALL = ["data.backbone=clip", "model.dim=16", "model.hidden_dim=12", "model.hea
 
 @pytest.fixture(autouse=True)
 def few_conditions(monkeypatch):
-    curves = {picture: (what, (0, 0.5, 1), *rest) for picture, (what, _, *rest) in exp.CURVES.items()}
     monkeypatch.setattr(common, "bootstrap", functools.partial(common.bootstrap, n_resamples=50))
-    for name, value in (("AMOUNTS", (0, 0.5, 1)), ("RATES", (0, 0.5, 1)), ("N_DRAWS", 1), ("CURVES", curves)):
+    for name, value in (("AMOUNTS", (0, 0.5, 1)), ("RATES", (0, 0.5, 1)), ("N_DRAWS", 1)):
         monkeypatch.setattr(exp, name, value)
 
 
@@ -425,8 +424,8 @@ def test_replaced_weights(tmp_path, films):
     data = exp.load_data(cfg)
     model = exp.build_model(cfg, data)
     own = exp.logits_under(model, data, "test", 0)[1]
-    of = {name: exp.logits_under(model, data, "test", 0, weights=name)[1] for name in exp.REWEIGH}
-    assert torch.equal(of["own"], own)
+    asked = exp.conditions("shared")
+    of = {name: exp.logits_under(model, data, "test", 0, **asked[f"clean, both, {name} weights"])[1] for name in ("mean", "equal", "another film's")}
     assert torch.allclose(of["mean"], own.mean(0).expand_as(own))
     assert of["equal"].unique().tolist() == [0.5]
     assert torch.equal(of["another film's"][1:], own[:-1])

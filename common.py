@@ -802,7 +802,7 @@ class Run:
         self._rng = self._signum = self._wandb = None
         _check_memory(model)
         self.latest = self.folder / "checkpoint_latest.pt"
-        self._source = _source_hash(cfg)
+        self._source = _source_hash(cfg, {})
         if self.latest.exists() or _previous(self.latest).exists():
             state = load_checkpoint(self.latest)
             try:
@@ -876,11 +876,6 @@ class Run:
                 return
         self.save()  # the last step was not logged
 
-    def finish(self):
-        """End the training with this step, for good: a rerun does not go on."""
-        self.finished = True
-        self.save()
-
     def restart(self, scheduler):
         """Begin a phase of its own: another scheduler, and a best score of this phase alone."""
         self.parts["scheduler"], self.best_score, self.n_stale = scheduler, None, 0
@@ -906,9 +901,10 @@ class Run:
         self._pending, self._rates = [], []
         return {name: means[name] for name in names}
 
-    def log(self, row, score=None, val_loss=None, show=(), **extras):
+    def log(self, row, score=None, val_loss=None, patience=0, show=(), **extras):
         """Append a row to metrics.csv. With a score (higher is better) also save checkpoint_latest.pt and, if it is the
-        best so far, best_model.pt with the `extras` (plain types, tensors); True if so. `show`: columns to print."""
+        best so far, best_model.pt with the `extras` (plain types, tensors); True if so. After `patience` scored rows
+        without a better one the training ends, for good (0: never). `show`: columns to print."""
         row = {name: v.item() if isinstance(v, (np.generic, torch.Tensor)) else v for name, v in row.items()}
         self.history.append(row)
         if val_loss is not None:
@@ -920,6 +916,7 @@ class Run:
             save_checkpoint(self.folder / "best_model.pt", {**state, **extras}, keep_previous=False)
         if score is not None:
             self.n_stale = 0 if better else self.n_stale + 1
+            self.finished = self.finished or 0 < patience <= self.n_stale
             self.save()
         self._write_csv()
         if self._wandb:
@@ -968,14 +965,15 @@ def load_best(folder, model):
         latest = load_checkpoint(folder / "checkpoint_latest.pt")
     except FileNotFoundError as error:
         raise UserError(f"{error}; a finished run that has lost it starts again with --fresh") from None
-    if not latest["position"]["finished"]:
-        step = latest["global_step"]
-        raise UserError(f"{folder}: training stopped at step {step}; the same command without --stage goes on")
     try:
+        finished, step = latest["position"]["finished"], latest["global_step"]
         model.load_state_dict(best["model_state_dict"])
-    except RuntimeError:
-        path = folder / "best_model.pt"
-        raise UserError(f"{path} is of another model than the config and data ask for; use --fresh") from None
+        best["step"]
+    except (AttributeError, KeyError, RuntimeError, TypeError):
+        raise UserError(f"{folder}: best_model.pt is of another model than the config and data ask for, or the checkpoints "
+                        "were edited; use --fresh") from None
+    if not finished:
+        raise UserError(f"{folder}: training stopped at step {step}; the same command without --stage goes on")
     model.eval()
     return best
 
@@ -1279,8 +1277,8 @@ def setup(argv, Config, doc, stages, use_demo):
                 raise UserError(f"--demo brings its own data; leave --demo or {key}= out")
     if args.fresh and args.stage not in ("all", "train"):
         raise UserError(f"--fresh starts a run again; --stage {args.stage} needs a trained one")
-    if args.stage == "evaluate" and not Path(cfg.output_dir, "checkpoint_latest.pt").exists():
-        raise UserError(f"{cfg.output_dir}: no trained run to evaluate; run the command without --stage first")
+    if args.stage in ("evaluate", "embed") and not Path(cfg.output_dir, "checkpoint_latest.pt").exists():
+        raise UserError(f"{cfg.output_dir}: no trained run to {args.stage}; run the command without --stage first")
     cfg.fresh = args.fresh
     check_run(cfg)
     return cfg, args.stage
@@ -1331,15 +1329,14 @@ def exit_codes(main):
 def run_facts(cfg, data):
     """What every results.json holds: experiment, seed, the data's fingerprint, whether they are synthetic, `source`."""
     return {"experiment": cfg.experiment, "seed": cfg.seed, "data_fingerprint": data.fingerprint,
-            "synthetic": data.synthetic, "source": _source_hash(cfg)}
+            "synthetic": data.synthetic, "source": _source_hash(cfg, getattr(cfg, "evaluation", {}))}
 
 
-def _source_hash(cfg):
-    """16 hex digits of the script's and this file's source, and of the evaluation's settings."""
+def _source_hash(cfg, settings):
+    """16 hex digits of the script's and this file's source, and of some settings."""
     content = Path(__file__).read_bytes()
     with contextlib.suppress(TypeError, OSError):  # a class that was typed into a notebook
         content += Path(inspect.getfile(type(cfg))).read_bytes()
-    settings = dataclasses.asdict(cfg).get("evaluation", {})
     return hashlib.sha256(content + repr(settings).encode()).hexdigest()[:16]
 
 
@@ -1373,7 +1370,7 @@ def published(cfg, data_fingerprint):
         results, why = {}, [str(error)]
     if not why and results["data_fingerprint"] != data_fingerprint:
         why = ["it is of other data"]
-    if not why and results.get("source") != _source_hash(cfg):
+    if not why and results.get("source") != _source_hash(cfg, getattr(cfg, "evaluation", {})):
         why = ["it is of another version of the script"]
     if why:
         print(f"{folder}: the evaluation runs again ({why[0]})")
@@ -1392,7 +1389,8 @@ def publish(folder, results):
     per_item, config = results.pop("per_item", None), _run_config(folder) if (folder / "config.yaml").exists() else {}
     if per_item is not None:
         save_checkpoint(folder / "per_item.pt", per_item, keep_previous=False)
-    results["files"] = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".csv", ".pt"))
+    written = [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
+    results["files"] = sorted(path for path in written if path.endswith((".png", ".csv", "per_item.pt")))
     write_json(folder / "results.json", results)
     write_text(folder / "report.md", _report(folder, results))
     print(f"\n{results_text(results)}")
@@ -1489,7 +1487,7 @@ def _report(folder, results):
         header, rows = _cells(title, table)
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]))
     parts += results.get("notes", [])
-    parts += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png"))]
+    parts += [f"![{Path(path).stem}]({path})" for path in results["files"] if path.endswith(".png")]
     if environment:
         command = re.sub(r" (output_dir=\S*|--fresh|--stage \w+)", "", environment["command_line"])
         versions, commit = environment["versions"], (environment["git_commit"] or "unknown")[:10]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import atomic_write
+from common import atomic_write, read_json
 
 
 def nonlinear_map(n_in, n_out, gain, generator):
@@ -29,40 +29,49 @@ def nonlinear_map(n_in, n_out, gain, generator):
     return lambda x: torch.tanh(x @ first + bias) @ second * scale + offset
 
 
-def write_coco(folder="data/demo/coco_heads", n_train=3000, n_val=500, n_captions=5, n_factors=10, image_dim=128, text_dim=192):
-    """Image and caption embeddings as exp_coco_heads.py reads them: train2017_* (a row per caption) and val2017_* (a row per image).
+COCO_VERSION = 2  # of what write_coco writes; a stand-in of another version is replaced
 
-    An image shows shared factors and private ones (style); a caption mentions most of the shared factors, imprecisely, half of
-    them by their size only, which no linear map of the image gives, and has private ones (wording). Both are seen through
-    different non-linear maps. Every third image is a near-duplicate of an earlier one, so that retrieval has distractors.
+
+def write_coco(folder="data/demo/coco_heads", n_train=3000, n_val=500, n_captions=5, n_factors=10, image_dim=128,
+               text_dim=192, n_kinds=20):
+    """Embeddings as exp_coco_heads.py reads them: train2017_* (image rows a row per caption), val2017_* (per image).
+
+    Both modalities show an image's kind of scene and its details; a caption mentions some details, half of them by size
+    only, which favours non-linear heads. CCA weighs the kind as it correlates over all pairs, but images of a kind
+    differ in details alone: a contrastive head learns to weigh those, and wins. Ridge compares with captions as they
+    are and loses to CCA, which whitens them and keeps what correlates.
     """
     folder = Path(folder)
-    if (folder / "val2017_metadata.json").exists():  # written last
+    last = folder / "val2017_metadata.json"  # written last
+    on_disk = read_json(last) if last.exists() else {"synthetic": True}
+    if on_disk.get("version") == COCO_VERSION or not on_disk.get("synthetic"):  # never over real data
         return str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(2017)
-    see, read = nonlinear_map(2 * n_factors, image_dim, 1.0, g), nonlinear_map(2 * n_factors, text_dim, 1.5, g)
+
+    def noise(x):
+        return torch.randn(x.shape, generator=g)
+
+    see, read = nonlinear_map(4 * n_factors, image_dim, 1.0, g), nonlinear_map(4 * n_factors, text_dim, 1.5, g)
+    kinds = torch.randn(n_kinds, 2 * n_factors, generator=g)
     for name, n, start in (("train2017", n_train, 100_000), ("val2017", n_val, 900_000)):
-        shared = torch.randn(n, n_factors, generator=g)
-        copies = torch.arange(2, n, 3)
-        shared[copies] = shared[copies - 2] + 0.35 * torch.randn(len(copies), n_factors, generator=g)
-        images = see(torch.cat([shared, 0.7 * torch.randn(n, n_factors, generator=g)], dim=1))
-        images += 0.1 * torch.randn(images.shape, generator=g)
         index = torch.arange(n).repeat_interleave(n_captions)
-        mentioned = torch.rand(len(index), n_factors, generator=g) < 0.8
-        said = torch.cat([shared[:, :n_factors // 2], 1.5 * (shared[:, n_factors // 2:].abs() - 0.8)], dim=1)
-        content = said[index] * mentioned + 0.3 * torch.randn(len(index), n_factors, generator=g)
-        texts = read(torch.cat([content, 0.7 * torch.randn(len(index), n_factors, generator=g)], dim=1))
+        scenes = kinds[torch.randint(n_kinds, (n,), generator=g)]
+        details = torch.randn(n, n_factors, generator=g)
+        told = torch.cat([details[:, :n_factors // 2], 1.5 * (details[:, n_factors // 2:].abs() - 0.8)], dim=1)[index]
+        told = told * (torch.rand(told.shape, generator=g) < 0.6) + 0.5 * noise(told)
+        images, texts = (encoder(torch.cat([scene + 0.5 * noise(scene), detail, 0.7 * noise(detail)], dim=1)).half()
+                         for encoder, scene, detail in ((see, scenes, details), (read, scenes[index], told)))
         metadata = {"dataset_name": f"synthetic {name}", "synthetic": True, "image_ids": (index + start).tolist(),
-                    "caption_ids": list(range(10 * start, 10 * start + len(index))), "total_pairs": len(index), "unique_images": n}
+                    "caption_ids": list(range(10 * start, 10 * start + len(index))), "total_pairs": len(index),
+                    "unique_images": n, "version": COCO_VERSION}
         if name == "val2017":
             metadata["image_index"] = index.tolist()
         else:
             images = images[index]
-        files = {"image_embeddings.pt": lambda f, x=images: torch.save(x.half(), f), "text_embeddings.pt": lambda f, x=texts: torch.save(x.half(), f),
-                 "metadata.json": lambda f, x=metadata: f.write(json.dumps(x).encode())}
-        for part, write in files.items():
-            atomic_write(folder / f"{name}_{part}", write)
+        atomic_write(folder / f"{name}_image_embeddings.pt", lambda file, x=images: torch.save(x, file))
+        atomic_write(folder / f"{name}_text_embeddings.pt", lambda file, x=texts: torch.save(x, file))
+        atomic_write(folder / f"{name}_metadata.json", lambda file, x=metadata: file.write(json.dumps(x).encode()))
     return str(folder)
 
 

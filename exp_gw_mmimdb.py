@@ -405,10 +405,9 @@ def train(cfg, data):
             if step % t.eval_every == 0 or phase_ends:
                 row = {"step": step, **run.means(), **validate(model, data, cfg.seed), "learning_rate": rate}
                 score = -row["dev_bce"] if t.monitor == "bce" else row[f"dev_{t.monitor}"]
-                run.log(row, score, val_loss=row["dev_bce"], show=("loss", "dev_bce", "dev_mAP", "dev_f1_macro"),
-                        statistics=data.statistics, genres=data.genres)
-                if t.patience and run.n_stale >= t.patience and step > last_step - t.steps:  # in the last phase
-                    run.finish()
+                run.log(row, score, row["dev_bce"], patience=t.patience if step > last_step - t.steps else 0,
+                        show=("loss", "dev_bce", "dev_mAP", "dev_f1_macro"),
+                        statistics=data.statistics, genres=data.genres)  # the statistics and names for load_model
     common.plot_history(folder / "training_curves.png", run.history, TRAINING_PANELS, mark=run.best_step,
                         title=f"{cfg.data.backbone}, selector {cfg.model.selector}", synthetic=data.synthetic)
     return run.history

@@ -719,10 +719,29 @@ class Toy:
                 if step == self.killed_at:
                     raise KeyboardInterrupt
                 if step % 2 == 0:
-                    run.log({"step": step, **run.means()}, score=self.score(step), val_loss=-self.score(step), note=step)
-                    if patience and run.n_stale >= patience:
-                        run.finish()
+                    run.log({"step": step, **run.means()}, score=self.score(step), val_loss=-self.score(step), patience=patience, note=step)
         return run
+
+
+def test_early_stopping_and_a_kill_before_metrics_csv(tmp_path, monkeypatch):
+    """The checkpoint of the row that ends the training says so: a rerun trains no further row."""
+    toys = [Toy(tmp_path / name) for name in "ab"]
+    for toy in toys:
+        toy.score = lambda step: -step
+    toys[0].train(patience=2)
+    write, rows = common.Run._write_csv, []
+
+    def killed(run):
+        rows.append(len(run.history))
+        if rows[-1] == 3:
+            raise KeyboardInterrupt
+        write(run)
+    monkeypatch.setattr(common.Run, "_write_csv", killed)
+    with pytest.raises(KeyboardInterrupt):
+        toys[1].train(patience=2)
+    monkeypatch.setattr(common.Run, "_write_csv", write)
+    assert toys[1].train(patience=2).step == 6
+    assert (tmp_path / "a/metrics.csv").read_bytes() == (tmp_path / "b/metrics.csv").read_bytes()
 
 
 @pytest.mark.parametrize("killed_at", [1, 2, 5, 10])

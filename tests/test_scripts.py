@@ -120,3 +120,19 @@ def test_demo_data_is_deterministic_and_not_rewritten(tmp_path):
     before = [p.stat().st_mtime_ns for p in files[0]]
     assert demo_data.write_coco(one, n_train=40, n_val=10) == one != other
     assert [p.stat().st_mtime_ns for p in files[0]] == before
+
+
+def test_a_coco_stand_in_of_another_version_is_replaced_and_real_data_never(tmp_path):
+    import demo_data
+    folder = tmp_path / "coco"
+    demo_data.write_coco(folder, n_train=40, n_val=10)
+    files, path = sorted(folder.iterdir()), folder / "val2017_metadata.json"
+    written, metadata = common.fingerprint(files), common.read_json(path)
+    del metadata["version"]  # as the first version wrote it
+    common.write_json(path, metadata)
+    demo_data.write_coco(folder, n_train=40, n_val=10)
+    assert common.fingerprint(files) == written
+    common.write_json(path, {**metadata, "synthetic": False})
+    real = common.fingerprint(files)
+    demo_data.write_coco(folder, n_train=40, n_val=10)
+    assert common.fingerprint(files) == real

@@ -258,13 +258,14 @@ class ProjectionModel(nn.Module):
     """One head a modality, a shared logit scale and (sigmoid loss) bias; for the queue and blip losses momentum copies
     and queues.
 
-    statistics: [(mean, deviation) of image features, of text features]. forward(image [B, D_img], text [B, D_txt]) ->
-    (z_image, z_text), both [B, D], L2-normalised.
+    statistics: [(mean, deviation) of image features, of text features]; ramp_steps: until blip's alpha is whole.
+    forward(image [B, D_img], text [B, D_txt]) -> (z_image, z_text), both [B, D], L2-normalised.
     """
 
-    def __init__(self, heads, statistics, model, loss, batch_size, queue_size, steps_per_epoch):
+    def __init__(self, cfg, statistics, queue_size, ramp_steps):
         super().__init__()
-        self.heads = nn.ModuleList(heads)  # image, text
+        model, loss = cfg.model, cfg.loss
+        self.heads = nn.ModuleList(make_heads(model, [len(mean) for mean, _ in statistics]))  # image, text
         for name, (mean, deviation) in zip(("image", "text"), statistics, strict=True):  # saved with the weights
             self.register_buffer(f"{name}_mean", mean)
             self.register_buffer(f"{name}_deviation", deviation)
@@ -279,7 +280,7 @@ class ProjectionModel(nn.Module):
             raise UserError(f"loss.temperature={temperature}: must lie in [{1 / high:g}, {1 / low:g}] with loss.type="
                             f"{loss.type}")
         self.log_scale_range = math.log(low), math.log(high)
-        bias = -math.log(batch_size - 1) if loss.logit_bias == "auto" else float(loss.logit_bias)
+        bias = -math.log(cfg.training.batch_size - 1) if loss.logit_bias == "auto" else float(loss.logit_bias)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=model.learnable_temp)
         self.logit_bias = None
         if loss.type == "siglip":
@@ -291,9 +292,8 @@ class ProjectionModel(nn.Module):
             self.register_buffer("queue_ids", torch.full((queue_size,), -1))  # -1: not filled yet, never a negative
             self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))
             self.register_buffer("n_steps", torch.zeros((), dtype=torch.long))
-            self.ramp_steps = steps_per_epoch
+            self.ramp_steps = ramp_steps
         self.train()
-        self.finish_step()
 
     def train(self, mode=True):
         super().train(mode)
@@ -334,8 +334,11 @@ class ProjectionModel(nn.Module):
         if keys is None:
             return
         copies, lives = ([*m.parameters(), *m.buffers()] for m in (self.momentum_heads, self.heads))  # a memory once
-        for mine, live in zip(copies, lives, strict=True):
-            mine.lerp_(live, 1 - self.momentum) if mine.is_floating_point() else mine.copy_(live)
+        for copied, live in zip(copies, lives, strict=True):
+            if copied.is_floating_point():
+                copied.lerp_(live, 1 - self.momentum)
+            else:
+                copied.copy_(live)
         size = len(self.queue_ids)
         keys, ids = torch.stack(keys)[:, -size:], ids[-size:]  # a batch larger than the queue leaves its last rows
         slots = (self.queue_next + torch.arange(len(ids), device=ids.device)) % size
@@ -354,13 +357,11 @@ def build_model(cfg, data):
         raise UserError(f"model.init=cca starts the linear part of a head; model.type={cfg.model.type} has none")
     n_train = len(data.splits["train"])
     queue_size = min(cfg.loss.queue_size or {"queue": 4096}.get(cfg.loss.type, 57_600), n_train)
-    heads = make_heads(cfg.model, [data.images.shape[1], data.texts.shape[1]])
-    model = ProjectionModel(heads, data.statistics, cfg.model, cfg.loss, cfg.training.batch_size, queue_size,
-                            len(epoch_batches(data, cfg, 0)))
-    return model.to(data.images.device)
+    return ProjectionModel(cfg, data.statistics, queue_size, len(epoch_batches(data, cfg, 0))).to(data.images.device)
 
 
 def linear_part(head):
+    """The module that a start at CCA sets."""
     return head.linear if isinstance(head, GatedHead) else head
 
 
@@ -370,11 +371,11 @@ def initialise(cfg, model, data):
     wider than CCA stay random, at a tenth of their size."""
     if cfg.model.init == "random":
         return
-    scorer, _ = closed_forms(data, 10)["CCA, CSLS"]
+    scorer, _ = closed_forms(data, 10)["CCA, CSLS"]  # not evaluation.hubness_k, which leaves a run what it is
     for head, matrix, (_, deviation) in zip(model.heads, (scorer.image, scorer.text), data.statistics, strict=True):
         layer = linear_part(head)
         rows = (deviation[:, None] * matrix).T[:layer.out_features]  # [dims, width], of z-scored features
-        size = layer.weight.std()
+        size = layer.weight.std()  # so that learning rate and scale mean the same from either start
         layer.weight.mul_(0.1)
         layer.weight[:len(rows)] = rows * size / rows.square().mean().sqrt()
         layer.bias.zero_()
@@ -384,8 +385,7 @@ def initialise(cfg, model, data):
 
 def build_optimizer(cfg, model):
     """AdamW; no weight decay on scale, bias, gates and norms; what starts at CCA learns at a tenth of the rate."""
-    at_cca = [*linear_part(model.heads[0]).parameters(), *linear_part(model.heads[1]).parameters()]
-    slow = {id(p) for p in at_cca} if cfg.model.init == "cca" else ()
+    slow = {id(p) for head in model.heads for p in linear_part(head).parameters()} if cfg.model.init == "cca" else ()
     groups = {}
     for p in model.parameters():
         if p.requires_grad:
@@ -393,13 +393,6 @@ def build_optimizer(cfg, model):
             groups.setdefault((rate, cfg.training.weight_decay if p.ndim > 1 else 0.0), []).append(p)
     return torch.optim.AdamW([{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
                              fused=model.log_scale.is_cuda)
-
-
-def build_scheduler(cfg, optimizer, last_step):
-    """Linear warm-up, then constant or a cosine to 0 at last_step."""
-    n_warmup, constant = cfg.training.warmup_steps, cfg.training.schedule == "constant"
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if constant and step >= n_warmup else
-                                             common.warmup_cosine(step, last_step, n_warmup))
 
 
 # ---------------------------------------------------------------------------------------------------------- objective
@@ -459,8 +452,9 @@ def train_step(model, batch, optimizer):
     with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=batch["image"].is_cuda):
         z_image, z_text = model(batch["image"], batch["text"])
         keys = model.momentum_keys(batch["image"], batch["text"])
-    loss = LOSSES[model.loss_type](model, z_image, z_text, batch["ids"], keys)
-    loss.backward()
+    with common.full_precision():  # the logits without TF32; the heads' own products are bf16
+        loss = LOSSES[model.loss_type](model, z_image, z_text, batch["ids"], keys)
+        loss.backward()
     optimizer.step()
     model.finish_step(keys, batch["ids"])
     return {"loss": loss.detach()}
@@ -478,7 +472,10 @@ def begin(cfg, data):
     common.seed_everything(cfg.seed)
     model = build_model(cfg, data)
     optimizer = build_optimizer(cfg, model)
-    return model, optimizer, build_scheduler(cfg, optimizer, total_steps(cfg, data))
+    last_step = total_steps(cfg, data) if cfg.training.schedule == "cosine" else 10**15  # so far off that it stays 1
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: common.warmup_cosine(step, last_step, cfg.training.warmup_steps))
+    return model, optimizer, scheduler
 
 
 def train(cfg, data):
@@ -486,18 +483,19 @@ def train(cfg, data):
     Returns the rows of metrics.csv."""
     model, optimizer, scheduler = begin(cfg, data)
     folder = open_folder(cfg, data)  # after what can fail for its settings
-    per_epoch, batches = len(epoch_batches(data, cfg, 0)), None
+    per_epoch = len(epoch_batches(data, cfg, 0))
+    batches = None  # of an epoch; made when it begins, or resumes
     with common.Run(folder, cfg, model, optimizer, scheduler, steps_per_epoch=per_epoch) as run:
         if run.step == 0:
             initialise(cfg, model, data)
         for step in run.steps(total_steps(cfg, data)):
-            epoch, place = divmod(step - 1, per_epoch)
-            if place == 0 or batches is None:
+            epoch, batch_number = divmod(step - 1, per_epoch)
+            if batch_number == 0 or batches is None:
                 batches = epoch_batches(data, cfg, epoch)
-            run.add(train_step(model, make_batch(data, batches[place]), optimizer))
+            run.add(train_step(model, make_batch(data, batches[batch_number]), optimizer))
             rate = max(scheduler.get_last_lr())
             scheduler.step()
-            if place + 1 == per_epoch:
+            if batch_number + 1 == per_epoch:
                 row = {"epoch": epoch + 1, "step": step, "train_loss": run.means()["loss"],
                        **validate(model, data, cfg), "learning_rate": rate}
                 run.log(row, score=monitored(row, cfg), val_loss=row["val_loss"], patience=cfg.training.patience,
@@ -523,7 +521,7 @@ def validate(model, data, cfg):
                                  "last checkpoint is kept)")
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).to(own.device)
     batches = order.tensor_split(max(1, math.ceil(len(order) / cfg.training.batch_size)))
-    with torch.no_grad():
+    with torch.no_grad(), common.full_precision():
         losses = [LOSSES[model.loss_type](model, z_image[own[i]], z_text[i], own[i], None) * len(i) for i in batches]
     scores = summarise(retrieval(z_image, z_text, own, map_ks=()))
     row = {"val_loss": (sum(losses) / len(order)).item(), "val_i2t_R1": scores["I2T R@1"],
@@ -537,7 +535,7 @@ def validate(model, data, cfg):
 
 def effective_rank(z):
     """exp of the entropy of the covariance's spectrum of z [n, D] (Roy & Vetterli 2007)."""
-    z = z.double().cpu()
+    z = z.cpu().double()  # MPS has no float64
     spectrum = torch.linalg.eigvalsh((z - z.mean(0)).T @ (z - z.mean(0))).clamp(min=0)
     return torch.special.entr(spectrum / spectrum.sum().clamp(min=1e-30)).sum().exp().item()
 
@@ -550,8 +548,9 @@ def gate_health(model, data, n=2048):
     for name, head, x in zip(("image", "text"), model.heads, model.standardised(batch["image"], batch["text"]),
                              strict=True):
         if isinstance(head, GatedHead):
-            straight, bent = head.linear(x).norm(dim=1), (head.gate * head.branch(x)).norm(dim=1)
-            health |= {f"gate_{name}": head.gate.item(), f"linear_{name}": (straight / (straight + bent)).mean().item()}
+            of_linear, of_branch = head.linear(x).norm(dim=1), (head.gate * head.branch(x)).norm(dim=1)
+            health |= {f"gate_{name}": head.gate.item(),
+                       f"linear_{name}": (of_linear / (of_linear + of_branch)).mean().item()}
         if isinstance(getattr(head, "branch", None), CrossModalBranch):
             weights = head.branch.attention(head.branch.embed(x))
             health[f"entropy_{name}"] = (torch.special.entr(weights).sum(-1).mean() / math.log(N_SLOTS)).item()
@@ -585,18 +584,18 @@ def retrieval(z_image, z_text, own, hubs=None, map_ks=(5, 10)):
     scaling (CSLS, Conneau et al. 2018, section 2.3); the query's own term is the same for its whole gallery.
     """
     image_ids = torch.arange(len(z_image), device=own.device)
-    queries, gallery = {"I2T": z_image, "T2I": z_text}, {"I2T": z_text, "T2I": z_image}
-    if hubs is not None:
-        queries = {way: F.pad(2 * z, (0, 1), value=-1.0) for way, z in queries.items()}
-        gallery = {way: torch.cat([z, hub[:, None]], dim=1)
-                   for (way, z), hub in zip(gallery.items(), (hubs[1], hubs[0]), strict=True)}
-    ids = {"I2T": (image_ids, own), "T2I": (own, image_ids)}
-    return {"own": own.cpu(), **{way: common.retrieval_per_query(queries[way], gallery[way], *ids[way], KS, map_ks)
-                                 for way in queries}}
+    image_queries, text_queries, image_gallery, text_gallery = z_image, z_text, z_image, z_text
+    if hubs is not None:  # one more column: 2 q.g - hub
+        image_queries, text_queries = (F.pad(2 * z, (0, 1), value=-1.0) for z in (z_image, z_text))
+        image_gallery, text_gallery = (torch.cat([z, hub[:, None]], dim=1)
+                                       for z, hub in zip((z_image, z_text), hubs, strict=True))
+    return {"own": own.cpu(),
+            "I2T": common.retrieval_per_query(image_queries, text_gallery, image_ids, own, KS, map_ks),
+            "T2I": common.retrieval_per_query(text_queries, image_gallery, own, image_ids, KS, map_ks)}
 
 
 def training_bank(scorer, data, n_rows=BANK_ROWS):
-    """Embeddings of training images and captions, at most n_rows of either, drawn at random (always the same)."""
+    """Embeddings of training images and captions, at most n_rows of either, one fixed random draw."""
     def drawn(rows):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:n_rows]
         return rows[order.to(rows.device)]
@@ -605,8 +604,8 @@ def training_bank(scorer, data, n_rows=BANK_ROWS):
 
 
 def hubness(z_image, z_text, bank, k, chunk=512):
-    """How near training queries come to each image [m] and caption [n]: the mean cosine of its k nearest rows of the
-    other modality in bank (images, captions)."""
+    """Mean cosine of each gallery image [m] and caption [n] to its k nearest training rows of the other modality; bank:
+    (images, captions)."""
     def nearest(gallery, queries):
         with common.full_precision():
             return torch.cat([(block @ queries.T).topk(min(k, len(queries)), dim=1).values.mean(1)
@@ -681,12 +680,12 @@ def cca_solver(c_image, c_text, c_cross):
 
 
 RIDGE_STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
-CCA_SHRINKAGES = (0.3, 0.5, 0.7)
+CCA_SHRINKAGES = {0: (0.3, 0.5, 0.7), 20_000: (0.03, 0.1, 0.3)}  # by number of training images: more need less
 CCA_DIMS = (128, 256, 512)
 CCA_POWERS = (0.5, 1)
 
 
-@functools.lru_cache(maxsize=1)  # a start at CCA and the evaluation take the same
+@functools.lru_cache(maxsize=1)  # a start at CCA and the evaluation take the same, of the same Data object
 def closed_forms(data, hubness_k):
     """{"ridge" | "CCA"[", CSLS"]: (scorer, its settings)}, each chosen by its own validation RSUM.
 
@@ -712,7 +711,9 @@ def closed_forms(data, hubness_k):
         ridge = c[:d, :d] + strength * c[:d, :d].diagonal().mean() * identity_image
         consider("ridge", torch.linalg.solve(ridge, c[:d, d:]), identity_text, {"lambda": strength})
     solve = cca_solver(c[:d, :d], c[d:, d:], c[:d, d:])
-    for shrinkages in itertools.product(CCA_SHRINKAGES, CCA_SHRINKAGES):
+    n_images = len(data.image_index[data.splits["train"]].unique())
+    grid = CCA_SHRINKAGES[max(n for n in CCA_SHRINKAGES if n <= n_images)]
+    for shrinkages in itertools.product(grid, grid):
         image, correlations, text = solve(*shrinkages)
         for dims, power in itertools.product(sorted({min(n, len(correlations)) for n in CCA_DIMS}), CCA_POWERS):
             weights = correlations[:dims] ** power
@@ -723,24 +724,19 @@ def closed_forms(data, hubness_k):
 
 def ablations(model):
     """{suffix: copy of the model without a part} of gated heads: what the part is worth."""
-    def without(change):
-        changed = copy.deepcopy(model)
-        for head in changed.heads:
-            change(head)
-        return changed
-
-    def read_the_mean(head):  # equal weights over the memory's slots
-        nn.init.zeros_(head.branch.query.weight)
-        nn.init.zeros_(head.branch.query.bias)
-
     if not isinstance(model.heads[0], GatedHead):
         return {}
-    rows = {"linear part": without(lambda head: nn.init.zeros_(head.gate))}
-    if isinstance(model.heads[0].branch, AttentionBranch):
-        rows["tokens not mixed"] = without(lambda head: setattr(head.branch, "encoder", nn.Identity()))
-    else:
-        rows["constant read"] = without(read_the_mean)
-    return rows
+    linear_only, unmixed = copy.deepcopy(model), copy.deepcopy(model)
+    for head in linear_only.heads:
+        nn.init.zeros_(head.gate)
+    for head in unmixed.heads:
+        if isinstance(head.branch, AttentionBranch):
+            head.branch.encoder = nn.Identity()
+        else:  # equal weights over the memory's slots
+            nn.init.zeros_(head.branch.query.weight)
+            nn.init.zeros_(head.branch.query.bias)
+    part = "tokens not mixed" if isinstance(model.heads[0].branch, AttentionBranch) else "constant read"
+    return {"linear part": linear_only, part: unmixed}
 
 
 def evaluate(cfg, data):
@@ -758,10 +754,11 @@ def evaluate(cfg, data):
     scorers |= {f"{name}, {part}": changed for part, changed in ablations(model).items()}
     scorers |= {name: model, f"{name}, CSLS": model, f"{name}, CSLS, random bank": model}
     print("evaluating: retrieval among the test images", flush=True)
+    images, own = data.image_index[data.splits["test"]].unique(return_inverse=True)
     rows = {}
-    for row, scorer in scorers.items():
+    for row, scorer in scorers.items():  # its name says how a row is scored: native.., .., CSLS[, random bank]
         source = dataclasses.replace(data, texts=data.native_texts) if row.startswith("native") else data
-        z_image, z_text, own = embed(scorer, source, "test")
+        z_image, z_text, _ = embed(scorer, source, "test")
         hubs = None
         if "CSLS" in row:
             if not k:
@@ -773,26 +770,24 @@ def evaluate(cfg, data):
             hubs = hubness(z_image, z_text, bank, k)
         rows[row] = retrieval(z_image, z_text, own, hubs)
     level = torch.ones(len(own), 1, device=own.device)  # all scores equal: the expectation over their random order
-    rows = {"chance": retrieval(level[:len(z_image)], level, own), **rows}
+    rows = {"chance": retrieval(level[:len(images)], level, own), **rows}
 
     pairs = [(f"{name}{csls}", row) for csls in ("", ", CSLS") for row in rows
              if ("CSLS" in row) == bool(csls) and row not in ("chance", f"{name}{csls}")]
     pairs += [(f"{row}, CSLS", row) for row in (name, "CCA") if k]
-    print(f"evaluating: bootstrap of {len(rows)} rows over {len(z_image):,} images", flush=True)
-    recalls, differences, items = common.interval_tables(rows, pairs, len(z_image), summarise)
+    print(f"evaluating: bootstrap of {len(rows)} rows over {len(images):,} images", flush=True)
+    recalls, differences, items = common.interval_tables(rows, pairs, len(images), summarise)
     notes = ["Recalls, RSUM and mAP in percent, ranks from 1; intervals: 95%, bootstrap over the test images."]
-    for row in ("ridge", "CCA", "native"):
-        for csls in ("", ", CSLS"):
-            if row + csls in recalls and recalls[name + csls]["RSUM"] <= recalls[row + csls]["RSUM"]:
-                notes.append(f"NOTE: the trained head does not beat {row}{csls} by RSUM on these test images.")
-    images = data.image_index[data.splits["test"]].unique().tolist()
+    for pair, difference in differences.items():
+        if difference["RSUM"] <= 0:
+            notes.append(f"NOTE: no gain in RSUM on these test images: {pair}, {difference['RSUM']:.1f}.")
     results = {
         **common.run_facts(cfg, data), "n": len(images), "notes": notes,
         "headline": f"{len(images):,} test images, {len(own):,} captions; {name} head, {cfg.loss.type} loss, "
                     f"step {step}, seed {cfg.seed}",
         "chosen": {"step": step, **{row: settings for row, (_, settings) in forms.items()}},
         "tables": {"test": recalls, "paired difference": differences, "ranks": rank_table(rows)},
-        "curves": recall_curves(recalls), "per_item": {"ids": [data.image_ids[i] for i in images], **items}}
+        "curves": recall_curves(recalls), "per_item": {"ids": [data.image_ids[i] for i in images.tolist()], **items}}
     plot_evaluation(folder, cfg, results, rows, model, data)
     for file, text in (("metrics.json", json.dumps(results["tables"], indent=2)),
                        ("metrics.txt", common.results_text(results))):
@@ -857,30 +852,26 @@ def check_files(paths):
     return common.fingerprint(paths)
 
 
-def load_tensor(path, chunk=16384):
-    """(memory-mapped float tensor [rows, D], half precision for it: bfloat16 where float16 would over- or underflow).
+def load_tensor(path, device, chunk=16384):
+    """A float tensor [rows, D] on the device, in half precision: bfloat16 where float16 would over- or underflow.
     Raises: UserError naming the file if it is anything else, or not finite."""
     tensor = common.guarded(lambda p: torch.load(p, map_location="cpu", mmap=True, weights_only=True), path)
     if not (isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel()
             and tensor.layout == torch.strided):
-        found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise UserError(f"{path}: expected a float tensor [rows, dim], found {found}")
+        kind = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise UserError(f"{path}: expected a float tensor [rows, dim], found {kind}")
     tensor = tensor.detach()
     sizes = torch.cat([part.float().abs().amax(1) for part in tensor.split(chunk)])  # [rows]
     bad = (~(sizes < 1e15)).nonzero()[:, 0]
     if len(bad):
         raise UserError(f"{path}: {len(bad)} of {len(tensor)} rows hold NaN, infinite or huge values, the first is row "
                         f"{int(bad[0])}; encode them again")
+    half = torch.float16 if 1e-3 < sizes.max() < 6e4 else torch.bfloat16
     if tensor.dtype in (torch.float16, torch.bfloat16):
-        return tensor, tensor.dtype
-    return tensor, torch.float16 if 1e-3 < sizes.max() < 6e4 else torch.bfloat16
-
-
-def to_device(source, rows, half, device, chunk=16384):
-    """source[rows] on the device in half precision."""
-    out = torch.empty(len(rows), source.shape[1], dtype=half, device=device)
-    for i in range(0, len(rows), chunk):
-        out[i:i + chunk] = source[rows[i:i + chunk]].to(device, half)
+        half = tensor.dtype
+    out = torch.empty(tensor.shape, dtype=half, device=device)
+    for i in range(0, len(tensor), chunk):
+        out[i:i + chunk] = tensor[i:i + chunk]
     return out
 
 
@@ -892,13 +883,13 @@ def load_embeddings(folder, name, device):
     Raises: UserError naming file, expected and found.
     """
     image_file, text_file, metadata_file = embedding_files(folder, name)
-    metadata, (images, image_half), (texts, text_half) = (
-        common.read_json(metadata_file), load_tensor(image_file), load_tensor(text_file))
+    metadata = common.read_json(metadata_file)
+    images, texts = load_tensor(image_file, device), load_tensor(text_file, device)
     ids, rows = metadata.get("image_ids"), metadata.get("image_index")
     if not isinstance(ids, list) or len(ids) != len(texts):
-        found = len(ids) if isinstance(ids, list) else type(ids).__name__
+        n_ids = len(ids) if isinstance(ids, list) else type(ids).__name__
         raise UserError(f"{metadata_file}: expected image_ids, one for each of the {len(texts)} rows of "
-                        f"{text_file.name}, found {found}; without it an image's captions cannot be kept in one split")
+                        f"{text_file.name}, found {n_ids}; without it an image's captions cannot be kept in one split")
     caption_ids = metadata.get("caption_ids") or [None] * len(ids)
     if not isinstance(caption_ids, list) or len(caption_ids) != len(ids):
         raise UserError(f"{metadata_file}: caption_ids must be a list of {len(ids)}, one a caption like image_ids")
@@ -923,12 +914,11 @@ def load_embeddings(folder, name, device):
     native, native_file = None, Path(folder) / f"{name}_native_text_embeddings.pt"
     if native_file.is_file():
         common.check_crc(native_file)
-        native, half = load_tensor(native_file)
+        native = load_tensor(native_file, device)
         if native.shape != (len(ids), images.shape[1]):
             raise UserError(f"{native_file}: expected {[len(ids), images.shape[1]]} (captions, the images' width), "
                             f"found {list(native.shape)}")
-        native = to_device(native, captions, half, device)
-    images, texts = to_device(images, rows[first], image_half, device), to_device(texts, captions, text_half, device)
+    images = images[rows[first].to(device)]
     return images, texts, image_index, list(unique), [*map(str, caption_ids)], bool(metadata.get("synthetic")), native
 
 
@@ -936,8 +926,8 @@ def first_clash(images, rows, same_as, chunk=16384):
     """The first caption whose image differs from that of the image's first caption by more than 10% of its norm, or
     None."""
     for i in range(0, len(rows), chunk):
-        one, other = images[rows[i:i + chunk]].float(), images[same_as[i:i + chunk]].float()
-        wrong = ((one - other).norm(dim=1) > 0.1 * one.norm(dim=1)).nonzero()
+        image, first_image = images[rows[i:i + chunk]].float(), images[same_as[i:i + chunk]].float()
+        wrong = ((image - first_image).norm(dim=1) > 0.1 * image.norm(dim=1)).nonzero()
         if len(wrong):
             return i + int(wrong[0])
     return None
@@ -948,12 +938,12 @@ def read_karpathy(path, image_ids, caption_ids):
     def listed_in(p):
         text = Path(p).read_text(encoding="utf-8")
         return {str(i) for i in (json.loads(text) if text.lstrip().startswith("[") else text.split())}
-    listed, known = common.guarded(listed_in, path), set(image_ids)
-    if not listed <= known and listed <= set(caption_ids):
+    listed, all_images = common.guarded(listed_in, path), set(image_ids)
+    if not listed <= all_images and listed <= set(caption_ids):
         return {image for image, caption in zip(image_ids, caption_ids, strict=True) if caption in listed}
-    if not listed or not listed <= known:
-        raise UserError(f"data.karpathy_ids={path}: {len(listed - known)} of {len(listed)} ids are no image_ids of the "
-                        "metadata, and they are not all caption_ids either")
+    if not listed or not listed <= all_images:
+        raise UserError(f"data.karpathy_ids={path}: {len(listed - all_images)} of {len(listed)} ids are no image_ids "
+                        "of the metadata, and they are not all caption_ids either")
     return listed
 
 
@@ -963,6 +953,14 @@ def split_off(pool, amount, n, split):
     if not 0 < count <= len(pool):
         raise UserError(f"data.{split}={amount}: asks for {count} images, {len(pool)} of {n} are left for it")
     return pool[count:], pool[:count]
+
+
+def joined(parts):
+    """[rows, D] of tensors, in bfloat16 if any is: float16 and bfloat16 together would become float32."""
+    if len(parts) == 1:
+        return parts[0]
+    half = torch.bfloat16 if any(x.dtype == torch.bfloat16 for x in parts) else torch.float16
+    return torch.cat([x.to(half) for x in parts])
 
 
 def split_images(d, image_ids, n, captions):
@@ -1019,7 +1017,7 @@ def load_data(cfg):
     of_image = split_images(d, image_ids, len(ids[0]), of_caption)
     splits = {split: torch.isin(image_index, torch.tensor(rows)).nonzero()[:, 0] for split, rows in of_image.items()}
     natives = [None] if any(x is None for x in natives) else natives
-    images, texts, native_texts = (x[0] if len(x) == 1 else torch.cat(x) for x in (images, texts, natives))
+    images, texts, native_texts = map(joined, (images, texts, natives))
     drawn = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(0))[:STATISTICS_ROWS]
     train = splits["train"][drawn.sort().values]
     statistics = []
@@ -1032,6 +1030,7 @@ def load_data(cfg):
 
 
 def print_splits(data):
+    """How many images and captions a split has."""
     for split, rows in data.splits.items():
         print(f"{split:5} {len(data.image_index[rows].unique()):7,} images {len(rows):8,} captions")
 
@@ -1153,13 +1152,13 @@ def run_trials(tuning, name, space, overrides, demo, data, n_left):
                 raise optuna.TrialPruned
         return best
 
-    def tell(study, trial):
+    def print_trial(study, trial):
         value = "" if trial.value is None else f"{trial.value:.2f}"
         print(f"trial {trial.number:3} {trial.state.name:8} {value:6} {trial.params or 'base'}", flush=True)
 
     ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     study.optimize(objective, n_trials=n_left, catch=(UserError, FloatingPointError, torch.OutOfMemoryError),
-                   callbacks=[tell, optuna.study.MaxTrialsCallback(tuning.n_trials, states=ended)])
+                   callbacks=[print_trial, optuna.study.MaxTrialsCallback(tuning.n_trials, states=ended)])
 
 
 def is_dead(trial):
@@ -1188,9 +1187,14 @@ def tune(args):
     tuning = common.load_config(TuneConfig, args.config, own)
     space = read_search_space(args.config, tuning)
     base = trial_config(tuning, overrides, {}, args.demo)
+    changes_loss = [key for key in space if key.startswith("loss.") or key == "training.batch_size"]
+    if "training.monitor" in space or (base.training.monitor == "loss" and changes_loss):
+        raise UserError(f"{args.config}: trials must share one objective: take training.monitor=rsum in the base")
     if args.demo:
         use_demo(base)
         overrides.append(f"data.dir={base.data.dir}")
+        tuning.study_name += "_demo"
+        tuning.results_dir = "results/demo/optuna"
     data = load_data(base)
     data.splits["train"] = tuning_subset(data, tuning.n_captions, base.data.split_seed)
     print_splits(data)
@@ -1198,7 +1202,7 @@ def tune(args):
     identity = json.dumps([space, config, data.fingerprint, len(data.splits["train"])], sort_keys=True)
     identity = hashlib.sha256(identity.encode()).hexdigest()[:8]
     name, study = tuning.study_name, open_study(tuning, tuning.study_name)
-    if study.user_attrs.get("identity", identity) != identity:
+    if study.user_attrs.get("identity", "another program's" if study.get_trials() else identity) != identity:
         name = f"{name}_{identity}"
         print(f"the study {tuning.study_name} searched something else; this search is the study {name}")
         study = open_study(tuning, name)
@@ -1212,7 +1216,7 @@ def tune(args):
 
     n_left = tuning.n_trials - len(study.get_trials(states=[states.COMPLETE, states.PRUNED]))
     job = (tuning, name, space, overrides, args.demo, data, n_left)
-    if n_left > 0 and tuning.n_jobs == 1:
+    if n_left > 0 and (tuning.n_jobs == 1 or data.images.is_mps):  # MPS tensors cannot be shared
         run_trials(*job)
     elif n_left > 0:  # the data are shared with the workers, not copied
         context = torch.multiprocessing.get_context("spawn")
@@ -1221,6 +1225,9 @@ def tune(args):
             worker.start()
         for worker in workers:
             worker.join()
+        if dead := [worker.exitcode for worker in workers if worker.exitcode]:
+            print(f"NOTE: {len(dead)} of {len(workers)} workers ended early (exit codes {dead}); lower n_jobs, and run "
+                  "the same command again")
     trials = study.get_trials()
     count = {state.name: sum(t.state == state for t in trials) for state in states}
     complete = sorted((t for t in trials if t.state == states.COMPLETE), key=lambda t: -t.value)
@@ -1237,8 +1244,8 @@ def tune(args):
     path = Path(tuning.results_dir) / "best_config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     command = f"python {Path(__file__).name} {path}"
-    found = f"Trial {complete[0].number} of study {name}: validation {base.training.monitor} {complete[0].value:.2f}."
-    common.write_text(path, f"# {command}\n# {found}\n{yaml.safe_dump(best, sort_keys=False)}")
+    origin = f"Trial {complete[0].number} of study {name}: validation {base.training.monitor} {complete[0].value:.2f}."
+    common.write_text(path, f"# {command}\n# {origin}\n{yaml.safe_dump(best, sort_keys=False)}")
     print(f"{count['COMPLETE']} complete, {count['PRUNED']} pruned, {count['FAIL']} failed or interrupted; study {name}"
           f" in {tuning.storage}\nnext: {command}")
 
@@ -1326,8 +1333,7 @@ def load_model(folder):
         state = common.load_checkpoint(path)["model_state_dict"]
         statistics = [(state[f"{side}_mean"], state[f"{side}_deviation"]) for side in ("image", "text")]
         queue_size = state["queue"].shape[1] if "queue" in state else 0
-        heads = make_heads(cfg.model, [len(mean) for mean, _ in statistics])
-        return ProjectionModel(heads, statistics, cfg.model, cfg.loss, cfg.training.batch_size, queue_size, 1)
+        return ProjectionModel(cfg, statistics, queue_size, 1)
     model = common.guarded(model_of, Path(folder) / "best_model.pt")
     common.load_best(folder, model)
     return model, cfg
@@ -1340,19 +1346,20 @@ def write_embeddings(cfg, data):
     common.load_best(folder, model)
     if cfg.evaluation.embed:
         check_files(embedding_files(cfg.data.dir, name))
-        images, texts, index, ids, *_ = load_embeddings(cfg.data.dir, name, data.images.device)
+        images, texts, index, ids, _, synthetic, _ = load_embeddings(cfg.data.dir, name, data.images.device)
         if (images.shape[1], texts.shape[1]) != (data.images.shape[1], data.texts.shape[1]):
             raise UserError(f"evaluation.embed={name}: has image and text widths {[images.shape[1], texts.shape[1]]}, "
                             f"the heads take {[data.images.shape[1], data.texts.shape[1]]}")
         data = dataclasses.replace(data, images=images, texts=texts, image_index=index.to(images.device), image_ids=ids,
-                                   splits={"test": torch.arange(len(texts), device=images.device)})
+                                   splits={"test": torch.arange(len(texts), device=images.device)}, synthetic=synthetic)
     z_image, z_text, own = embed(model, data, "test")
     of_image = [data.image_ids[i] for i in data.image_index[data.splits["test"]].unique().tolist()]
     image_file, text_file, metadata_file = embedding_files(folder, name)
     for path, z in ((image_file, z_image), (text_file, z_text)):
         common.atomic_write(path, lambda file, z=z: torch.save(z.cpu(), file))
     own = own.tolist()
-    common.write_json(metadata_file, {"image_ids": [of_image[i] for i in own], "image_index": own})
+    metadata = {"image_ids": [of_image[i] for i in own], "image_index": own, "synthetic": data.synthetic}
+    common.write_json(metadata_file, metadata)
     print(f"{image_file}: {list(z_image.shape)}, {text_file}: {list(z_text.shape)}")
 
 
@@ -1363,7 +1370,7 @@ def use_demo(cfg):
 
 @common.exit_codes
 def main(argv):
-    if "tune" in argv and not any(word.endswith(".yaml") for word in argv):
+    if {"tune", "--stage=tune"} & set(argv) and not any(word.endswith((".yaml", ".yml")) for word in argv):
         argv = ["configs/tune/default.yaml", *argv]
     args = common.parse_command_line(argv, (Config, TuneConfig), __doc__, STAGES, compare=True)
     is_search = args.config and "search_space" in common.read_yaml(args.config)

@@ -1290,7 +1290,7 @@ def test_real_embeddings_reproduce_the_published_cca(tmp_path, monkeypatch):
     keys = [f"data.dir={SHARED / 'data/coco_heads'}", "data.test=val2017", f"output_dir={tmp_path}"]
     data = exp.load_data(common.load_config(exp.Config, None, keys))
     assert [len(data.splits[s]) for s in ("train", "val", "test")] == [26_985, 3_000, 5_000]
-    for name, value in (("RIDGE_STRENGTHS", (0.1, 0.3)), ("CCA_SHRINKAGES", (0.3, 0.7)), ("CCA_DIMS", (128, 256))):
+    for name, value in (("RIDGE_STRENGTHS", (0.1, 0.3)), ("CCA_SHRINKAGES", {0: (0.3, 0.7)}), ("CCA_DIMS", (128, 256))):
         monkeypatch.setattr(exp, name, value)  # the rest is not chosen here
     scores = {}
     for name, (scorer, _) in exp.closed_forms(data, 0).items():

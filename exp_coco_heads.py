@@ -14,7 +14,9 @@ BLIP, arXiv 2107.07651, 2201.12086). Every scorer stands twice: by cosine, and c
 It prints the test table last: R@1/5/10 both ways and RSUM with 95% intervals, the closed forms, chance, and the paired
 differences between them.
 
-@@MEASURED@@
+Measured: 1,000 test photos of Flickr8k (5,397 train; MobileNet and MiniLM features), seeds 1-3, RSUM by cosine / CSLS:
+siglip 285.1 +- 1.9 / 292.1, siglip_cca 288.8 +- .7 / 306.0, cross_modal 293.5 +- 1.6 / 308.5, CCA 268.7 / 300.5, chance
+3.2; about a minute of training on one CPU thread.
 
 Shapes: P pairs (one a caption), M unique images, D_img and D_txt the encoders' widths, D the shared width, B pairs a
 batch, m images and n captions of a split.

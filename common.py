@@ -17,6 +17,7 @@ import glob
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import json
 import math
 import operator
@@ -41,6 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -429,6 +431,64 @@ def moments(x, rows, chunk=8192):
     if constant.all():
         raise ValueError(f"all {len(constant)} features are constant over {len(rows):,} rows: nothing to learn from")
     return mean.float(), variance.masked_fill(constant, 1).sqrt().float()
+
+
+# ------------------------------------------------------------------------------------------------------------- photos
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+         8: "ROTATE_90"}  # of an EXIF orientation
+
+
+def decode_image(data, size=None, crop=True, max_pixels=100_000_000):
+    """An image file as uint8 [H, W, 3]: upright as its EXIF says, transparency on white, 16 bits scaled to 8.
+
+    data: bytes of the file, or None. size: side of the square that its centre square (crop=False: all of it, squeezed)
+    is resized to, a JPEG from the power of two that leaves at least twice as much; None: as large as it is. max_pixels:
+    width times height. Raises: ValueError with the cause, of anything that is no whole image.
+    """
+    if not data:
+        raise ValueError("no image bytes")
+    Image.MAX_IMAGE_PIXELS = None  # max_pixels takes its place
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception:
+        start = bytes(data[:64]).lstrip().lower()
+        is_html = start.startswith((b"<!doctype", b"<html"))
+        raise ValueError("HTML, not an image" if is_html else "not an image") from None
+    if image.format not in FORMATS:
+        raise ValueError(f"format {image.format} is not read")
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")
+    try:
+        if size:
+            image.draft(image.mode, (2 * size, 2 * size))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF
+            image.load()  # only this finds a file cut off half-way
+        turn = None
+        with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about the pixels
+            turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose fails on odd tags of cameras
+        if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
+            values = np.asarray(image)
+            if values.size and (values.min() < 0 or values.max() > 65535):
+                raise ValueError("32-bit integers are not read")
+            image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels are not read")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        image = image.transpose(Image.Transpose[turn]) if turn else image
+        if size:
+            width, height = [min(image.size)] * 2 if crop else image.size
+            left, top = (image.width - width) / 2, (image.height - height) / 2
+            image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height),
+                                 reducing_gap=2.0)
+    except Exception as error:  # Pillow's decoders raise kinds of their own
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    return np.asarray(image)
 
 
 # ---------------------------------------------------------------------------------------------- files and checkpoints
@@ -1801,23 +1861,6 @@ def runs_by_seed(items, experiment):
     if len({results["data_fingerprint"] for _, seeds in groups.values() for results in seeds.values()}) > 1:
         print("NOTE: these runs were not made from the same data")
     return [(name if names.count(name) == 1 else f"{name} ({i + 1})", list(seeds.values())) for i, (name, seeds) in enumerate(groups.values())]
-
-
-def plot_curves(path, panels, xlabel="epoch", title=None, mark=None):
-    """One panel a quantity: panels = {ylabel: {line label: list of values, from 1}}; `mark` draws a line at the chosen epoch."""
-    figure, axes = new_figure(len(panels))
-    for axis, (ylabel, lines) in zip(axes, panels.items(), strict=True):
-        for label, values in lines.items():
-            axis.plot(range(1, len(values) + 1), values, marker="." if len(values) < 30 else None, label=label)
-        if mark is not None:
-            axis.axvline(mark, color="grey", linestyle=":", linewidth=1, label="chosen")
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > 4 else {}  # so many would lie over the lines
-        axis.legend(fontsize=8, **beside)
-    if title:
-        figure.suptitle(title)
-    save_figure(figure, path)
 
 
 def config_schema(Config, prefix=""):

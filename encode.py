@@ -4,7 +4,7 @@
     python encode.py mmimdb --data mmimdb --backbone clip          # or blip2: latents of 70 views for exp_gw_mmimdb.py
     python encode.py alignment --captions captions.json --images photos --language bigscience/bloomz-560m --vision facebook/dinov2-base --out prh
     python encode.py alignment --mmimdb mmimdb --language bigscience/bloomz-560m --vision facebook/dinov2-base --out mmimdb/features
-    python encode.py flickr8k --data flickr8k                      # image_features.pt for exp_flickr_ttt.py's model.image_encoder=cached
+    python encode.py flickr8k --data flickr8k --text-model sentence-transformers/all-MiniLM-L6-v2 --speech-model openai/whisper-base.en --corruptions
 
 Models are folders or names on huggingface.co, with @revision if wanted; HF_HUB_OFFLINE=1 uses only what has been downloaded. Rows are encoded in
 shards; the same command after a kill goes on at the first unfinished one and gives the same bits as a run that was not interrupted. Beside every
@@ -32,7 +32,6 @@ import random
 import shutil
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -280,16 +279,12 @@ def language_forward(source, tokenizer, args):
 # --------------------------------------------------------------------------------------------------------------- pictures
 
 def read_image(path):
-    """An RGB picture, turned upright; if it cannot be read the reason, a str."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF
-        try:
-            with Image.open(path) as image:
-                if max(image.size) > 1000 * min(image.size):
-                    return f"{image.width} x {image.height} pixels, too narrow"
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except Exception as error:  # Pillow raises many kinds on a broken file
-            return first_line(error)
+    """An RGB picture, turned upright, transparency on white; if it cannot be read the reason, a str."""
+    try:
+        image = Image.fromarray(common.decode_image(Path(path).read_bytes(), max_pixels=2**40))
+    except (OSError, ValueError) as error:
+        return first_line(error)
+    return f"{image.width} x {image.height} pixels, too narrow" if max(image.size) > 1000 * min(image.size) else image
 
 
 def pixels_of(image, processor):
@@ -331,6 +326,8 @@ def image_forward(source, args):
         if source.kind in ("siglip_vision_model", "clip_vision_model"):
             return (out.pooler_output,)
         if not has_cls(out.last_hidden_state, pixels, source.config):
+            if getattr(out, "pooler_output", None) is not None and out.last_hidden_state.ndim == 4:  # a convolutional network's mean over places
+                return (out.pooler_output.flatten(1).float(),)
             raise UserError(f"model {source.name}: a {source.kind} gives no CLS token after all patches; use SigLIP, CLIP, BLIP-2 or a vision "
                             "transformer such as facebook/dinov2-base")
         return (out.last_hidden_state[:, 0],)
@@ -798,20 +795,102 @@ def alignment(args):
                     lambda outputs, rows, path=path, content=content: (facts, saver(path, {"feats": outputs[0], **content})), args)
 
 
+def speech_forward(source, args):
+    """forward(waves [n] float32 at 16 kHz) -> ([B, L, D],): mean over the recording's own frames of the input of the first block of the encoder and of
+    every block's output. Models of 30 s spectrograms (Whisper) pad the rest with silence; others (wav2vec 2.0, HuBERT, WavLM) take one at a time."""
+    model, extractor = load_model(source, args), load(source, "AutoFeatureExtractor")
+    model = model.get_encoder() if source.config.is_encoder_decoder else model
+    takes = extractor.model_input_names[0]
+    if takes not in ("input_features", "input_values"):
+        raise UserError(f"model {source.name}: a {source.kind} takes no speech; use Whisper, wav2vec 2.0, HuBERT or WavLM")
+
+    @torch.inference_mode()
+    def forward(items):
+        groups, features = [items] if takes == "input_features" else [[item] for item in items], []
+        for waves in groups:
+            inputs = extractor(waves, sampling_rate=16000, return_tensors="pt")[takes].to(args.device, DTYPES[args.weights])
+            hidden = torch.stack(model(inputs, output_hidden_states=True).hidden_states, dim=1)  # [B, L, T, D]
+            for x, wave in zip(hidden, waves, strict=True):
+                own = x if takes == "input_values" else x[:, :max(1, round(x.shape[1] * len(wave) / extractor.n_samples))]
+                features.append(own.float().mean(1))
+        return (torch.stack(features),)
+    return forward
+
+
 def flickr8k(args):
-    """image_features.pt {feats [N, D], ids [N] file names, model} for exp_flickr_ttt.py's model.image_encoder=cached."""
-    root, source = folder_of(args.data, "Flickr8k_Dataset (the unpacked Flickr8k_Dataset.zip)"), find_model(args.model)
+    """{image,text,audio}_features.pt {feats [N, D] (audio: [N, L, D]), ids [N], unreadable, model} for exp_flickr_ttt.py's cached encoders: photos, and
+    captions and speech if their models are named. --corruptions: its corrupted queries too, as {modality}_features,{kind}={amount}.pt."""
+    import exp_flickr_ttt as flickr
+    root = folder_of(args.data, "Flickr8k_Dataset (the unpacked Flickr8k_Dataset.zip)")
     photos = next((root / name for name in ("Flickr8k_Dataset", "Flicker8k_Dataset", "Images") if (root / name).is_dir()), root / "Flickr8k_Dataset")
-    files = sorted(photos.glob("*.jpg"))[:args.limit]
-    if not files:
+    photo_names = sorted(path.name for path in photos.glob("*.jpg"))[:args.limit]
+    if not photo_names:
         raise UserError(f"{photos}: no photos (*.jpg) in it; unpack Flickr8k_Dataset.zip")
-    path, names, processor = Path(args.out or root) / "image_features.pt", [f.name for f in files], load_processor(source)
+    captions = flickr.read_captions(root)[0] if args.text_model else {}
+    texts = {f"{photo}#{k}": caption for photo in photo_names for k, caption in sorted(captions.get(photo, {}).items())}
+    speech = flickr.read_speech_list(root)[0] if args.speech_model else {}
+    wavs = {path.name: (path, photo) for (photo, _), path in speech.items() if photo in set(photo_names)}
+    if args.speech_model and not wavs:
+        raise UserError(f"{root}: no recordings of these photos (flickr_audio/wav2capt.txt); leave --speech-model out")
+    splits = flickr.read_splits(root)[0] if args.corruptions else {"test": [], "dev": []}
+    vision = find_model(args.model)
+    processor = load_processor(vision)
+    sides = [side for size in (getattr(processor, "size", None), getattr(processor, "crop_size", None)) for side in dict(size or {}).values()]
+    tokenizer = pooling = None
+    if args.text_model:
+        text = find_model(args.text_model)
+        tokenizer, pooling = load_tokenizer(text), text_pooling(text, args.text_pool)
+        if pooling == "last" and tokenizer.eos_token_id is None:
+            raise UserError(f"model {text.name}: its tokenizer has no EOS token to pool at; use --text-pool mean")
 
-    def finish(outputs, kept):
-        return {}, saver(path, {"feats": chosen(outputs[0], kept), "ids": [names[i] for i in kept.tolist()], "model": source.name})
+    def pixels(name, kind, amount):
+        image = read_image(photos / name)
+        if kind and not isinstance(image, str):
+            scale = max(sides) / min(image.size)
+            image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
+            photo = flickr.corrupt_photo(torch.from_numpy(np.array(image)).permute(2, 0, 1), kind, amount, flickr.item_draws(name))
+            image = Image.fromarray(photo.permute(1, 2, 0).numpy())
+        return pixels_of(image, processor)
 
-    encode_rows(path, model_job(source, processor, data=digest(file_sizes(files))), names, SHARD, image_preparer(files, processor, args.readers),
-                lambda: image_forward(source, args), finish, args)
+    def wave(name, kind, amount):
+        try:
+            samples = flickr.read_wav(wavs[name][0].read_bytes())
+        except Exception as error:  # soundfile raises kinds of its own
+            return first_line(error)
+        return (flickr.corrupt_speech(samples, kind, amount, flickr.item_draws(name)) if kind else samples).numpy()
+
+    def tokens(names, kind, amount):
+        given = [flickr.corrupt_text(texts[n], kind, amount, flickr.item_draws(n)) if kind else texts[n] for n in names]
+        return tokenize(text, tokenizer, given, args, pooling)
+
+    def each(read):
+        return lambda names, kind, amount: list(args.readers.map(lambda name: read(name, kind, amount), names))
+    parts = {"image": (vision, photo_names, lambda name: name, each(pixels), lambda: image_forward(vision, args), SHARD, {
+        "processor": processor, "data": digest(file_sizes([photos / name for name in photo_names]))})}
+    if args.text_model:
+        parts["text"] = (text, list(texts), lambda name: name.rpartition("#")[0], tokens, lambda: text_forward(text, tokenizer, args, pooling),
+                         TEXT_SHARD, {"pool": pooling, "max_length": args.max_length, "data": digest(texts)})
+    if args.speech_model:
+        sounds = find_model(args.speech_model)
+        parts["audio"] = (sounds, sorted(wavs), lambda name: wavs[name][1], each(wave), lambda: speech_forward(sounds, args), SHARD, {
+            "data": digest(file_sizes([path for path, _ in wavs.values()]))})
+    for modality, (source, names, photo_of, prepare, load_forward, shard, facts) in parts.items():
+        conditions = [("", 0, None), *([(kind, amount, "test") for kind, amounts in flickr.CORRUPTIONS[modality].items() for amount in amounts]
+                                       + [(*flickr.HELD_OUT[modality], "dev")] if args.corruptions else [])]
+        load_once = functools.cache(load_forward)
+        for kind, amount, split in conditions:
+            asked = [name for name in names if split is None or photo_of(name) in set(splits[split])]
+            path = Path(args.out or root) / f"{modality}_features{flickr.condition_suffix(kind, amount)}.pt"
+            if not asked:
+                raise UserError(f"{path}: no {modality} of a {split} photo is here (--limit?)")
+
+            def finish(outputs, kept, path=path, asked=asked, model=source.name):
+                ids = [asked[i] for i in kept.tolist()]
+                unreadable = sorted(set(asked) - set(ids))
+                return {}, saver(path, {"feats": chosen(outputs[0], kept), "ids": ids, "unreadable": unreadable, "model": model})
+            job = model_job(source, **facts, names=digest(asked), **({"corruption": [kind, amount]} if kind else {}))
+            encode_rows(path, job, asked, shard, lambda rows, asked=asked, kind=kind, amount=amount, prepare=prepare: prepare(
+                [asked[i] for i in rows], kind, amount), load_once, finish, args)
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
@@ -871,10 +950,14 @@ def parse_command_line(argv):
     add("--padding-side", choices=("left", "right"), default="left", help="of the texts in a batch (default: left)")
     add("--vision-pool", choices=("cls", "avg"), default="cls", help="CLS token (default), or mean of the tokens, after each block")
     add("--out", default="prh", help="folder to write to (default: %(default)s)")
-    add = command(flickr8k, texts=False)
+    add = command(flickr8k)
     add("--data", default="flickr8k", help="folder with Flickr8k_Dataset/ (default: %(default)s)")
-    add("--model", default="google/siglip-so400m-patch14-384", help="default: %(default)s")
-    add("--out", help="folder to write image_features.pt to (default: the data's)")
+    add("--model", default="google/siglip-so400m-patch14-384", help="of photos (default: %(default)s)")
+    add("--text-model", help="sentence encoder of the captions, such as sentence-transformers/all-MiniLM-L6-v2 (default: no text_features.pt)")
+    add("--text-pool", choices=("mean", "last", "first"), default="mean", help="tokens that stand for a text (default: mean)")
+    add("--speech-model", help="of the spoken captions: Whisper or wav2vec 2.0 and its like, such as openai/whisper-base.en (default: none)")
+    add("--corruptions", action="store_true", help="also the corrupted queries of the test-time protocol")
+    add("--out", help="folder to write to (default: the data's)")
     return parser.parse_args(argv)
 
 

@@ -33,7 +33,6 @@ import dataclasses
 import glob
 import hashlib
 import heapq
-import io
 import itertools
 import json
 import math
@@ -49,7 +48,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -256,52 +254,9 @@ def read_group(path, group):
             raise UserError(f"{path}: row group {group} cannot be read ({str(error).splitlines()[0]}); download the file again") from None
 
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
-
-
 def decode_image(data, size, max_pixels=100_000_000):
-    """The centre square of an image file as uint8 [size, size, 3]: turned as its EXIF says, transparency on white, 16 bits scaled to 8.
-
-    data: bytes of the file, or None. size, max_pixels: in pixels, a side and width times height. JPEGs are decoded at the power of two that leaves
-    at least twice `size`. Raises: ValueError with the cause, of anything that is no whole image.
-    """
-    if not data:
-        raise ValueError("no image bytes")
-    Image.MAX_IMAGE_PIXELS = None  # max_pixels takes its place
-    try:
-        image = Image.open(io.BytesIO(data))
-    except Exception:
-        start = bytes(data[:64]).lstrip().lower()
-        raise ValueError("HTML, not an image" if start.startswith((b"<!doctype", b"<html")) else "not an image") from None
-    if image.format not in FORMATS:
-        raise ValueError(f"format {image.format} is not read")
-    if image.width * image.height > max_pixels:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than dataset.max_pixels={max_pixels}")
-    try:
-        image.draft(image.mode, (2 * size, 2 * size))
-        image.load()  # only this finds a file cut off half-way
-        turn = None
-        with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about the pixels
-            turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose writes the block anew, and fails on odd tags of cameras
-        if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
-            values = np.asarray(image)
-            if values.size and (values.min() < 0 or values.max() > 65535):
-                raise ValueError("32-bit integers are not read")
-            image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating-point pixels are not read")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        image = image.transpose(Image.Transpose[turn]) if turn else image
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0)
-    except Exception as error:  # Pillow's decoders raise kinds of their own
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
-    return np.asarray(image)
+    """The centre square of an image file as uint8 [size, size, 3]; see common.decode_image."""
+    return common.decode_image(data, size, max_pixels=max_pixels)
 
 
 @dataclass

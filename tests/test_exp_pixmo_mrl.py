@@ -143,7 +143,7 @@ JPEG = encoded(picture(200, 150), "JPEG")
 @pytest.mark.parametrize(("data", "cause"), [
     (None, "no image bytes"), (b"", "no image bytes"), (b"<html><body>404</body></html>", "HTML"), (b"\n<!DOCTYPE html>", "HTML"),
     (b"\x00" * 50, "not an image"), (JPEG[:len(JPEG) // 2], "truncated"), (encoded(picture())[:-300], "."), (JPEG[:20], "."),
-    (encoded(picture(400, 300)), "400 x 300 pixels are more than dataset.max_pixels=100000"),
+    (encoded(picture(400, 300)), "400 x 300 pixels are more than max_pixels=100000"),
     (encoded(Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)), "TIFF"), "floating-point"),
     (encoded(Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)), "TIFF"), "32-bit")])
 def test_what_is_no_whole_picture_has_a_cause(data, cause):

@@ -29,8 +29,8 @@ DEMOS = {  # overrides that shrink a config's demo to a few seconds
        for name in ("alignment", "scratch", "scratch_nomrl")},
     "alignment_prh": ["alignment.n_permutations=19", "alignment.metrics=[mutual_knn]", "stages=[uniqueness]"],
     "alignment_mmimdb": ["mmimdb.epochs=2", "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]"],
-    **{name: ["training.epochs=2", "model.latent_dim=16", "evaluation.n_severities=1", "evaluation.n_orders=1", "evaluation.n_bootstrap=100"]
-       for name in ("flickr8k", "flickr8k_tiny")},
+    **{name: ["training.epochs=2", "model.latent_dim=16", "evaluation.n_severities=1", "evaluation.n_orders=1", "evaluation.stream_batch=150"]
+       for name in ("flickr8k", "flickr8k_tiny", "flickr8k_features")},
     "clip_finetune": ["finetune.epochs=2", "finetune.warmup_epochs=1", "finetune.n_seeds=1", "alignment.n_permutations=19"]}
 
 

@@ -78,6 +78,15 @@ def save_model(folder, kind, **options):
     elif kind == "convnext":
         config = t.ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], image_size=32)
         model, processor = t.ConvNextModel(config), t.ViTImageProcessorPil(size=size)
+    elif kind == "whisper":
+        config = t.WhisperConfig(d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                                 encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=vocab, num_mel_bins=16, max_source_positions=100,
+                                 pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+        model, processor = t.WhisperModel(config), t.WhisperFeatureExtractor(feature_size=16, chunk_length=2)
+    elif kind == "wav2vec2":
+        config = t.Wav2Vec2Config(**small, vocab_size=vocab, conv_dim=[8, 8], conv_stride=[80, 4], conv_kernel=[80, 4],
+                                  num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+        model, processor = t.Wav2Vec2Model(config), t.Wav2Vec2FeatureExtractor()
     elif kind == "vit_mae":
         decoder = {"decoder_hidden_size": 16, "decoder_intermediate_size": 24, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
         model, processor = t.ViTMAEForPreTraining(t.ViTMAEConfig(**vision, **decoder)), t.ViTImageProcessorPil(size=size)

@@ -1165,16 +1165,14 @@ def run_trials(tuning, name, space, overrides, demo, data, n_left):
 
 def is_dead(trial):
     """Whether the process of a running trial is gone, if it was one of this machine."""
-    host, process = trial.user_attrs.get("process", (platform.node(), None))
+    host, process = trial.user_attrs.get("process", (None, None))
     if process is None or host != platform.node():
         return process is None
     try:
         os.kill(process, 0)  # only asks
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
-        pass
-    return False
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"  # nobody waits for it
+    except OSError as error:  # gone; or another user's; or a system without /proc
+        return isinstance(error, ProcessLookupError)
 
 
 def tune(args):

@@ -43,7 +43,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
@@ -58,17 +57,37 @@ class UserError(ValueError):
 
 # -------------------------------------------------------------------------------------------------------------- losses
 
-BLOCK = 1024  # rows of the [N, N] logits held at once
+def rows_at_once(n_columns, like, n_buffers=1):
+    """How many rows of n_buffers matrices [rows, n_columns] of the tensor's type and device are worked on at once.
+
+    By a fixed budget of bytes, never by what is free: other programs would change it, and with it the bits.
+    """
+    budget = 2**29 if like.is_cuda else 2**26
+    return max(1, budget // (n_buffers * n_columns * like.element_size()))
 
 
-def _row_blocks(block_fn, n_rows, chunk_size):
-    """[block_fn(slice of rows), ...]; each block's [chunk, N] intermediates are recomputed in backward, not stored."""
-    size = min(n_rows, chunk_size or BLOCK)
-    rows = [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]
-    if len(rows) == 1 or not torch.is_grad_enabled():
-        return [block_fn(r) for r in rows]
-    options = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
-    return [checkpoint(block_fn, r, **options) for r in rows]
+def row_blocks(n_rows, size):
+    """Slices of n_rows, `size` rows each but the last."""
+    return [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients by its inputs have been formed with it, so that no block is kept or made again."""
+
+    @staticmethod
+    def forward(ctx, value, gradients, *inputs):
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, None, *(grad * x for x in ctx.saved_tensors)
+
+
+def _scalar(x, like):
+    """x, a number or a tensor of one, as a 0-d tensor of the type and device of `like`; without a synchronisation."""
+    return x.to(like).reshape(()) if isinstance(x, torch.Tensor) else like.new_full((), x)
 
 
 def _check_pairs(a, b, ids, false_negatives):
@@ -106,7 +125,7 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
     ids: [N] int, which image or movie a row belongs to. false_negatives: what becomes of pairs of equal id off the
     diagonal: "ignore" leaves them as negatives, "mask" drops them from the denominator, "multi_positive" makes them
     positives (soft targets, each row normalised). label_smoothing: eps spread evenly over the columns of a row that are
-    not dropped. chunk_size: rows of logits held at once (default 1024); it changes memory, not the value.
+    not dropped. chunk_size: rows of logits held at once (default: `rows_at_once`); memory, not the value.
     Returns: scalar, float32 (float64 for float64 input).
     Raises: ValueError on shapes that disagree, ids that are missing, label_smoothing outside [0, 1].
     Source: van den Oord et al. 2018, equation 4; the symmetric form of CLIP (Radford et al. 2021, figure 3). Soft
@@ -115,30 +134,61 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
     a, b = _check_pairs(a, b, ids, false_negatives)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], found {label_smoothing}")
+    scale = _scalar(logit_scale, a)
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale))
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        value, gradients = _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, needs_gradients)
+    return _WithGradients.apply(value, gradients, a, b, scale) if needs_gradients else value
+
+
+def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, needs_gradients):
+    """(value, its gradients by a, b and scale, or ()): one pass over blocks of logits for the log-sum-exps of rows and
+    columns, one for the gradient by the logits, softmax by rows + softmax by columns - targets of both ways."""
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
     dropped = torch.finfo(a.dtype).min / 4  # finite: a block may drop all of a column, and -inf - -inf is nan
-    with torch.autocast(a.device.type, enabled=False):
-        if masked or soft:
-            ids, group = _groups(ids)
-        if label_smoothing:
-            share = 1 / (n + 1 - group).to(a.dtype) if masked else a.new_full((n,), 1 / n)  # 1 / columns kept, [N]
+    on_diagonal = 0.0 if soft else 2 * (1 - label_smoothing)  # weight of the partner in the targets of both ways
+    if masked or soft:
+        ids, group = _groups(ids)
+        group = group.to(a.dtype)
+    share = 1 / (n + 1 - group) if masked else a.new_full((n,), 1 / n)  # 1 / columns that are kept, [N]
 
-        def block(rows):
-            """log-sum-exp of these rows; of each column over these rows; what the targets take off, both ways."""
-            logits = (logit_scale * a[rows]) @ b.T  # [chunk, N]
-            target = 0 if soft else 2 * (1 - label_smoothing) * logit_scale * (a[rows] * b[rows]).sum(1)  # [chunk]
-            if masked:
-                logits = logits.masked_fill_(_same(ids, rows, diagonal=False), dropped)
-            if soft:
-                same = _same(ids, rows)
-                target = 2 * (1 - label_smoothing) * (logits * same).sum(1) / group[rows]
-            if label_smoothing:
-                kept = logits.masked_fill(logits == dropped, 0)
-                target = target + label_smoothing * (kept.sum(1) * share[rows] + kept @ share)
-            return logits.logsumexp(1), logits.logsumexp(0), target
+    def logits_of(rows):
+        logits = (scale * a[rows]) @ b.T  # [chunk, N]
+        return logits.masked_fill_(_same(ids, rows, diagonal=False), dropped) if masked else logits
 
-        row_lse, column_lse, target = zip(*_row_blocks(block, n, chunk_size), strict=True)
-        return (torch.cat(row_lse) + torch.stack(column_lse).logsumexp(0) - torch.cat(target)).mean() / 2
+    def spread_targets(rows):
+        """[chunk, N]: weights of the targets of both ways, but for the diagonal's; None if there are no others."""
+        if not (soft or label_smoothing):
+            return None
+        spread = label_smoothing * (share[rows, None] + share)
+        if masked:
+            spread.masked_fill_(_same(ids, rows, diagonal=False), 0)
+        return spread + _same(ids, rows) * (2 * (1 - label_smoothing) / group[rows, None]) if soft else spread
+
+    blocks = row_blocks(n, chunk_size or rows_at_once(n, a, n_buffers=2))
+    row_lse, column_lse = a.new_empty(n), a.new_full((n,), -torch.inf)
+    target = on_diagonal * scale * (a * b).sum(1)  # [N]
+    for rows in blocks:
+        logits = logits_of(rows)
+        row_lse[rows] = logits.logsumexp(1)
+        column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
+        if soft or label_smoothing:
+            target[rows] += (spread_targets(rows) * logits).sum(1)
+    value = (row_lse + column_lse - target).mean() / 2
+    if not needs_gradients:
+        return value, ()
+    grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
+    for rows in blocks:
+        logits = logits_of(rows) if len(blocks) > 1 else logits
+        grad = (logits - row_lse[rows, None]).exp_()
+        grad += logits.sub_(column_lse).exp_()
+        if soft or label_smoothing:
+            grad -= spread_targets(rows)
+        grad[:, rows].diagonal().sub_(on_diagonal)
+        torch.mm(grad, b, out=grad_a[rows])
+        grad_b.addmm_(grad.T, a[rows])
+    grad_a, grad_b = grad_a / (2 * n), grad_b / (2 * n)
+    return value, (scale * grad_a, scale * grad_b, (grad_a * a).sum())
 
 
 def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignore", chunk_size=None):
@@ -151,24 +201,43 @@ def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignor
     Source: SigLIP, Zhai et al. 2023, algorithm 1 (the sum is divided by N, not N^2).
     """
     a, b = _check_pairs(a, b, ids, false_negatives)
+    scale, bias = _scalar(logit_scale, a), _scalar(logit_bias, a)
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale, bias))
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        value, gradients = _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, needs_gradients)
+    return _WithGradients.apply(value, gradients, a, b, scale, bias) if needs_gradients else value
+
+
+def _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, needs_gradients):
+    """(value, its gradients by a, b, scale and bias, or ()), in one pass over blocks of logits."""
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
-    with torch.autocast(a.device.type, enabled=False):
-        if masked or soft:
-            ids, _ = _groups(ids)
-
-        def block(rows):
-            logits = (logit_scale * a[rows]) @ b.T
-            logits += logit_bias  # [chunk, N]
-            positive = (logits * _same(ids, rows)).sum() if soft else 0
-            if masked:
-                logits = logits.masked_fill_(_same(ids, rows, diagonal=False), torch.finfo(a.dtype).min / 4)
-            # -log sigmoid(-x) = softplus(x), -log sigmoid(x) = softplus(x) - x; beyond 40 it is x in float64 too
-            return F.softplus(logits, threshold=40).sum() - positive
-
-        total = torch.stack(_row_blocks(block, n, chunk_size)).sum()
-        if not soft:
-            total = total - (logit_scale * (a * b).sum() + n * logit_bias)
-        return total / n
+    if masked or soft:
+        ids, _ = _groups(ids)
+    total = 0 if soft else -(scale * (a * b).sum() + n * bias)
+    grad_a, grad_b, grad_bias = torch.empty_like(a), torch.zeros_like(b), torch.zeros_like(bias)
+    for rows in row_blocks(n, chunk_size or rows_at_once(n, a, n_buffers=2)):
+        logits = (scale * a[rows]) @ b.T
+        logits += bias  # [chunk, N]
+        if soft:
+            positive = _same(ids, rows)
+            total = total - (logits * positive).sum()
+        if masked:
+            logits.masked_fill_(_same(ids, rows, diagonal=False), torch.finfo(a.dtype).min / 4)
+        # -log sigmoid(-x) = softplus(x), -log sigmoid(x) = softplus(x) - x; beyond 40 it is x in float64 too
+        total = total + F.softplus(logits, threshold=40).sum()
+        if needs_gradients:
+            grad = logits.sigmoid_()
+            if soft:
+                grad -= positive.to(grad.dtype)
+            else:
+                grad[:, rows].diagonal().sub_(1)
+            torch.mm(grad, b, out=grad_a[rows])
+            grad_b.addmm_(grad.T, a[rows])
+            grad_bias += grad.sum()
+    if not needs_gradients:
+        return total / n, ()
+    grad_a, grad_b = grad_a / n, grad_b / n
+    return total / n, (scale * grad_a, scale * grad_b, (grad_a * a).sum(), grad_bias / n)
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule
@@ -252,12 +321,13 @@ def _average_precision(scores, own_columns, is_own, n_own, ks):
     return {k: (precision * top)[:, :k].sum(1) / n_own.clamp(max=k) for k in ks}
 
 
-def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=256):
+def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=None):
     """Retrieval quality of every query; `retrieval_metrics` averages it, a bootstrap resamples it.
 
     queries: [Q, D], gallery: [G, D], float, L2-normalised for cosine. query_ids: [Q], gallery_ids: [G] int; the gallery
     rows that carry the query's id are its own, and the best of them counts. Ties: the expectation over their random
-    order; AP ranks an own row below every other row of the same score. AP@k is divided by min(k, own rows).
+    order; AP ranks an own row below every other row of the same score. AP@k is divided by min(k, own rows). chunk_size:
+    queries at once (default: `rows_at_once`); memory, not the values.
     Returns: dict of [Q] float64 on the CPU: `hit@k` (probability), `AP@k`, `rank` (expected, from 1), `chance@k`.
     Raises: ValueError on non-finite input, shapes that disagree, or a query without an own row in the gallery.
     """
@@ -276,9 +346,9 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     eps = 16 * torch.finfo(torch.float32).eps  # of a float32 product
     tolerance = eps * queries.float().norm(dim=1, keepdim=True) * gallery32.norm(dim=1).max()
     out = {name: [] for name in (*(f"hit@{k}" for k in ks), *(f"AP@{k}" for k in map_ks), "rank")}
-    buffers = gallery32.new_empty(2, min(chunk_size, len(queries)), len(gallery))  # fresh ones pile up in the heap
-    for i in range(0, len(queries), chunk_size):
-        rows = slice(i, i + chunk_size)
+    size = min(len(queries), chunk_size or rows_at_once(len(gallery), gallery32, n_buffers=6))  # AP's are float64
+    buffers = gallery32.new_empty(2, size, len(gallery))  # fresh ones pile up in the heap
+    for rows in row_blocks(len(queries), size):
         scores, work = buffers[:, :len(queries[rows])]  # [q, G]
         is_own = offsets < n_own[rows, None]  # [q, most own rows of any query]
         own_columns = first[rows, None] + offsets * is_own  # filled up with the first
@@ -306,7 +376,7 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     return values
 
 
-def retrieval_metrics(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=256):
+def retrieval_metrics(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=None):
     """Means over queries of `retrieval_per_query` (same arguments, ties and errors).
 
     Returns: dict of floats: `R@k` (0..1), `median_rank`, `mean_rank` (expected ranks, from 1), `MRR`, `mAP@k`.

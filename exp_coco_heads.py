@@ -605,13 +605,13 @@ def training_bank(scorer, data, n_rows=BANK_ROWS):
     return embed_rows(scorer, data, drawn(data.image_index[rows].unique()), drawn(rows))
 
 
-def hubness(z_image, z_text, bank, k, chunk=512):
+def hubness(z_image, z_text, bank, k):
     """Mean cosine of each gallery image [m] and caption [n] to its k nearest training rows of the other modality; bank:
     (images, captions)."""
     def nearest(gallery, queries):
         with common.full_precision():
             return torch.cat([(block @ queries.T).topk(min(k, len(queries)), dim=1).values.mean(1)
-                              for block in gallery.split(chunk)])
+                              for block in gallery.split(common.rows_at_once(len(queries), gallery))])
     return nearest(z_image, bank[1]), nearest(z_text, bank[0])
 
 

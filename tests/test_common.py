@@ -107,19 +107,42 @@ def test_closed_forms():
     assert info_nce(eye, eye, 1 / 0.07).item() == pytest.approx(math.log(1 + 3 * math.exp(-1 / 0.07)), rel=1e-9)
 
 
+def value_and_gradients(loss, *numbers):
+    """[loss, its gradients by a, b and the numbers] of loss(a, b, ids, *numbers); the loss is scaled, as a sum of losses scales it."""
+    a, b, ids = random_pairs()
+    leaves = [x.requires_grad_() for x in (a, b, *torch.tensor(numbers, dtype=torch.float64))]
+    value = loss(a, b, ids, *leaves[2:])
+    (1.7 * value).backward()
+    with torch.no_grad():
+        assert torch.equal(loss(a, b, ids, *leaves[2:]), value)
+    return [value.detach(), *(x.grad for x in leaves)]
+
+
 @pytest.mark.parametrize("false_negatives", ["ignore", "mask", "multi_positive"])
 @pytest.mark.parametrize("eps", [0.0, 0.1])
-def test_info_nce_against_loops(false_negatives, eps):
-    a, b, ids = random_pairs()
-    expected = naive_info_nce(a, b, 9.0, ids, false_negatives, eps).item()
-    assert info_nce(a, b, 9.0, ids, false_negatives, eps).item() == pytest.approx(expected, abs=1e-12)
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_info_nce_against_loops(false_negatives, eps, chunk_size):
+    expected = value_and_gradients(lambda a, b, ids, scale: naive_info_nce(a, b, scale, ids, false_negatives, eps), 9.0)
+    found = value_and_gradients(lambda a, b, ids, scale: info_nce(a, b, scale, ids, false_negatives, eps, chunk_size), 9.0)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("false_negatives", ["ignore", "mask", "multi_positive"])
-def test_sigmoid_loss_against_loops(false_negatives):
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_sigmoid_loss_against_loops(false_negatives, chunk_size):
+    expected = value_and_gradients(lambda a, b, ids, *numbers: naive_sigmoid(a, b, *numbers, ids, false_negatives), 9.0, -3.0)
+    found = value_and_gradients(lambda a, b, ids, *numbers: sigmoid_loss(a, b, *numbers, ids, false_negatives, chunk_size), 9.0, -3.0)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_frozen_inputs_and_plain_numbers_get_no_gradient():
     a, b, ids = random_pairs()
-    expected = naive_sigmoid(a, b, 9.0, -3.0, ids, false_negatives).item()
-    assert sigmoid_loss(a, b, 9.0, -3.0, ids, false_negatives).item() == pytest.approx(expected, abs=1e-12)
+    for loss in (lambda: info_nce(a, b, 9.0, ids, "mask"), lambda: sigmoid_loss(a, b, 9.0, -3.0, ids, "mask")):
+        assert not loss().requires_grad
+    a.requires_grad_()
+    info_nce(a, b, 9.0).backward()
+    assert torch.isfinite(a.grad).all()
+    assert b.grad is None
 
 
 @pytest.mark.parametrize("false_negatives", ["ignore", "mask", "multi_positive"])

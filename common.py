@@ -40,9 +40,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 try:
@@ -66,9 +68,9 @@ def rows_at_once(n_columns, like, n_buffers=1):
     return max(1, budget // (n_buffers * n_columns * like.element_size()))
 
 
-def row_blocks(n_rows, size):
-    """Slices of n_rows, `size` rows each but the last."""
-    return [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]
+def row_blocks(rows, size):
+    """The slice cut into slices of `size` rows, but the last."""
+    return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
 
 
 class _WithGradients(torch.autograd.Function):
@@ -118,14 +120,15 @@ def _same(ids, rows, diagonal=True):
     return same
 
 
-def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smoothing=0.0, chunk_size=None):
+def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smoothing=0.0, chunk_size=None, rows=None):
     """Symmetric InfoNCE: mean over rows and over both directions of the cross-entropy of logit_scale * a b^T.
 
     a, b: [N, D] float, L2-normalised; row i of a is the partner of row i of b. logit_scale: scalar (1 / temperature).
     ids: [N] int, which image or movie a row belongs to. false_negatives: what becomes of pairs of equal id off the
     diagonal: "ignore" leaves them as negatives, "mask" drops them from the denominator, "multi_positive" makes them
     positives (soft targets, each row normalised). label_smoothing: eps spread evenly over the columns of a row that are
-    not dropped. chunk_size: rows of logits held at once (default: `rows_at_once`); memory, not the value.
+    not dropped. chunk_size: rows of logits held at once (default: `rows_at_once`); memory, not the value. rows: a slice,
+    this process's share of a batch that several hold whole; the values of all of them sum to the loss.
     Returns: scalar, float32 (float64 for float64 input).
     Raises: ValueError on shapes that disagree, ids that are missing, label_smoothing outside [0, 1].
     Source: van den Oord et al. 2018, equation 4; the symmetric form of CLIP (Radford et al. 2021, figure 3). Soft
@@ -137,11 +140,12 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
     scale = _scalar(logit_scale, a)
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale))
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        value, gradients = _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, needs_gradients)
+        value, gradients = _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, rows,
+                                     needs_gradients)
     return _WithGradients.apply(value, gradients, a, b, scale) if needs_gradients else value
 
 
-def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, needs_gradients):
+def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, own, needs_gradients):
     """(value, its gradients by a, b and scale, or ()): one pass over blocks of logits for the log-sum-exps of rows and
     columns, one for the gradient by the logits, softmax by rows + softmax by columns - targets of both ways."""
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
@@ -165,8 +169,8 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ne
             spread.masked_fill_(_same(ids, rows, diagonal=False), 0)
         return spread + _same(ids, rows) * (2 * (1 - label_smoothing) / group[rows, None]) if soft else spread
 
-    blocks = row_blocks(n, chunk_size or rows_at_once(n, a, n_buffers=2))
-    row_lse, column_lse = a.new_empty(n), a.new_full((n,), -torch.inf)
+    blocks = row_blocks(own or slice(0, n), chunk_size or rows_at_once(n, a, n_buffers=2))
+    row_lse, column_lse = a.new_zeros(n), a.new_full((n,), -torch.inf)
     target = on_diagonal * scale * (a * b).sum(1)  # [N]
     for rows in blocks:
         logits = logits_of(rows)
@@ -174,10 +178,12 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ne
         column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
         if soft or label_smoothing:
             target[rows] += (spread_targets(rows) * logits).sum(1)
-    value = (row_lse + column_lse - target).mean() / 2
+    if own:
+        column_lse = _log_sum_exp_of_all(column_lse)
+    value = (row_lse + column_lse - target)[own or slice(0, n)].sum() / (2 * n)
     if not needs_gradients:
         return value, ()
-    grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
+    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
     for rows in blocks:
         logits = logits_of(rows) if len(blocks) > 1 else logits
         grad = (logits - row_lse[rows, None]).exp_()
@@ -191,10 +197,10 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ne
     return value, (scale * grad_a, scale * grad_b, (grad_a * a).sum())
 
 
-def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignore", chunk_size=None):
+def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignore", chunk_size=None, rows=None):
     """Pairwise sigmoid loss: -sum_ij log sigmoid(z_ij (logit_scale a_i.b_j + logit_bias)) / N, z = +-1 (partners: +1).
 
-    a, b: [N, D] float, L2-normalised. logit_scale, logit_bias: scalars. ids, false_negatives, chunk_size: as in
+    a, b: [N, D] float, L2-normalised. logit_scale, logit_bias: scalars. ids, false_negatives, chunk_size, rows: as in
     `info_nce`; "mask" drops pairs of equal id off the diagonal, "multi_positive" gives them z = 1.
     Returns: scalar, float32 (float64 for float64 input).
     Raises: ValueError on shapes that disagree or ids that are missing.
@@ -204,18 +210,19 @@ def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignor
     scale, bias = _scalar(logit_scale, a), _scalar(logit_bias, a)
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale, bias))
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        value, gradients = _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, needs_gradients)
+        value, gradients = _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, rows, needs_gradients)
     return _WithGradients.apply(value, gradients, a, b, scale, bias) if needs_gradients else value
 
 
-def _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, needs_gradients):
+def _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, own, needs_gradients):
     """(value, its gradients by a, b, scale and bias, or ()), in one pass over blocks of logits."""
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
     if masked or soft:
         ids, _ = _groups(ids)
-    total = 0 if soft else -(scale * (a * b).sum() + n * bias)
-    grad_a, grad_b, grad_bias = torch.empty_like(a), torch.zeros_like(b), torch.zeros_like(bias)
-    for rows in row_blocks(n, chunk_size or rows_at_once(n, a, n_buffers=2)):
+    own = own or slice(0, n)
+    total = 0 * bias if soft else -(scale * (a[own] * b[own]).sum() + (own.stop - own.start) * bias)
+    grad_a, grad_b, grad_bias = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(bias)
+    for rows in row_blocks(own, chunk_size or rows_at_once(n, a, n_buffers=2)):
         logits = (scale * a[rows]) @ b.T
         logits += bias  # [chunk, N]
         if soft:
@@ -348,7 +355,7 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     out = {name: [] for name in (*(f"hit@{k}" for k in ks), *(f"AP@{k}" for k in map_ks), "rank")}
     size = min(len(queries), chunk_size or rows_at_once(len(gallery), gallery32, n_buffers=6))  # AP's are float64
     buffers = gallery32.new_empty(2, size, len(gallery))  # fresh ones pile up in the heap
-    for rows in row_blocks(len(queries), size):
+    for rows in row_blocks(slice(0, len(queries)), size):
         scores, work = buffers[:, :len(queries[rows])]  # [q, G]
         is_own = offsets < n_own[rows, None]  # [q, most own rows of any query]
         own_columns = first[rows, None] + offsets * is_own  # filled up with the first
@@ -589,8 +596,11 @@ def guarded(read, path):
 def atomic_write(path, write, keep_previous=False):
     """Call write(binary file) on a temporary file, fsync, rename onto path: at any moment path is whole, old or new.
 
-    Raises: OSError naming the path (disk full, no permission); what was there stays.
+    Of several processes only the first writes. Raises: OSError naming the path (disk full, no permission); what was
+    there stays.
     """
+    if process()[0]:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -700,6 +710,144 @@ def load_checkpoint(path):
     raise FileNotFoundError(f"{path}: no such checkpoint; run the training first")
 
 
+# --------------------------------------------------------------------------------------------------- several processes
+#
+# torchrun starts W processes that train as one. Each embeds its rows of every batch; what is compared is gathered, with
+# gradient; losses are parts that sum to the whole batch's, and so are gradients, before every process takes the same
+# step. Process 0 alone writes and prints. With one process all of this does nothing.
+
+def process():
+    """(number of this process, from 0; how many train together)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def join_processes(device_name):
+    """Become one of torchrun's processes, if it started this one: a GPU each, or the CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or process()[1] > 1:
+        return
+    on_gpu = device_name.startswith(("auto", "cuda")) and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
+    if process()[0]:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
+
+
+@contextlib.contextmanager
+def one_after_the_other():
+    """Process 0 does what is inside before the others: it fills the caches that they find."""
+    number, n_processes = process()
+    if number > 0:
+        dist.barrier()
+    yield
+    if number == 0 and n_processes > 1:
+        dist.barrier()
+
+
+def share(n):
+    """This process's slice of a batch of n rows; the shares differ by a row at most."""
+    number, n_processes = process()
+    return slice(n * number // n_processes, n * (number + 1) // n_processes)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes; the gradient of a row is the sum of what all processes ask of it."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        n_processes = process()[1]
+        sizes = [n * (i + 1) // n_processes - n * i // n_processes for i in range(n_processes)]
+        padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        ctx.own = share(n)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[ctx.own], None
+
+
+def gathered(x, n):
+    """[n, ..] of all processes, with gradient, of this process's `share(n)` [.., ..]."""
+    return x if process()[1] == 1 else _Gather.apply(x, n)
+
+
+def summed(x):
+    """The sum over processes of a tensor, without gradient."""
+    if process()[1] > 1:
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def uniform_draws(n, *shape, device=None):
+    """[n, *shape] uniform in [0, 1): this process's rows of what process 0 draws for all of them."""
+    if process()[1] == 1:
+        return torch.rand(n, *shape, device=device)
+    total = int(summed(torch.tensor(n)))
+    draws = torch.rand(total, *shape, device=device)
+    dist.broadcast(draws, 0)
+    return draws[share(total)]
+
+
+def agreed(values):
+    """What process 0 says of a list of plain values."""
+    if process()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values
+
+
+def sum_gradients(model):
+    """Add up the gradients of all processes, in one message."""
+    if process()[1] == 1:
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = summed(torch.cat([grad.flatten() for grad in grads]))
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def _log_sum_exp_of_all(x):
+    """log of the sum over processes of exp(x)."""
+    if process()[1] == 1:
+        return x
+    largest = x.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest + summed((x - largest).exp()).log()
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes, whose gradient is the sum over processes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return summed(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return summed(grad)
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """nn.BatchNorm1d of x [B, D] whose statistics are those of the whole batch, over all processes, on any device."""
+
+    def forward(self, x):
+        if process()[1] == 1 or not self.training:
+            return super().forward(x)
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        sums = _Sum.apply(torch.cat([values.new_full((1,), len(x)), values.sum(0), values.square().sum(0)]))
+        n, (mean, square) = sums[0], (sums[1:] / sums[0]).split(x.shape[1])
+        variance = (square - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        return ((values - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+
+
 # ---------------------------------------------------------------------------------------------- device, seeds, signals
 
 def pick_device(name="auto"):
@@ -710,6 +858,8 @@ def pick_device(name="auto"):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
+    if name == "cuda" and process()[1] > 1:
+        name = f"cuda:{torch.cuda.current_device()}"
     kind = name.partition(":")[0]
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if not available.get(kind, False) or name not in (kind, *(f"{kind}:{i}" for i in range(count))):
@@ -846,8 +996,11 @@ def open_run(cfg, data_fingerprint):
     With --fresh (`cfg.fresh`) an existing run is moved to `<folder>.old-N` first. Raises: UserError if the folder
     cannot be written, holds a run of another config or data, or something else, or is another process's.
     """
-    check_run(cfg, data_fingerprint)
     folder = Path(cfg.output_dir)
+    if process()[0]:  # it is the first one's
+        cfg.fresh = False
+        return folder
+    check_run(cfg, data_fingerprint)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
@@ -931,6 +1084,8 @@ class Run:
         self._pending, self._rates = [], []  # losses and learning rates of the steps since means() was called
         self._rng = self._signum = self._wandb = None
         _check_memory(model)
+        if process()[1] > 1:
+            dist.barrier()  # process 0 has opened the folder
         self.latest = self.folder / "checkpoint_latest.pt"
         self._source = _source_hash(cfg, {})
         if self.latest.exists() or _previous(self.latest).exists():
@@ -948,10 +1103,14 @@ class Run:
                 part.load_state_dict(state[f"{name}_state_dict"])
         device = next(self.parts["model"].parameters()).device
         self.step, self.history, self._rng = state["global_step"], state["history"], state["rng"]
+        number, others = process()[0], state.get("rng_of_others", [])
+        if number:  # resumed with more or fewer processes it draws anew
+            self._rng = others[number - 1] if len(others) == process()[1] - 1 else None
         self.best_val_loss = state["best_val_loss"]
         for name in self.POSITION:
             setattr(self, name, state["position"][name])
-        self._pending = [{name: x.to(device) for name, x in losses.items()} for losses in self._pending]
+        own = 0 if number else 1  # process 0 goes on with the sums of all
+        self._pending = [{name: own * x.to(device) for name, x in losses.items()} for losses in self._pending]
         if state["source"] != self._source:
             print(f"NOTE: {self.folder} was trained by another version of the script so far")
         if self.history:  # a kill may have come between the checkpoint and this file
@@ -960,7 +1119,7 @@ class Run:
     def __enter__(self):
         if not self.finished:
             (self.folder / "results.json").unlink(missing_ok=True)  # of an earlier state
-            if self.config.get("wandb"):
+            if self.config.get("wandb") and process()[0] == 0:
                 self._wandb = _open_wandb(self.folder, self.config)
         self._started, self._handlers = time.time(), {}
         if threading.current_thread() is threading.main_thread():
@@ -994,24 +1153,37 @@ class Run:
             return
         if self.step:
             print(f"{self.folder}: resuming at step {self.step} of {last_step}")
+        if self._rng:
             set_rng_state(self._rng)
+        elif process()[0]:  # other dropout than in process 0
+            torch.manual_seed(torch.initial_seed() + process()[0])
         first = self.step
         for step in progress(range(first + 1, last_step + 1), "steps", initial=first, total=last_step):
             self.step = step
             yield step
-            if self._signum:
+            if signum := self._stop_signal():
                 self.save()
-                raise Stopped(self._signum, f"stopped at step {step}; the same command resumes from {self.latest}")
+                raise Stopped(signum, f"stopped at step {step}; the same command resumes from {self.latest}")
             if self.finished:
                 return
         self.save()  # the last step was not logged
+
+    def _stop_signal(self):
+        """The signal to stop at, the same in every process after the same step: several agree at every 8th."""
+        if process()[1] == 1:
+            return self._signum
+        if self.step % 8:
+            return None
+        signum = torch.tensor(self._signum or 0)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
 
     def restart(self, scheduler):
         """Begin a phase of its own: another scheduler, and a best score of this phase alone."""
         self.parts["scheduler"], self.best_score, self.n_stale = scheduler, None, 0
 
     def add(self, losses):
-        """Keep the losses of a step, {name: 0-d tensor}, on their device."""
+        """Keep the losses of a step, {name: 0-d tensor}, on their device; of several processes each its part."""
         self._pending.append({name: value.detach() for name, value in losses.items()})
         rate = self.parts["optimizer"].param_groups[0]["lr"]
         self._rates.append(rate.clone() if isinstance(rate, torch.Tensor) else rate)
@@ -1022,7 +1194,7 @@ class Run:
         first, means = self.step + 1 - len(self._pending), {}
         for name in reversed(names):  # the total last: its parts say more
             places = [i for i, losses in enumerate(self._pending) if name in losses]
-            values = torch.stack([self._pending[i][name] for i in places]).tolist()
+            values = summed(torch.stack([self._pending[i][name] for i in places])).tolist()
             for i, value in zip(places, values, strict=True):
                 if not math.isfinite(value):
                     raise FloatingPointError(f"non-finite {name} in step {first + i}, learning rate "
@@ -1036,6 +1208,7 @@ class Run:
         best so far, best_model.pt with the `extras` (plain types, tensors); True if so. After `patience` scored rows
         without a better one the training ends, for good (0: never). `show`: columns to print."""
         row = {name: v.item() if isinstance(v, (np.generic, torch.Tensor)) else v for name, v in row.items()}
+        row, score, val_loss = agreed([row, score, val_loss])
         self.history.append(row)
         if val_loss is not None:
             self.best_val_loss = min(float(val_loss), math.inf if self.best_val_loss is None else self.best_val_loss)
@@ -1060,12 +1233,18 @@ class Run:
 
     def save(self):
         """Write checkpoint_latest.pt."""
+        rngs = [rng_state()] * process()[1]
+        if process()[1] > 1:
+            dist.all_gather_object(rngs, rng_state())
         self.finished = self.finished or self.step == self.last_step
+        position = {name: getattr(self, name) for name in self.POSITION}
+        position["_pending"] = [{name: summed(x) for name, x in losses.items()} for losses in self._pending]
         states = {f"{name}_state_dict": {} if part is None else part.state_dict() for name, part in self.parts.items()}
         save_checkpoint(self.latest, {
             "epoch": self.step // self.steps_per_epoch if self.steps_per_epoch else 0, "global_step": self.step,
             "best_val_loss": self.best_val_loss, **states, "history": self.history, "config": self.config,
-            "rng": rng_state(), "source": self._source, "position": {name: getattr(self, name) for name in self.POSITION}})
+            "rng": rngs[0], "rng_of_others": rngs[1:], "source": self._source,
+            "position": position})
 
     def _write_csv(self):
         columns = list(dict.fromkeys(name for row in self.history for name in row))
@@ -1398,9 +1577,11 @@ def setup(argv, Config, doc, stages, use_demo):
         compare_runs(args.compare)
         raise Finished
     cfg = load_config(Config, args.config, args.overrides, demo=args.demo)
+    join_processes(cfg.device)
     if args.demo:
         before = flatten(dataclasses.asdict(cfg))
-        use_demo(cfg)
+        with one_after_the_other():
+            use_demo(cfg)
         after = flatten(dataclasses.asdict(cfg))
         for key in (item.partition("=")[0].strip() for item in args.overrides):
             if before.get(key) != after.get(key):
@@ -1438,18 +1619,26 @@ def exit_codes(main):
         except KeyboardInterrupt:
             message, code = "stopped by Ctrl-C", 130
         except (torch.OutOfMemoryError, MemoryError, RuntimeError, TypeError) as error:
-            if isinstance(error, (RuntimeError, TypeError)) and not _ALLOCATION.search(str(error)):
+            code = 1
+            if process()[1] > 1 and re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+                message = "another process of this run has ended; the same command resumes from the last checkpoint"
+            elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _ALLOCATION.search(str(error)):
+                asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
+                asked = f"tried to allocate {asked.group(1)}" if asked else reason_of(error)
+                message = f"out of memory ({asked}); lower the batch size or the sizes of the model"
+            else:
                 raise
-            asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
-            asked = f"tried to allocate {asked.group(1)}" if asked else reason_of(error)
-            message, code = f"out of memory ({asked}); lower the batch size or the sizes of the model", 1
         except BrokenPipeError:  # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (OSError, FloatingPointError) as error:
             message, code = str(error), 1
+        finally:
+            if process()[1] > 1:
+                dist.destroy_process_group()
         line = " ".join(message.split())
-        print(f"error: {line}" if code < 128 else line, file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or code == 1:  # the others of a machine make the same mistake
+            print(f"error: {line}" if code < 128 else line, file=sys.stderr)
         return code
     return wrapped
 

@@ -244,7 +244,7 @@ HEADS = {
     "siglip": lambda width, model, memory: linear(width, model),
     "clip": lambda width, model, memory: mlp(width, model.hidden_dim or width // 2, model),
     "align": lambda width, model, memory: mlp(width, model.hidden_dim or 2048, model,
-                                              hidden_norm=nn.BatchNorm1d if model.use_bn else nn.LayerNorm),
+                                              hidden_norm=common.BatchNorm1d if model.use_bn else nn.LayerNorm),
     "blip": lambda width, model, memory: mlp(width, model.hidden_dim or 1024, model, output_norm=nn.LayerNorm),
     "attention": lambda width, model, memory: GatedHead(width, model, AttentionBranch(width, model)),
     "cross_modal": lambda width, model, memory: GatedHead(width, model, CrossModalBranch(width, model, memory))}
@@ -399,17 +399,19 @@ def build_optimizer(cfg, model):
 
 # ---------------------------------------------------------------------------------------------------------- objective
 
-def contrastive_loss(model, z_image, z_text, ids, keys):
+def contrastive_loss(model, z_image, z_text, ids, keys, rows=None):
     """InfoNCE of a batch; of `align` with smoothed labels."""
-    return common.info_nce(z_image, z_text, model.log_scale.exp(), ids, model.false_negatives, model.label_smoothing)
+    return common.info_nce(z_image, z_text, model.log_scale.exp(), ids, model.false_negatives, model.label_smoothing,
+                           rows=rows)
 
 
-def pairwise_loss(model, z_image, z_text, ids, keys):
+def pairwise_loss(model, z_image, z_text, ids, keys, rows=None):
     """SigLIP's sigmoid loss of a batch."""
-    return common.sigmoid_loss(z_image, z_text, model.log_scale.exp(), model.logit_bias, ids, model.false_negatives)
+    return common.sigmoid_loss(z_image, z_text, model.log_scale.exp(), model.logit_bias, ids, model.false_negatives,
+                               rows=rows)
 
 
-def queue_loss(model, z_image, z_text, ids, keys):
+def queue_loss(model, z_image, z_text, ids, keys, rows=None):
     """Cross-entropy of each z over the momentum keys of the batch and the filled part of the queue, mean of both ways.
 
     queue: one positive, the own partner's key (MoCo, He et al. 2020, equation 1). blip: soft targets, alpha of the
@@ -418,10 +420,10 @@ def queue_loss(model, z_image, z_text, ids, keys):
     """
     if keys is None:
         return contrastive_loss(model, z_image, z_text, ids, None)
-    scale, n = model.log_scale.exp(), len(ids)
+    scale, n, rows = model.log_scale.exp(), len(ids), rows or slice(0, len(ids))
     all_ids = torch.cat([ids, model.queue_ids])
-    same = ids[:, None] == all_ids  # [B, B + queue]
-    own = torch.eye(n, len(all_ids), dtype=torch.bool, device=ids.device)
+    same = ids[rows, None] == all_ids  # [rows, B + queue]
+    own = torch.eye(n, len(all_ids), dtype=torch.bool, device=ids.device)[rows]
     dropped = (all_ids == -1).expand_as(same)
     if model.false_negatives == "mask":
         dropped = dropped | (same & ~own)
@@ -431,34 +433,40 @@ def queue_loss(model, z_image, z_text, ids, keys):
     for z, own_key, other_keys, queue in ((z_image, keys[0], keys[1], model.queue[1]),
                                           (z_text, keys[1], keys[0], model.queue[0])):
         candidates = torch.cat([other_keys, queue])  # [B + queue, D]
-        log_p = (scale * z @ candidates.T).masked_fill(dropped, -torch.inf).log_softmax(1)
+        log_p = (scale * z[rows] @ candidates.T).masked_fill(dropped, -torch.inf).log_softmax(1)
         goal = targets
         if model.loss_type == "blip":
             alpha = model.alpha * (model.n_steps / model.ramp_steps).clamp(max=1)
-            soft = (scale.detach() * own_key @ candidates.T).masked_fill(dropped, -torch.inf).softmax(1)
+            soft = (scale.detach() * own_key[rows] @ candidates.T).masked_fill(dropped, -torch.inf).softmax(1)
             goal = alpha * soft + (1 - alpha) * targets
-        total = total - (goal * log_p.masked_fill(dropped, 0)).sum(1).mean() / 2
+        total = total - (goal * log_p.masked_fill(dropped, 0)).sum() / (2 * n)
     return total
 
 
-# {loss.type: function of (model, z_image [B, D], z_text [B, D], ids [B] of the images, momentum keys or None)}: a new
-# loss is a line here.
+# {loss.type: function of (model, z_image [B, D], z_text [B, D], ids [B] of the images, momentum keys or None, rows)}: a
+# new loss is a line here. rows: the slice of the batch whose part of the loss is this process's; None: all.
 LOSSES = {
     "clip": contrastive_loss, "siglip": pairwise_loss, "align": contrastive_loss,
     "queue": queue_loss, "blip": queue_loss}
 
 
 def train_step(model, batch, optimizer):
-    """One optimisation step -> {loss} as a 0-d tensor (no synchronisation). bf16 autocast on CUDA."""
+    """One optimisation step -> {loss} as a 0-d tensor (no synchronisation). bf16 autocast on CUDA.
+
+    Of several processes each embeds its share of the batch and has its part of the loss; negatives are all of them.
+    """
     optimizer.zero_grad(set_to_none=True)
+    ids, n = batch["ids"], len(batch["ids"])
     with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=batch["image"].is_cuda):
-        z_image, z_text = model(batch["image"], batch["text"])
+        z_image, z_text = (common.gathered(z, n) for z in model(batch["image"], batch["text"]))
         keys = model.momentum_keys(batch["image"], batch["text"])
+    keys = keys and [common.gathered(key, n) for key in keys]
     with common.full_precision():  # the logits without TF32; the heads' own products are bf16
-        loss = LOSSES[model.loss_type](model, z_image, z_text, batch["ids"], keys)
+        loss = LOSSES[model.loss_type](model, z_image, z_text, ids, keys, common.share(n))
         loss.backward()
+    common.sum_gradients(model)
     optimizer.step()
-    model.finish_step(keys, batch["ids"])
+    model.finish_step(keys, ids)
     return {"loss": loss.detach()}
 
 
@@ -494,7 +502,8 @@ def train(cfg, data):
             epoch, batch_number = divmod(step - 1, per_epoch)
             if batch_number == 0 or batches is None:
                 batches = epoch_batches(data, cfg, epoch)
-            run.add(train_step(model, make_batch(data, batches[batch_number]), optimizer))
+            rows = batches[batch_number]
+            run.add(train_step(model, make_batch(data, rows, common.share(len(rows))), optimizer))
             rate = max(scheduler.get_last_lr())
             scheduler.step()
             if batch_number + 1 == per_epoch:
@@ -820,10 +829,11 @@ class Data:
     native_texts: torch.Tensor | None = None  # [P, D_img] the captions in the image encoder's own space
 
 
-def make_batch(data, indices):
-    """Rows [B] of captions -> {image [B, D_img], text [B, D_txt] float32, ids [B] the image's row}."""
-    rows = data.image_index[indices]
-    return {"image": data.images[rows].float(), "text": data.texts[indices].float(), "ids": rows}
+def make_batch(data, indices, share=slice(None)):
+    """Rows [B] of captions -> {image [B, D_img], text [B, D_txt] float32, ids [B] the image's row}; image and text of
+    this `share` of the batch alone."""
+    ids = data.image_index[indices]
+    return {"image": data.images[ids[share]].float(), "text": data.texts[indices[share]].float(), "ids": ids}
 
 
 def epoch_batches(data, cfg, epoch):
@@ -1389,6 +1399,8 @@ def main(argv):
         print(open_folder(cfg, data) / "splits.json")
     if stage in ("all", "train"):
         train(cfg, data)
+    if common.process()[0]:
+        return  # the first of several processes evaluates
     if stage in ("all", "evaluate"):
         results = common.published(cfg, data.fingerprint)
         if results is None or ("native" in results["tables"]["test"]) != (data.native_texts is not None):

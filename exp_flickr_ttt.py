@@ -388,7 +388,7 @@ class MultiModalMemoryNetwork(nn.Module):
             if memory == "none":
                 return NoMemory(dim, n_slots)
             return SlotMemory(dim, n_slots, num_heads, topk, ttt_lr, enable_ttt_updates, memory == "linear")
-        self.standardise = nn.ModuleDict({m: nn.BatchNorm1d(dim) for m in modalities})
+        self.standardise = nn.ModuleDict({m: common.BatchNorm1d(dim) for m in modalities})
         self.memories = nn.ModuleDict({m: make_memory(memory_size // 2, max(1, ttt_topk // 2)) for m in modalities})
         self.central = make_memory(memory_size, ttt_topk)
         self.modality_type_embeddings = nn.Parameter(0.02 * torch.randn(len(MODALITIES), dim))
@@ -565,27 +565,31 @@ def retrieval_losses(model, batch):
     batch: as `make_batch` returns it; with fewer than two spoken rows there is only text_image. Captions of one photo
     are no negatives. Every modality goes through the fusion alone; "fused" is a random pair against the third. Which
     encodings are adapted before they are used (through_update) and which pair is fused is drawn from torch's CPU
-    generator.
+    generator. Of several processes each encodes its share of the rows and has the losses' parts.
     """
-    coins = (torch.rand(len(MODALITIES) + 1) < 0.5).tolist()
-    adapted = {m: model.through_update and coin for m, coin in zip((*MODALITIES, "pair"), coins, strict=True)}
-    third = MODALITIES[int(torch.randint(len(MODALITIES), ()))]
-    spoken, photo = batch.get("audio_rows"), batch["photo"]
-    given = {"text": (batch["text"],), "image": (batch["image"],)}
+    *coins, third = common.agreed([*torch.rand(len(MODALITIES) + 1).tolist(), int(torch.randint(len(MODALITIES), ()))])
+    adapted = {m: model.through_update and coin < 0.5 for m, coin in zip((*MODALITIES, "pair"), coins, strict=True)}
+    spoken, photo, third = batch.get("audio_rows"), batch["photo"], MODALITIES[third]
+    given, n = {"text": (batch["text"],), "image": (batch["image"],)}, {"text": len(photo), "image": len(photo)}
     if spoken is not None and len(spoken) > 1:
         given["audio"] = (batch["audio"], batch["audio_frames"]) if "audio_frames" in batch else (batch["audio"],)
+        n["audio"] = len(spoken)
     encodings = {m: model.encode(m, *inputs, episodic=adapted[m]) for m, inputs in given.items()}
     latents = {m: F.normalize(model.fuse_modalities({m: e}, adapted[m]).float(), dim=1) for m, e in encodings.items()}
+    latents = {m: common.gathered(z, n[m]) for m, z in latents.items()}
     losses, scale = {}, 1 / model.temperature
     for a, b in PAIRS:
         if a in latents and b in latents:
             rows = spoken if b == "audio" else slice(None)
-            losses[f"{a}_{b}"] = common.info_nce(latents[a][rows], latents[b], scale, photo[rows], "mask")
+            losses[f"{a}_{b}"] = common.info_nce(latents[a][rows], latents[b], scale, photo[rows], "mask",
+                                                 rows=common.share(n[b]))
     if model.fused and len(encodings) == 3:
-        pair = {m: e if m == "audio" else e[spoken] for m, e in encodings.items() if m != third}
+        own = spoken[common.share(len(spoken))]  # a row's text and photo may have been encoded by another process
+        pair = {m: e if m == "audio" else common.gathered(e, n[m])[own] for m, e in encodings.items() if m != third}
         joint = F.normalize(model.fuse_modalities(pair, adapted["pair"]).float(), dim=1)
         target = latents[third] if third == "audio" else latents[third][spoken]
-        losses["fused"] = common.info_nce(joint, target, scale, photo[spoken], "mask")
+        losses["fused"] = common.info_nce(common.gathered(joint, len(spoken)), target, scale, photo[spoken], "mask",
+                                          rows=common.share(len(spoken)))
     return losses
 
 
@@ -597,6 +601,7 @@ def train_step(model, batch, optimizer):
         losses = retrieval_losses(model, batch)
     total = sum((model.fused if name == "fused" else 1) * value for name, value in losses.items())
     total.backward()
+    common.sum_gradients(model)
     nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     optimizer.step()
     return {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
@@ -630,7 +635,8 @@ def train(cfg, data):
             epoch, place = divmod(step - 1, per_epoch)
             model.train()
             draws = np.random.default_rng([cfg.seed, epoch, place]) if cfg.training.augment else None
-            batch = make_batch(data, epoch_batches(data, cfg.seed, cfg.data.captions, per_epoch, epoch)[place], draws)
+            rows = epoch_batches(data, cfg.seed, cfg.data.captions, per_epoch, epoch)[place]
+            batch = make_batch(data, rows, draws, common.share)
             losses = train_step(model, batch, optimizer)
             run.add(losses)  # stays on the device; run.means() waits for it
             rate = scheduler.get_last_lr()[0]
@@ -1895,13 +1901,14 @@ def random_data(cfg):
                 {token: i for i, token in enumerate(tokens)}, statistics, cfg.model.image_size, {}, device, "", True)
 
 
-def raw_items(data, modality, items, draws=None):
+def raw_items(data, modality, items, draws=None, share=slice(None)):
     """What is queried with, before it becomes the model's input: captions, photos [n, 3, S, S] uint8, log mels [T, 80]
     each, or features [n, ..].
 
     items: [n] rows of photos for modality image, else of captions. Photos are cropped in the middle, or with `draws` (a
-    NumPy generator) anywhere and half of them mirrored.
+    NumPy generator) anywhere and half of them mirrored. share: those of the items that are wanted.
     """
+    n, items = len(items), items[share]
     if modality in data.features:
         rows = data.speech[items, 0] if modality == "audio" else items
         return data.features[modality][rows.to(data.device, non_blocking=True)]
@@ -1912,11 +1919,11 @@ def raw_items(data, modality, items, draws=None):
     side, margin = data.image_size, data.photos.shape[-1] - data.image_size
     corners = np.full((len(items), 2), margin // 2)
     if draws is not None:
-        corners = draws.integers(margin + 1, size=(len(items), 2))
+        corners = draws.integers(margin + 1, size=(n, 2))[share]
     crops = torch.stack([data.photos[p, :, y:y + side, x:x + side]
                          for p, (y, x) in zip(items.tolist(), corners.tolist(), strict=True)])
     if draws is not None:
-        mirrored = torch.from_numpy(draws.random(len(items)) < 0.5).nonzero()[:, 0].to(crops.device)
+        mirrored = torch.from_numpy(draws.random(n)[share] < 0.5).nonzero()[:, 0].to(crops.device)
         crops[mirrored] = crops[mirrored].flip(3)
     return crops
 
@@ -1930,17 +1937,19 @@ def as_input(data, modality, raw):
     if modality == "image":
         return {"image": raw.to(data.device, non_blocking=True).float().sub_(115).div_(68)}
     frames = torch.tensor([len(x) for x in raw], device=data.device)
-    padded = nn.utils.rnn.pad_sequence(raw, batch_first=True).to(data.device, non_blocking=True)
+    padded = nn.utils.rnn.pad_sequence(raw, batch_first=True) if raw else torch.zeros(0, 1, N_MELS)
+    padded = padded.to(data.device, non_blocking=True)
     mean, deviation = data.mel_statistics
     return {"audio": (padded.float().transpose(1, 2) - mean) / deviation, "audio_frames": frames}  # [A, 80, T]
 
 
-def spec_augment(audio, frames, draws):
+def spec_augment(audio, frames, draws, n=None, share=slice(None)):
     """Zeroes (the mean) in every row of audio [A, 80, T] two bands of up to 12 mels and two spans of up to 15% of its
-    frames (Park et al. 2019)."""
+    frames (Park et al. 2019). The rows are a `share` of n (None: of A)."""
     def in_spans(length, widest, places):
         """[A, places] bool: in one of two spans of up to `widest` places, anywhere in length [A, 1, 1] or a number."""
-        numbers = torch.from_numpy(draws.random((2, len(audio), 2, 1)).astype(np.float32)).to(audio.device)
+        numbers = draws.random((2, n or len(audio), 2, 1))[:, share]
+        numbers = torch.from_numpy(numbers.astype(np.float32)).to(audio.device)
         start, width = (numbers[0] * length).floor(), (numbers[1] * widest).floor()
         place = torch.arange(places, device=audio.device)
         return ((place >= start) & (place < start + width)).any(1)
@@ -1949,23 +1958,26 @@ def spec_augment(audio, frames, draws):
     return audio * ~(band[:, :, None] | span[:, None])
 
 
-def make_batch(data, indices, draws=None):
+def make_batch(data, indices, draws=None, share=lambda n: slice(n)):
     """Model input of caption rows [B]: text [B, L], image [B, ...], photo [B] ids; and of the A spoken ones audio
     [A, 80, T], audio_frames [A], audio_rows [A] (their places in the batch). Cached modalities: features [B or A, ..].
 
-    draws: a NumPy generator for augmentation.
+    draws: a NumPy generator for augmentation. share(n) -> which of n rows are to be encoded: text, image and audio are
+    of these alone.
     """
     photos, spoken = data.photo_of[indices], data.speech[indices, 1].nonzero()[:, 0]
-    batch = as_input(data, "text", raw_items(data, "text", indices))
+    own, own_spoken = share(len(indices)), share(len(spoken))
+    batch = as_input(data, "text", raw_items(data, "text", indices, share=own))
     if draws is not None and "text" not in data.features:
-        batch["text"] = tokenise(raw_items(data, "text", indices), data.vocabulary, SPELL, draws).to(data.device)
-    batch |= {**as_input(data, "image", raw_items(data, "image", photos, draws)),
+        text = tokenise(raw_items(data, "text", indices), data.vocabulary, SPELL, draws)[own]
+        batch["text"] = text.to(data.device)
+    batch |= {**as_input(data, "image", raw_items(data, "image", photos, draws, own)),
               "photo": photos.to(data.device, non_blocking=True)}
     if len(spoken):
-        batch |= as_input(data, "audio", raw_items(data, "audio", indices[spoken]))
+        batch |= as_input(data, "audio", raw_items(data, "audio", indices[spoken], share=own_spoken))
         batch["audio_rows"] = spoken.to(data.device, non_blocking=True)
         if draws is not None and "audio_frames" in batch:
-            batch["audio"] = spec_augment(batch["audio"], batch["audio_frames"], draws)
+            batch["audio"] = spec_augment(batch["audio"], batch["audio_frames"], draws, len(spoken), own_spoken)
     return batch
 
 
@@ -2069,7 +2081,8 @@ def main(argv):
     cfg, stage = common.setup(argv, Config, __doc__, STAGES, use_demo)
     if stage == "ttt" and not Path(cfg.output_dir, "checkpoint_latest.pt").exists():
         raise UserError(f"{cfg.output_dir}: no trained run to test; run the command without --stage first")
-    data = load_data(cfg)
+    with common.one_after_the_other():  # the first fills the caches
+        data = load_data(cfg)
     for split, rows in data.splits.items():
         n_spoken = int((data.speech[rows, 1] > 0).sum())
         print(f"{split}: {len(data.photo_of[rows].unique()):,} photos, {len(rows):,} captions, {n_spoken:,} spoken")
@@ -2079,6 +2092,8 @@ def main(argv):
         print(f"NOTE: {cfg.data.dir} has no folder flickr_audio: image and text alone")
     if stage in ("all", "train"):
         train(cfg, data)
+    if common.process()[0]:
+        return  # the first of several processes evaluates
     if stage in ("all", "evaluate", "ttt"):
         results = common.published(cfg, data.fingerprint)
         if results is None or (stage != "evaluate" and not results["test_time"]):

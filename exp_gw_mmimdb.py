@@ -175,7 +175,7 @@ class RandomSelector(nn.Module):
         self.temperature = temperature
 
     def forward(self, encodings):
-        return (torch.rand(encodings.shape[:2], device=encodings.device) / self.temperature).softmax(1)
+        return (common.uniform_draws(*encodings.shape[:2], device=encodings.device) / self.temperature).softmax(1)
 
 
 class UniformSelector(nn.Module):
@@ -301,6 +301,7 @@ def workspace_losses(model, batch):
     demi_cycle (3): |S| = 1, decode S. translation (9): decode what is outside S. fused (9): |S| >= 2, decode S.
     cycle (9): decode the complement of S, re-encode it, fuse it, decode S. contrastive (3): InfoNCE of the encodings
     before tanh, pairs of domains. Every domain is encoded once, and all 7 states are decoded in one call a domain.
+    Of several processes each has the losses' parts of its share of the batch.
     """
     targets = {"image": batch["image_target"], "text": batch["text_target"], "labels": batch["labels"]}
     inputs = {**{d: dropout(batch[d]) for d, dropout in model.input_dropout.items()}, "labels": batch["labels"]}
@@ -331,12 +332,14 @@ def workspace_losses(model, batch):
         back = model.decoders[d](torch.cat([cycled[s] for s in sets])).view(len(sets), size, -1)
         terms["cycle"].extend(domain_loss(model, d, back, targets[d]))
 
-    directions = {d: F.normalize(e.float(), dim=1) for d, e in encodings.items()}
+    n = len(batch["film"])
+    directions = {d: common.gathered(F.normalize(e.float(), dim=1), n) for d, e in encodings.items()}
     for a, b in itertools.combinations(DOMAINS, 2):
         ids = None if model.false_negatives == "ignore" else batch["genre_set" if "labels" in (a, b) else "film"]
         terms["contrastive"].append(common.info_nce(directions[a], directions[b], 1 / TEMPERATURE, ids,
-                                                    model.false_negatives))
-    return {name: torch.stack(list(values)).mean() for name, values in terms.items()}
+                                                    model.false_negatives, rows=common.share(n)))
+    losses = {name: torch.stack(list(values)).mean() for name, values in terms.items()}
+    return {name: value if name == "contrastive" else value * (size / n) for name, value in losses.items()}
 
 
 def train_step(model, batch, optimizer):
@@ -347,6 +350,7 @@ def train_step(model, batch, optimizer):
     total = sum(model.loss_weights[name] * value for name, value in losses.items())
     total = total / 5  # the reference's five losses; a constant, so that a sixth rescales none of them
     total.backward()
+    common.sum_gradients(model)
     optimizer.step()
     return {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
 
@@ -397,7 +401,8 @@ def train(cfg, data):
                 scheduler = build_scheduler(cfg, optimizer)
                 run.restart(scheduler)
             set_train_mode(cfg, model, step)
-            batch = make_batch(data, batch_rows(data, cfg, step - 1))  # steps count from 1, batches from 0
+            rows = batch_rows(data, cfg, step - 1)  # steps count from 1, batches from 0
+            batch = make_batch(data, rows, common.share(len(rows)))
             run.add(train_step(model, batch, optimizer))  # stays on the device; run.means() waits for it
             rate, phase_ends = scheduler.get_last_lr()[0], step % t.steps == 0  # of this step
             if not phase_ends:
@@ -741,14 +746,17 @@ def film_inputs(data, split):
     return {m: latent_rows(data, m, data.splits[split] * data.views) for m in ("image", "text")}
 
 
-def make_batch(data, indices):
-    """Rows (film * views + view) [B] -> inputs image, text, labels; *_target, the clean views; film, genre_set [B]."""
+def make_batch(data, indices, share=slice(None)):
+    """Rows (film * views + view) [B] -> inputs image, text, labels; *_target, the clean views, of this `share` of the
+    batch; film, genre_set [B] of all of it."""
+    all_films = (indices // data.views).to(data.device, non_blocking=True)
+    indices = indices[share]
     films = indices // data.views
     batch = {m: latent_rows(data, m, indices) for m in ("image", "text")}
     clean = batch if data.views == 1 else {m: latent_rows(data, m, films * data.views) for m in ("image", "text")}
     films = films.to(data.device, non_blocking=True)
     return {**batch, "labels": data.labels[films], "image_target": clean["image"], "text_target": clean["text"],
-            "film": films, "genre_set": data.genre_sets[films]}
+            "film": all_films, "genre_set": data.genre_sets[all_films]}
 
 
 def batch_rows(data, cfg, step):
@@ -945,6 +953,8 @@ def main(argv):
     print(", ".join(f"{split} {len(films):,} films" for split, films in data.splits.items()) + f", {data.views} views")
     if stage in ("all", "train"):
         train(cfg, data)
+    if common.process()[0]:
+        return  # the first of several processes evaluates
     if stage in ("all", "evaluate"):
         common.publish(cfg.output_dir, common.published(cfg, data.fingerprint) or evaluate(cfg, data))
 

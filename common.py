@@ -120,7 +120,8 @@ def _same(ids, rows, diagonal=True):
     return same
 
 
-def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smoothing=0.0, chunk_size=None, rows=None):
+def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smoothing=0.0, chunk_size=None,
+             rows=slice(None)):
     """Symmetric InfoNCE: mean over rows and over both directions of the cross-entropy of logit_scale * a b^T.
 
     a, b: [N, D] float, L2-normalised; row i of a is the partner of row i of b. logit_scale: scalar (1 / temperature).
@@ -169,7 +170,8 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ow
             spread.masked_fill_(_same(ids, rows, diagonal=False), 0)
         return spread + _same(ids, rows) * (2 * (1 - label_smoothing) / group[rows, None]) if soft else spread
 
-    blocks = row_blocks(own or slice(0, n), chunk_size or rows_at_once(n, a, n_buffers=2))
+    own = slice(*own.indices(n))
+    blocks = row_blocks(own, chunk_size or rows_at_once(n, a, n_buffers=2))
     row_lse, column_lse = a.new_zeros(n), a.new_full((n,), -torch.inf)
     target = on_diagonal * scale * (a * b).sum(1)  # [N]
     for rows in blocks:
@@ -178,9 +180,9 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ow
         column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
         if soft or label_smoothing:
             target[rows] += (spread_targets(rows) * logits).sum(1)
-    if own:
+    if own != slice(0, n, 1):
         column_lse = _log_sum_exp_of_all(column_lse)
-    value = (row_lse + column_lse - target)[own or slice(0, n)].sum() / (2 * n)
+    value = (row_lse + column_lse - target)[own].sum() / (2 * n)
     if not needs_gradients:
         return value, ()
     grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
@@ -192,12 +194,13 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ow
             grad -= spread_targets(rows)
         grad[:, rows].diagonal().sub_(on_diagonal)
         torch.mm(grad, b, out=grad_a[rows])
-        grad_b.addmm_(grad.T, a[rows])
+        torch.addmm(grad_b, grad.T, a[rows], out=grad_b)
     grad_a, grad_b = grad_a / (2 * n), grad_b / (2 * n)
     return value, (scale * grad_a, scale * grad_b, (grad_a * a).sum())
 
 
-def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignore", chunk_size=None, rows=None):
+def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignore", chunk_size=None,
+                 rows=slice(None)):
     """Pairwise sigmoid loss: -sum_ij log sigmoid(z_ij (logit_scale a_i.b_j + logit_bias)) / N, z = +-1 (partners: +1).
 
     a, b: [N, D] float, L2-normalised. logit_scale, logit_bias: scalars. ids, false_negatives, chunk_size, rows: as in
@@ -219,7 +222,7 @@ def _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, own, need
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
     if masked or soft:
         ids, _ = _groups(ids)
-    own = own or slice(0, n)
+    own = slice(*own.indices(n))
     total = 0 * bias if soft else -(scale * (a[own] * b[own]).sum() + (own.stop - own.start) * bias)
     grad_a, grad_b, grad_bias = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(bias)
     for rows in row_blocks(own, chunk_size or rows_at_once(n, a, n_buffers=2)):
@@ -239,7 +242,7 @@ def _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, own, need
             else:
                 grad[:, rows].diagonal().sub_(1)
             torch.mm(grad, b, out=grad_a[rows])
-            grad_b.addmm_(grad.T, a[rows])
+            torch.addmm(grad_b, grad.T, a[rows], out=grad_b)
             grad_bias += grad.sum()
     if not needs_gradients:
         return total / n, ()

@@ -399,19 +399,19 @@ def build_optimizer(cfg, model):
 
 # ---------------------------------------------------------------------------------------------------------- objective
 
-def contrastive_loss(model, z_image, z_text, ids, keys, rows=None):
+def contrastive_loss(model, z_image, z_text, ids, keys, rows):
     """InfoNCE of a batch; of `align` with smoothed labels."""
     return common.info_nce(z_image, z_text, model.log_scale.exp(), ids, model.false_negatives, model.label_smoothing,
                            rows=rows)
 
 
-def pairwise_loss(model, z_image, z_text, ids, keys, rows=None):
+def pairwise_loss(model, z_image, z_text, ids, keys, rows):
     """SigLIP's sigmoid loss of a batch."""
     return common.sigmoid_loss(z_image, z_text, model.log_scale.exp(), model.logit_bias, ids, model.false_negatives,
                                rows=rows)
 
 
-def queue_loss(model, z_image, z_text, ids, keys, rows=None):
+def queue_loss(model, z_image, z_text, ids, keys, rows):
     """Cross-entropy of each z over the momentum keys of the batch and the filled part of the queue, mean of both ways.
 
     queue: one positive, the own partner's key (MoCo, He et al. 2020, equation 1). blip: soft targets, alpha of the
@@ -419,8 +419,8 @@ def queue_loss(model, z_image, z_text, ids, keys, rows=None):
     2022). Without keys (validation): InfoNCE of the batch.
     """
     if keys is None:
-        return contrastive_loss(model, z_image, z_text, ids, None)
-    scale, n, rows = model.log_scale.exp(), len(ids), rows or slice(0, len(ids))
+        return contrastive_loss(model, z_image, z_text, ids, None, rows)
+    scale, n = model.log_scale.exp(), len(ids)
     all_ids = torch.cat([ids, model.queue_ids])
     same = ids[rows, None] == all_ids  # [rows, B + queue]
     own = torch.eye(n, len(all_ids), dtype=torch.bool, device=ids.device)[rows]
@@ -444,7 +444,7 @@ def queue_loss(model, z_image, z_text, ids, keys, rows=None):
 
 
 # {loss.type: function of (model, z_image [B, D], z_text [B, D], ids [B] of the images, momentum keys or None, rows)}: a
-# new loss is a line here. rows: the slice of the batch whose part of the loss is this process's; None: all.
+# new loss is a line here. rows: the slice of the batch that is this process's; its part of the mean over all B.
 LOSSES = {
     "clip": contrastive_loss, "siglip": pairwise_loss, "align": contrastive_loss,
     "queue": queue_loss, "blip": queue_loss}
@@ -533,7 +533,8 @@ def validate(model, data, cfg):
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).to(own.device)
     batches = order.tensor_split(max(1, math.ceil(len(order) / cfg.training.batch_size)))
     with torch.no_grad(), common.full_precision():
-        losses = [LOSSES[model.loss_type](model, z_image[own[i]], z_text[i], own[i], None) * len(i) for i in batches]
+        losses = [LOSSES[model.loss_type](model, z_image[own[i]], z_text[i], own[i], None, slice(None)) * len(i)
+                  for i in batches]
     scores = summarise(retrieval(z_image, z_text, own, map_ks=()))
     row = {"val_loss": (sum(losses) / len(order)).item(), "val_i2t_R1": scores["I2T R@1"],
            "val_t2i_R1": scores["T2I R@1"], "val_RSUM": scores["RSUM"], "logit_scale": model.log_scale.exp().item()}

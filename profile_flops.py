@@ -13,7 +13,8 @@ phases (`selector_after_freeze`) is measured in each of them; its figures of a s
 Convention: 1 multiply-add = 2 FLOPs. torch.profiler counts matrix products (mm, addmm, bmm, baddbmm), conv2d, and
 elementwise add and mul; FlopCounterMode counts matrix products, convolutions with their backward, and attention (by
 its plain formulation: the fused kernels would count as nothing on a CPU). Neither counts softmax, GELU, normalisation
-or the optimizer. Recomputation of checkpointed blocks counts as backward.
+or the optimizer. Recomputation of checkpointed blocks counts as backward, the gradient that a contrastive loss forms
+with its value as forward.
 """
 
 import os

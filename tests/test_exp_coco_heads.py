@@ -394,7 +394,7 @@ def test_queue_loss_against_loops(tmp_path, coco_demo, data, loss, false_negativ
             soft = (scale * candidates[kept] @ keys[way, i]).softmax(0)
             for n, j in enumerate(kept):
                 expected -= (alpha * soft[n] + (1 - alpha) * (j in positive) / len(positive)) * log_p[n] / 8
-    value = exp.queue_loss(model, *z, ids, keys).item()
+    value = exp.queue_loss(model, *z, ids, keys, slice(None)).item()
     assert value == pytest.approx(expected.item(), abs=1e-5 if alpha else 1e-10)  # alpha is float32
 
 

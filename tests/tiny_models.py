@@ -38,6 +38,11 @@ def save_model(folder, kind, **options):
         config = getattr(t, f"{kind.capitalize()}Config")(**small, vocab_size=vocab, num_key_value_heads=2, max_position_embeddings=64)
         model = getattr(t, f"{kind.capitalize()}ForCausalLM")(config) if kind == "llama" else t.MistralModel(config)
         save_tokenizer(folder, **{"padding_side": "left", "wrap": "<s> $A", **options})
+    elif kind in ("gemma2", "cohere"):
+        name, options = {"gemma2": ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8}), "cohere": ("Cohere", {"logit_scale": 0.3})}[kind]
+        config = getattr(t, f"{name}Config")(**small, **options, vocab_size=vocab, num_key_value_heads=2, max_position_embeddings=64)
+        model = getattr(t, f"{name}ForCausalLM")(config)
+        save_tokenizer(folder, wrap="<s> $A")
     elif kind == "gpt2":
         model = t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=64, vocab_size=vocab))
         save_tokenizer(folder, bos="</s>", **options)

@@ -549,11 +549,12 @@ def decode_image(data, size=None, crop=True, max_pixels=100_000_000):
         turn = None
         with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about the pixels
             turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose fails on odd tags of cameras
-        if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
+        if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white; or 8 in 32, which stay
             values = np.asarray(image)
             if values.size and (values.min() < 0 or values.max() > 65535):
                 raise ValueError("32-bit integers are not read")
-            image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+            white = 255 if image.mode == "I" and values.size and values.max() <= 255 else 65535
+            image = Image.fromarray(((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8))
         elif image.mode == "F":
             raise ValueError("floating-point pixels are not read")
         if image.has_transparency_data:

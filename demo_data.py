@@ -249,6 +249,34 @@ def write_pixmo(folder="data/demo/pixmo", sizes=(1600, 200, 200), group_rows=64)
     return str(folder)
 
 
+def write_pixmo_features(folder, n_factors=24, n_captions=5, widths=(1280, 384)):
+    """features/{image,text}_features.pt beside `write_pixmo`'s files, as encode.py pixmo writes pooled features.
+
+    They are not of the pictures: an image has random factors, which its features show and each of its captions a third
+    of, with noise: what pairs share fits into as many dimensions as there are factors. Returns their folder.
+    """
+    import pyarrow.parquet as pq
+    folder = Path(folder)
+    out = folder / "features"
+    if (out / "text_features.pt").exists():  # written last
+        return str(out)
+    out.mkdir(parents=True, exist_ok=True)
+    ids = [i for name in ("train", "val", "test")
+           for i in pq.read_table(folder / f"pixmo_{name}.parquet", columns=["image_id"])["image_id"].to_pylist()]
+    g = torch.Generator().manual_seed(336)
+    see, read = nonlinear_map(2 * n_factors, widths[0], 0.7, g), nonlinear_map(2 * n_factors, widths[1], 0.7, g)
+    factors = torch.randn(len(ids), n_factors, generator=g)
+    images = torch.cat([factors, torch.randn(factors.shape, generator=g)], dim=1)
+    told = factors.repeat_interleave(n_captions, 0)
+    told = told * (torch.rand(told.shape, generator=g) < 0.3) + 0.5 * torch.randn(told.shape, generator=g)
+    texts = torch.cat([told, torch.randn(told.shape, generator=g)], dim=1)
+    captions = [i for i in ids for _ in range(n_captions)]
+    for name, encoder, x, rows in (("image", see, images, ids), ("text", read, texts, captions)):
+        content = {"feats": encoder(x).half(), "ids": rows, "model": "stand-in", "synthetic": True}
+        atomic_write(out / f"{name}_features.pt", lambda file, c=content: torch.save(c, file))
+    return str(out)
+
+
 COLOURS = {"red": (215, 40, 40), "blue": (45, 80, 220), "yellow": (240, 215, 40), "green": (30, 150, 60), "white": (250, 250, 250),
            "black": (15, 15, 15)}
 PLACES = {"grass": (110, 190, 80), "snow": (225, 232, 240), "sand": (222, 196, 140), "water": (70, 130, 190), "street": (128, 128, 128)}
@@ -325,4 +353,4 @@ def write_flickr8k(folder="data/demo/flickr8k", n_photos=(320, 60, 60), n_spoken
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(write_coco(), write_alignment(), write_mmimdb(), write_pixmo(), write_flickr8k(), sep="\n")
+    print(write_coco(), write_alignment(), write_mmimdb(), write_pixmo_features(write_pixmo()), write_flickr8k(), sep="\n")

@@ -127,13 +127,12 @@ def peak_memory(step, device):
 def measure(built, step_number, repeats):
     """Figures of training step number step_number, as `profile` returns them."""
     model, device, module = built.model, next(built.model.parameters()).device, built.module
-    drawn = [module.draw_dim(built.cfg, model, step_number)] if hasattr(module, "draw_dim") else []
     model.train()
     if hasattr(module, "set_train_mode"):
         module.set_train_mode(built.cfg, model, step_number)
 
     def step():
-        module.train_step(model, built.batch, built.optimizer, *drawn)
+        module.train_step(model, built.batch, built.optimizer)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     step()  # allocates the optimizer's state

@@ -1,9 +1,10 @@
-"""exp_pixmo_mrl.py: decoding and its cache against plain PIL, the Matryoshka loss against separate losses, the loader's share of a step.
+"""exp_pixmo_mrl.py: decoding and its cache against plain PIL, the Matryoshka loss against separate losses, steps and the
+loader's share of them.
 
     OMP_NUM_THREADS=1 python tests/bench_pixmo.py
 
-Variants run alternately in one process; medians and their ratio are printed. Pictures are synthetic JPEGs of PixMo's usual size (1600 x 1200, about
-half a megabyte).
+Variants run alternately in one process; medians and their ratio are printed. Pictures are synthetic JPEGs of PixMo's
+usual size (1600 x 1200, about half a megabyte).
 """
 
 import io
@@ -54,8 +55,8 @@ def plain(data, size):
 
 def bench_decoding(size=256, n=24):
     photos = [photo(i) for i in range(n)]
-    found = alternately({"plain": lambda: [plain(p, size) for p in photos], "ours": lambda: [exp.decode_image(p, size) for p in photos]}, 3)
-    errors = [np.square(plain(p, size).astype(float) - exp.decode_image(p, size)).mean() for p in photos]
+    found = alternately({"plain": lambda: [plain(p, size) for p in photos], "ours": lambda: [common.decode_image(p, size) for p in photos]}, 3)
+    errors = [np.square(plain(p, size).astype(float) - common.decode_image(p, size)).mean() for p in photos]
     print(f"decode {np.mean([len(p) for p in photos]) / 1e3:.0f} kB JPEGs to {size} px: plain PIL {n / found['plain']:.1f} images/s, "
           f"decode_image {n / found['ours']:.1f} images/s ({found['plain'] / found['ours']:.2f}x), "
           f"PSNR {10 * np.log10(255**2 / np.mean(errors)):.1f} dB")
@@ -90,25 +91,32 @@ def bench_loss(n=64, dims=(128, 256, 512, 1024, 2048, 4096)):
 
 def bench_step(steps=25):
     root = Path(__file__).parent.parent
+    variants = {"pixmo_scratch, cached": ["configs/pixmo_scratch.yaml"],
+                "pixmo_scratch, decoding at every use": ["configs/pixmo_scratch.yaml", "dataset.cache=false"],
+                "pixmo_features": ["configs/pixmo_features.yaml"],
+                "pixmo_features, batches of 1,024": ["configs/pixmo_features.yaml", "dataset.batch_size=1024",
+                                                     "optimization.num_epochs=100"]}
     with tempfile.TemporaryDirectory() as folder:
         scenes = demo_data.write_pixmo(f"{folder}/scenes")
-        for cached in (True, False):
-            cfg = common.load_config(exp.Config, root / "configs/pixmo_scratch.yaml", [
-                *(f"dataset.{part}_parquet={scenes}/pixmo_{part}.parquet" for part in ("train", "val", "test")), f"dataset.cache_dir={folder}/cache",
-                f"dataset.cache={cached}", f"output_dir={folder}/run"])
+        features = demo_data.write_pixmo_features(scenes)
+        files = [f"dataset.{part}_parquet={scenes}/pixmo_{part}.parquet" for part in ("train", "val", "test")]
+        files += [f"vision_encoder.features_file={features}/image_features.pt",
+                  f"text_encoder.features_file={features}/text_features.pt"]
+        for name, (config, *overrides) in variants.items():
+            cfg = common.load_config(exp.Config, root / config, [*files, f"dataset.cache_dir={folder}/cache", *overrides])
             data = exp.load_data(cfg)
             model = exp.build_model(cfg, data).train()
             optimizer, batches, waited = exp.build_optimizer(cfg, model), exp.training_batches(cfg, data, 0), 0.0
-            exp.train_step(model, exp.to_device(data, next(batches)), optimizer)
+            exp.train_step(model, next(batches), optimizer)
             start = time.perf_counter()
             for _ in range(steps):
                 asked = time.perf_counter()
-                batch = exp.to_device(data, next(batches))
+                batch = next(batches)
                 waited += time.perf_counter() - asked
                 exp.train_step(model, batch, optimizer)
             whole = time.perf_counter() - start
-            print(f"a step of pixmo_scratch.yaml, {'cached' if cached else 'decoding at every use'}: {1000 * whole / steps:.0f} ms, "
-                  f"{64 * steps / whole:.0f} pairs/s, waiting for a batch on {data.device}: {100 * waited / whole:.1f}%")
+            print(f"a step of {name}: {1000 * whole / steps:.0f} ms, {cfg.dataset.batch_size * steps / whole:.0f} pairs/s, "
+                  f"waiting for a batch on {data.device}: {100 * waited / whole:.1f}%")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ DEMOS = {  # overrides that shrink a config's demo to a few seconds
        for name in ("alignment_synthetic", "alignment_synthetic_full")},
     **{f"gw_{name}": ["training.steps=6", "training.eval_every=3"]
        for name in ("clip_shared", "clip_random", "blip2_shared", "blip2_random", "small")},
-    **{f"pixmo_{name}": ["optimization.num_epochs=1", "evaluation.n_pca=200", "vision_encoder.depth=1", "text_encoder.depth=1",
+    **{f"pixmo_{name}": ["optimization.num_epochs=1", "vision_encoder.depth=1", "text_encoder.depth=1",
                          "vision_encoder.projection_dim=256", "vision_encoder.mrl_dimensions=[64, 16]"]
-       for name in ("alignment", "scratch", "scratch_nomrl")},
+       for name in ("alignment", "scratch", "scratch_nomrl", "features", "features_nomrl")},
     "alignment_prh": ["alignment.n_permutations=19", "alignment.metrics=[mutual_knn]", "stages=[uniqueness]"],
     "alignment_mmimdb": ["mmimdb.epochs=2", "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]"],
     **{name: ["training.epochs=2", "model.latent_dim=16", "evaluation.n_severities=1", "evaluation.n_orders=1", "evaluation.stream_batch=150"]

@@ -366,11 +366,12 @@ def build_optimizer(cfg, model):
 
 # ---------------------------------------------------------------------------------------------------------- objective
 
-def prefix_losses(image, text, dims, logit_scale, ids=None, false_negatives="ignore"):
+def prefix_losses(image, text, dims, logit_scale, ids=None, false_negatives="ignore", rows=slice(None)):
     """{d: symmetric InfoNCE (0-d, nats) of the first d dimensions, L2-normalised again} for ascending dims.
 
     Products and squared norms are accumulated from one size to the next, so that all prefixes cost one [N, D] x [D, N]
-    product. Arguments and errors as of `matryoshka_loss`.
+    product. rows: a slice, this process's share of the batch; the values of all of them sum to the losses. Arguments
+    and errors else as of `matryoshka_loss`.
     """
     if image.ndim != 2 or image.shape != text.shape or not len(image):
         raise ValueError(f"image and text must be equal [N, D] with N > 0, found {list(image.shape)} and "
@@ -383,18 +384,25 @@ def prefix_losses(image, text, dims, logit_scale, ids=None, false_negatives="ign
     if false_negatives == "mask":
         ids = ids.view(len(image), -1)
         masked = (ids[:, None] == ids).any(2).fill_diagonal_(False)  # [N, N]
-    losses, scores, norms, last = {}, 0, [0, 0], 0
+    own = slice(*rows.indices(len(image)))
+    is_whole = own == slice(0, len(image), 1)  # then the logits of the texts are those of the images, transposed
+    losses, scores, norms, last = {}, [0, 0], [0, 0], 0
     with torch.autocast(image.device.type, enabled=False), common.full_precision():
         for d in dims:
-            a, b = image[:, last:d], text[:, last:d]
-            scores = scores + a @ b.T  # [N, N]
-            norms = [norms[0] + a.square().sum(1), norms[1] + b.square().sum(1)]
-            inverse = [n.clamp(min=torch.finfo(n.dtype).tiny).rsqrt() for n in norms]
-            logits = logit_scale * scores * inverse[0][:, None] * inverse[1]
-            positive = logits.diagonal()
-            if false_negatives == "mask":
-                logits = logits.masked_fill(masked, torch.finfo(logits.dtype).min / 4)
-            losses[d] = ((logits.logsumexp(0) + logits.logsumexp(1)) / 2 - positive).mean()
+            parts = image[:, last:d], text[:, last:d]
+            norms = [norm + part.square().sum(1) for norm, part in zip(norms, parts, strict=True)]
+            inverse = [norm.clamp(min=torch.finfo(norm.dtype).tiny).rsqrt() for norm in norms]
+            total = 0
+            for side in ((0,) if is_whole else (0, 1)):
+                scores[side] = scores[side] + parts[side][own] @ parts[1 - side].T  # [rows, N]
+                logits = logit_scale * scores[side] * inverse[side][own, None] * inverse[1 - side]
+                positive = logits.diagonal(own.start)
+                if false_negatives == "mask":
+                    logits = logits.masked_fill(masked[own], torch.finfo(logits.dtype).min / 4)
+                total = total + (logits.logsumexp(1) - positive).sum()
+            if is_whole:
+                total = total + (logits.logsumexp(0) - positive).sum()
+            losses[d] = total / (2 * len(image))
             last = d
     return losses
 
@@ -416,14 +424,14 @@ def matryoshka_loss(image, text, dims, logit_scale, weights=None, ids=None, fals
     return sum(w * losses[d] for w, d in zip(weights, dims, strict=True)) / sum(weights), losses
 
 
-def objective(model, image, text, ids, drawn=None):
+def objective(model, image, text, ids, drawn=None, rows=slice(None)):
     """{loss, loss_clip, loss_mrl} of raw embeddings [B, D]: loss = contrastive * InfoNCE(D) + mrl * loss_mrl.
 
-    loss_mrl: the mean over the drawn sizes, or the weighted mean over all. ids: [B] or [B, K].
+    loss_mrl: the mean over the drawn sizes, or the weighted mean over all. ids: [B] or [B, K]. rows: this process's.
     """
     whole = model.dims[-1]
     losses = prefix_losses(image, text, sorted({*(drawn or model.dims), whole}), model.logit_scale, ids,
-                           model.false_negatives)
+                           model.false_negatives, rows)
     if drawn:
         mrl = sum(losses[d] for d in drawn) / len(drawn)
     else:
@@ -446,10 +454,16 @@ def draw_dims(cfg, model, step):
 
 
 def train_step(model, batch, optimizer):
-    """One step -> {loss, loss_clip, loss_mrl} (nats) as 0-d tensors (no synchronisation but fp16's)."""
+    """One step -> {loss, loss_clip, loss_mrl} (nats) as 0-d tensors (no synchronisation but fp16's).
+
+    Of several processes each embeds its share of the batch and has its part of the losses; negatives are all of them.
+    """
     optimizer.zero_grad(set_to_none=True)
-    losses = objective(model, *model(batch), batch["ids"], model.drawn)
+    n = len(batch["ids"])
+    image, text = (common.gathered(x, n) for x in model(batch))
+    losses = objective(model, image, text, batch["ids"], model.drawn, common.share(n))
     model.scaler.scale(losses["loss"]).backward()
+    common.sum_gradients(model)
     model.scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], model.max_grad_norm)
     model.scaler.step(optimizer)
@@ -530,7 +544,7 @@ def train(cfg, data):
 
 def keep_periodic(run, every):
     """Copy checkpoint_latest.pt to checkpoint_epoch_*.pt if one is due at the run's step; every: steps (0: never)."""
-    if every and run.step and run.step % every == 0:
+    if every and run.step and run.step % every == 0 and common.process()[0] == 0:
         latest = run.latest.read_bytes()
         path = run.folder / f"checkpoint_epoch_{run.step // run.steps_per_epoch}.pt"
         common.atomic_write(path, lambda file: file.write(latest))
@@ -916,22 +930,23 @@ def uniform(seed, epoch, rows, what):
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def make_batch(data, indices, split="train", epoch=None):
+def make_batch(data, indices, split="train", epoch=None, share=slice(None)):
     """A batch of rows [B] of a split, on the device.
 
     image: [B, 3, S, S] float, or features [B, T, W] with image_mask [B, T] bool. text: token ids [B, T], or features,
     with text_mask. ids: [B, 2] int; rows of an equal one are no negatives of each other (same picture or caption; both
-    without a caption). epoch: draws crops, captions and text dropout; None: none of them.
+    without a caption). epoch: draws crops, captions and text dropout; None: none of them. share: the rows whose image
+    and text are wanted.
     """
-    s, rows = data.sets[split], np.asarray(indices)
+    s, rows, dropped = data.sets[split], np.asarray(indices), np.zeros(len(indices), dtype=bool)
+    if epoch is not None:
+        dropped = uniform(data.seed, epoch, s.number[rows], "drop") < data.text_dropout
+    ids = np.stack([s.same[rows], np.where(dropped, -1, np.arange(len(rows)))], axis=1)
+    rows, dropped = rows[share], dropped[share]
 
     def uniform_draws(what, numbers=s.number[rows]):
         return uniform(data.seed, epoch, numbers, what)
     draw = None if epoch is None else uniform_draws
-    dropped = np.zeros(len(rows), dtype=bool)
-    if draw:
-        dropped = draw("drop") < data.text_dropout
-    ids = np.stack([s.same[rows], np.where(dropped, -1, np.arange(len(rows)))], axis=1)
     batch = {"ids": torch.from_numpy(ids).to(data.device)}
     if s.image is None:
         batch["image"] = crops(data, s, rows, draw)
@@ -1028,7 +1043,7 @@ def training_batches(cfg, data, first):
             order = epoch_order(data.sets["train"], cfg.seed, epoch)
             for place in range(max(0, first - epoch * n), n):
                 yield epoch, order[place * size:(place + 1) * size]
-    return prefetched(lambda item: make_batch(data, item[1], "train", item[0]), items())
+    return prefetched(lambda item: make_batch(data, item[1], "train", item[0], common.share(len(item[1]))), items())
 
 
 def parquet_files(pattern, key):
@@ -1662,10 +1677,13 @@ def main(argv):
     if stage == "embed":
         write_embeddings(cfg)
         return
-    data = load_data(cfg)
+    with common.one_after_the_other():  # the first fills the caches
+        data = load_data(cfg)
     print_splits(data)
     if stage in ("all", "train"):
         train(cfg, data)
+    if common.process()[0]:
+        return  # the first of several processes evaluates
     if stage in ("all", "evaluate"):
         common.publish(cfg.output_dir, common.published(cfg, data.fingerprint) or evaluate(cfg, data))
 

@@ -24,6 +24,8 @@ CASES = {  # script, config, overrides; batches that two processes cannot share 
     "coco align": ("exp_coco_heads", "align", (*NO_DROPOUT, "training.batch_size=63")),
     "gw": ("exp_gw_mmimdb", "gw_small", (*NO_DROPOUT, "model.image_dropout=0", "training.batch_size=33")),
     "flickr_tiny": ("exp_flickr_ttt", "flickr8k_tiny", (*NO_DROPOUT, "training.batch_size=21")),
+    "pixmo_features": ("exp_pixmo_mrl", "pixmo_features", ("vision_encoder.dropout=0", "text_encoder.dropout=0",
+                                                           "dataset.batch_size=21")),
     "flickr_features": ("exp_flickr_ttt", "flickr8k_features", (*NO_DROPOUT, "training.batch_size=21"))}
 
 
@@ -34,6 +36,11 @@ def batch_of(module, cfg, data, step):
         epoch, place = divmod(step, per_epoch)
         rows = module.epoch_batches(data, cfg.seed, cfg.data.captions, per_epoch, epoch)[place]
         return module.make_batch(data, rows, np.random.default_rng([cfg.seed, epoch, place]), common.share)
+    if module.__name__ == "exp_pixmo_mrl":
+        per_epoch, size = module.steps_per_epoch(cfg, data), cfg.dataset.batch_size
+        epoch, place = divmod(step, per_epoch)
+        rows = module.epoch_order(data.sets["train"], cfg.seed, epoch)[place * size:(place + 1) * size]
+        return module.make_batch(data, rows, "train", epoch, common.share(len(rows)))
     if module.__name__ == "exp_gw_mmimdb":
         rows = module.batch_rows(data, cfg, step)
     else:

@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import difflib
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import inspect
@@ -128,8 +127,8 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
     ids: [N] int, which image or movie a row belongs to. false_negatives: what becomes of pairs of equal id off the
     diagonal: "ignore" leaves them as negatives, "mask" drops them from the denominator, "multi_positive" makes them
     positives (soft targets, each row normalised). label_smoothing: eps spread evenly over the columns of a row that are
-    not dropped. chunk_size: rows of logits held at once (default: `rows_at_once`); memory, not the value. rows: a slice,
-    this process's share of a batch that several hold whole; the values of all of them sum to the loss.
+    not dropped. chunk_size: rows of logits held at once (default: `rows_at_once`); memory, not the value. rows: a
+    slice, this process's share of a batch that several hold whole; the values of all of them sum to the loss.
     Returns: scalar, float32 (float64 for float64 input).
     Raises: ValueError on shapes that disagree, ids that are missing, label_smoothing outside [0, 1].
     Source: van den Oord et al. 2018, equation 4; the symmetric form of CLIP (Radford et al. 2021, figure 3). Soft
@@ -477,11 +476,12 @@ def bootstrap(statistic, n, groups=None, n_resamples=1000, seed=0):
 
 
 def interval(estimate, resampled):
-    """(low, high): the basic 95% bootstrap interval (Davison & Hinkley 1997, equation 5.6) of an estimate, resampled [R].
+    """(low, high): the basic 95% bootstrap interval (Davison & Hinkley 1997, equation 5.6) of an estimate, resampled
+    [R].
 
     Resamples scatter about the estimate as it does about the truth, with the same bias: 2 estimate - quantile. The mean
-    average precision of rare classes is biased upwards: its percentile interval holds the truth in 65% of 120 draws of 522
-    items with 12 classes of 2 to 60%, this one in 93%.
+    average precision of rare classes is biased upwards: its percentile interval holds the truth in 65% of 120 draws of
+    522 items with 12 classes of 2 to 60%, this one in 93%.
     """
     low, high = 2 * estimate - np.nanquantile(resampled, (0.975, 0.025))
     if np.nanmin(resampled) >= 0 and np.nanmax(resampled) <= 1:  # a proportion stays one
@@ -1283,8 +1283,8 @@ def load_best(folder, model):
         model.load_state_dict(best["model_state_dict"])
         best["step"]
     except (AttributeError, KeyError, RuntimeError, TypeError):
-        raise UserError(f"{folder}: best_model.pt is of another model than the config and data ask for, or the checkpoints "
-                        "were edited; use --fresh") from None
+        raise UserError(f"{folder}: best_model.pt is of another model than the config and data ask for, or the "
+                        "checkpoints were edited; use --fresh") from None
     if not finished:
         raise UserError(f"{folder}: training stopped at step {step}; the same command without --stage goes on")
     model.eval()
@@ -1353,7 +1353,8 @@ def _nearest(word, known):
 
 
 def nearest_key(word, keys):
-    """The key that was meant, or None: the same leaf elsewhere, its initials (lr), a word of it (epochs), a near spelling."""
+    """The key that was meant, or None: the same leaf elsewhere, its initials (lr), a word of it (epochs), or a near
+    spelling."""
     leaf = word.replace("-", "_").rpartition(".")[2]
 
     def closeness(key):
@@ -1664,7 +1665,7 @@ def _source_hash(cfg, settings):
 
 
 def _read_results(folder):
-    """results.json of a finished run. Raises: UserError if it is not there, damaged, or without what `publish` writes."""
+    """results.json of a finished run. Raises: UserError if it is not there, damaged, or lacks what `publish` writes."""
     path = Path(folder) / "results.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; {folder} is not the folder of a finished run")
@@ -1675,12 +1676,13 @@ def _read_results(folder):
     if not all(isinstance(table, dict) and all(isinstance(row, dict) for row in table.values()) for table in tables):
         wrong.append("tables")
     if wrong or not isinstance(results.get("curves", {}), dict):
-        raise UserError(f"{path}: {(*wrong, 'curves')[0]} is missing or damaged; run its command again, which writes it anew")
+        raise UserError(f"{path}: {(*wrong, 'curves')[0]} is missing or damaged; run its command again, which writes "
+                        "it anew")
     return results
 
 
 def published(cfg, data_fingerprint):
-    """results.json of cfg's run, or None (which is said) if it or what was written with it is not there, damaged, of other
+    """results.json of cfg's run, or None (which is said) if it, or what it lists, is missing, damaged, of other
     data or of another version of the script: then the evaluation runs again, and the training does not."""
     folder = Path(cfg.output_dir)
     if not (folder / "results.json").exists():
@@ -1729,9 +1731,9 @@ def publish(folder, results):
 
 
 def interval_tables(rows, pairs, n, statistic=None, groups=None):
-    """(table, differences, items): rows and the differences of pairs with bootstrap intervals; `items` is for per_item.pt.
+    """(table, differences, items): rows and differences of pairs with bootstrap intervals; `items` is for per_item.pt.
 
-    rows: {row: values}. statistic(values, None) -> {column: number}; with weights [R, n] -> {column: [R]} of the columns
+    rows: {row: values}. statistic(values, None) -> {column: number}; with weights [R, n] -> {column: [R]} of those
     that get an interval. By default values are {column: [n]} and the numbers their means. pairs: (row, row) as "a - b".
     groups: as in `bootstrap`.
     """
@@ -1742,7 +1744,8 @@ def interval_tables(rows, pairs, n, statistic=None, groups=None):
     differences = {f"{a} - {b}": _row(_minus(scores[a], scores[b]), _minus(draws[a], draws[b])) for a, b in pairs}
     table = {name: _row(scores[name], draws[name]) for name in rows}
     as_tensors = {kind: {name: {column: torch.as_tensor(value) for column, value in columns.items()}
-                         for name, columns in numbers.items()} for kind, numbers in (("scores", scores), ("draws", draws))}
+                         for name, columns in numbers.items()}
+                  for kind, numbers in (("scores", scores), ("draws", draws))}
     return table, differences, {"rows": rows, **as_tensors}
 
 
@@ -1815,8 +1818,8 @@ def _report(folder, results):
         command = re.sub(r" (output_dir=\S*|--fresh|--stage \w+)", "", environment["command_line"])
         versions, commit = environment["versions"], (environment["git_commit"] or "unknown")[:10]
         parts.append(f"    python {command}")
-        parts.append(f"seed {results.get('seed')}, data {environment['data_fingerprint']}, torch {versions['torch']}, numpy "
-                     f"{versions['numpy']}, commit {commit}")
+        parts.append(f"seed {results.get('seed')}, data {environment['data_fingerprint']}, torch {versions['torch']}, "
+                     f"numpy {versions['numpy']}, commit {commit}")
         where = environment.get("gpu") or f"{environment['threads']} CPU threads"
         measured = ""
         with contextlib.suppress(UserError, KeyError, IndexError, TypeError):  # profile_flops.py has not been here
@@ -1839,7 +1842,8 @@ def _runs_by_seed(folders):
             seen.add((key, results["seed"]))
             groups.setdefault(key, []).append((folder, results))
     if not groups:
-        raise UserError(f"no finished run among {', '.join(map(str, folders))}; --compare takes folders of finished runs")
+        raise UserError(f"no finished run among {', '.join(map(str, folders))}; --compare takes folders of finished "
+                        "runs")
     labelled = {}
     for runs in groups.values():
         folder = runs[0][0]
@@ -1856,7 +1860,7 @@ def compare_runs(folders, out="results/compare"):
     """Finished runs side by side, in tables (mean +- sd over seeds), paired differences to the first, and curves.
 
     A run's per_item.pt is {"ids": [n] names of the test items} and the `items` of `interval_tables`. A difference (the
-    mean over the seeds of either side) gets its paired 95% bootstrap interval over the test items, wherever two runs have
+    mean over the seeds of either side) gets its paired 95% bootstrap interval over the test items, where two runs have
     the same ids. Writes compare.txt and compare.png to `out`. Raises: UserError for a folder without a finished run.
     """
     runs, tables, out = _runs_by_seed(folders), {}, Path(out)
@@ -1903,8 +1907,8 @@ def _over_seeds(rows):
 
 def _paired_differences(runs):
     """{title: table} of the differences between the other runs and the first, paired over the test items."""
-    items = {label: [load_checkpoint(folder / "per_item.pt") for folder, _ in group if (folder / "per_item.pt").exists()]
-             for label, group in runs.items()}
+    items = {label: [load_checkpoint(folder / "per_item.pt") for folder, _ in group
+                     if (folder / "per_item.pt").exists()] for label, group in runs.items()}
 
     def seed_mean(side, kind, row):
         return {name: np.mean([x[kind][row][name].numpy() for x in side], axis=0) for name in side[0]["draws"][row]}
@@ -1912,10 +1916,11 @@ def _paired_differences(runs):
     tables = {}
     for label, ours in others:
         both, table = [*theirs, *ours], {}
-        if not theirs or not ours or any(x["ids"] != both[0]["ids"] for x in both):
+        if not theirs or not ours or not both[0]["ids"] or any(x["ids"] != both[0]["ids"] for x in both):
             continue
         for row in (row for row in both[0]["draws"] if all(row in x["draws"] for x in both)):
-            scores, draws = (_minus(*(seed_mean(side, kind, row) for side in (ours, theirs))) for kind in ("scores", "draws"))
+            scores, draws = (_minus(seed_mean(ours, kind, row), seed_mean(theirs, kind, row))
+                             for kind in ("scores", "draws"))
             if any(scores.values()):  # else chance, or a baseline of either
                 table[row] = _row(scores, draws)
         tables[f"{label} - {first} (paired, {len(both[0]['ids']):,} items)"] = table
@@ -1942,7 +1947,7 @@ def _merged_curves(runs):
 # --------------------------------------------------------------------------------------------------------------- plots
 
 def new_figure(n_panels=1, width=4.6, height=3.6):
-    """(figure, list of axes), four or three in a row; matplotlib is imported here, so that -h and imports stay quick."""
+    """(figure, list of axes), four or three in a row; matplotlib is imported here: -h and imports stay quick."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1963,7 +1968,7 @@ def save_figure(figure, path):
 
 
 def plot_lines(path, panels, title="", synthetic=False, mark=None):
-    """Panels: {ylabel: {"xlabel": str, "lines": {label: {"x": [...], "y": [...]}}}}; a label has one colour in all of them.
+    """Panels: {ylabel: {"xlabel": str, "lines": {label: {"x": [...], "y": [...]}}}}; a label has one colour in all.
 
     A line may have "sd" (error bars); one whose label begins with "chance" is grey and dotted. `mark` draws a vertical
     line at the chosen x. More than four panels share one legend.
@@ -2032,95 +2037,3 @@ def plot_similarity_matrix(path, similarity, title, xlabel, ylabel):
     figure.suptitle(title, fontsize=9)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     save_figure(figure, path)
-
-
-# ----------------------------- what the scripts not yet moved onto Run, setup and publish still call; goes with the last
-
-class StopSignal:
-    """Context in which the first Ctrl-C or SIGTERM only sets `.signum`, so that a loop can save and stop between steps.
-
-    A second one acts at once.
-    """
-
-    def __enter__(self):
-        self.signum = 0
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, signum, frame):
-        self.signum = signum
-        self.__exit__()
-
-    def __exit__(self, *error):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
-
-
-class RunLog:
-    """metrics.csv: one row a step or epoch, the same columns in every row; its last row mirrored to W&B if asked for."""
-
-    def __init__(self, folder, wandb=False, config=None):
-        self.path, self.wandb = Path(folder) / "metrics.csv", None
-        if wandb:
-            try:
-                import wandb as package
-            except ImportError:
-                raise UserError("wandb=true needs the package: pip install wandb") from None
-            run_id = hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
-            self.wandb = package.init(project=Path(sys.argv[0]).stem, name=Path(folder).name, id=run_id, resume="allow",
-                                      config=config, dir=str(folder))
-
-    def write(self, rows):
-        """Write the whole history, a list of dicts of equal keys: a resumed run neither repeats nor loses a row."""
-        for row in rows:
-            if row.keys() != rows[0].keys():
-                raise ValueError(f"rows of metrics.csv must have equal keys, found {list(rows[0])} and {list(row)}")
-        lines = [",".join(rows[0]), *(",".join("" if v is None else str(v) for v in row.values()) for row in rows)]
-        atomic_write(self.path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-        if self.wandb:
-            self.wandb.log(rows[-1])
-
-    def close(self):
-        if self.wandb:
-            self.wandb.finish()
-
-
-def finished_runs(items):
-    """[(folder, results, config)] of the runs named in `compare=[...]`, each once; a pattern such as results/siglip* names several.
-
-    Raises: UserError for a folder without results.json.
-    """
-    pieces, folders = ",".join(items).split(","), {}  # a folder's own commas (results/siglip,seed=1) were taken for the list's: put them back
-    while pieces:
-        for n in range(len(pieces), 0, -1):
-            name = ",".join(pieces[:n]).strip()
-            matches = [name] if Path(name, "results.json").exists() else [p for p in sorted(glob.glob(name)) if Path(p, "results.json").exists()]
-            if matches := [m for m in matches if m == name or not re.search(r"\.old-\d+$", m)]:
-                break
-        else:
-            raise UserError(f"{pieces[0].strip()}/results.json: no such file; compare takes folders of finished runs")
-        folders |= {Path(match).resolve(): Path(match) for match in matches}
-        pieces = pieces[n:]
-    return [(folder, read_json(folder / "results.json"), _run_config(folder)) for folder in folders.values()]
-
-
-def runs_by_seed(items, experiment):
-    """[(name, [results of a run, one a seed])]: the finished runs named in `items`, those that differ only in their seed together.
-
-    Prints a note if they were not made from the same data. Raises: UserError if `items` is empty or names a run of another experiment.
-    """
-    if not items:
-        raise UserError("--stage compare needs compare='[folder, folder, ...]' of finished runs")
-    groups = {}
-    for folder, results, config in finished_runs(items):
-        if results.get("experiment") != experiment:
-            raise UserError(f"{folder}: a run of another experiment ({results.get('experiment')})")
-        key = json.dumps([{k: v for k, v in flatten(config).items() if k != "seed" and not is_neutral(k)}, results["data_fingerprint"]])
-        seeds = groups.setdefault(key, (re.sub(r",seed=\d+", "", folder.name), {}))[1]
-        seeds.setdefault(results["seed"], results)  # a copy of a run is not another seed
-    names = [name for name, _ in groups.values()]
-    if len({results["data_fingerprint"] for _, seeds in groups.values() for results in seeds.values()}) > 1:
-        print("NOTE: these runs were not made from the same data")
-    return [(name if names.count(name) == 1 else f"{name} ({i + 1})", list(seeds.values())) for i, (name, seeds) in enumerate(groups.values())]

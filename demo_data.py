@@ -81,13 +81,15 @@ VISION_SIZES = ("vit_tiny_in21k", "vit_small_in21k", "vit_base_in21k", "vit_larg
 
 
 def write_alignment(folder="data/demo/alignment", n=320, levels=(0, 10, 30, 50, 70, 90), n_factors=16, dim=48):
-    """Layer-wise features as exp_alignment_corr.py reads them: gpt_u={u}_features/*.pt (12 language models), vision/*.pt (7), captions.json.
+    """Layer-wise features as exp_alignment_corr.py reads them: gpt_u={u}_features/*.pt (12 language models), several/*.pt
+    (two of them, the mean of five captions), vision/*.pt (7), captions.json.
 
-    Scenes have shared factors. A caption of level u keeps them with weight 1 - u / 100 and tells things of its own instead; a larger model sees
-    its input through less noise and has fewer bits per byte; the middle layers are the cleanest.
+    Scenes have shared factors. A caption of level u keeps them with weight 1 - u / 100 and tells things of its own
+    instead; a larger model sees its input through less noise and has fewer bits per byte; the middle layers are the
+    cleanest.
     """
     folder = Path(folder)
-    if (folder / "captions.json").exists():  # written last
+    if (folder / "captions.json").exists() and (folder / "several").exists():  # captions are written last
         return str(folder)
     g = torch.Generator().manual_seed(1024)
     scenes, own = torch.randn(n, n_factors, generator=g), torch.randn(n, n_factors, generator=g)
@@ -109,6 +111,9 @@ def write_alignment(folder="data/demo/alignment", n=320, levels=(0, 10, 30, 50, 
         for i, name in enumerate(LANGUAGE_SIZES):
             quality = 0.3 + 1.1 * i / (len(LANGUAGE_SIZES) - 1) + 0.05 * float(torch.randn((), generator=g))
             write_model(folder / f"gpt_u={u}_features" / f"{name}.pt", told, quality, pool="avg", bpb=round(1.3 - 0.3 * quality, 4))
+    told = sum(0.7 * scenes + 0.7 * torch.randn(n, n_factors, generator=g) for _ in range(5)) / 5
+    for name, quality in (("bloomz-560m", 0.3), ("llama-65b", 1.4)):
+        write_model(folder / "several" / f"{name}.pt", told, quality, pool="avg")
     words = [f"{a}{b}" for a in ("ba", "ke", "lu", "mo", "ni", "po", "ra", "su", "ti", "vo", "wa", "ze")
              for b in ("bel", "dan", "fir", "gon", "hul", "kas", "lim", "mur")]
     draws, items, weights = np.random.RandomState(1024), [], 1 / np.arange(1, len(words) + 1)

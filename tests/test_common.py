@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from conftest import ROOT
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from torch import nn
@@ -709,15 +708,6 @@ def test_data_fingerprint_is_checked(tmp_path):
     assert {"command_line", "git_commit", "git_dirty", "python"} <= set(environment)
 
 
-def test_run_log_holds_the_history_and_nothing_else(tmp_path):
-    rows = [{"epoch": epoch, "loss": epoch / 3, "bias": None} for epoch in (1, 2, 3)]
-    common.RunLog(tmp_path).write(rows)
-    common.RunLog(tmp_path).write(rows[:2])  # resumed from an earlier checkpoint
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,loss,bias", f"1,{1 / 3},", f"2,{2 / 3},"]
-    with pytest.raises(ValueError, match="equal keys"):
-        common.RunLog(tmp_path).write([*rows, {"epoch": 4}])
-
-
 class Toy:
     """A training run of the smallest kind: a linear layer, noise from torch's generator, rows every 2 steps."""
 
@@ -1067,42 +1057,6 @@ def test_a_changed_script_is_evaluated_again(tmp_path, capsys, monkeypatch):
     assert common.published(Config(output_dir=str(tmp_path / "b")), "d") is None
 
 
-def test_finished_runs_counts_a_run_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("results/a", "results/a,seed=1", "results/a.old-1", "results/b"):
-        Path(name).mkdir(parents=True)
-        Path(name, "results.json").write_text("{}")
-        Path(name, "config.yaml").write_text("seed: 1")
-
-    def names(*items):
-        return [str(folder) for folder, _, _ in common.finished_runs(items)]
-    assert names("results/a", "seed=1", "results/b") == ["results/a,seed=1", "results/b"]  # the name's own comma
-    assert names("results/a*", "results/a") == ["results/a", "results/a,seed=1"]
-    assert names("results/a.old-1") == ["results/a.old-1"]
-    with pytest.raises(UserError, match=r"results/c/results.json: no such file"):
-        names("results/a", "results/c")
-
-
-def test_runs_by_seed_groups_what_differs_in_its_seed_alone(tmp_path, capsys):
-    def made(name, config, data="d", experiment="e"):
-        (tmp_path / name).mkdir(parents=True)
-        common.write_json(tmp_path / name / "results.json", {"experiment": experiment, "seed": config["seed"], "data_fingerprint": data})
-        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
-        return str(tmp_path / name)
-    a1, a2 = made("a", {"seed": 1, "lr": 0.1, "device": "cpu"}), made("a,seed=2", {"seed": 2, "lr": 0.1, "device": "cuda"})
-    b, again = made("b", {"seed": 1, "lr": 0.2}), made("copy", {"seed": 1, "lr": 0.1, "device": "cpu"})
-    groups = common.runs_by_seed([a1, a2, b, again], "e")
-    assert [(name, [r["seed"] for r in found]) for name, found in groups] == [("a", [1, 2]), ("b", [1])]
-    assert capsys.readouterr().out == ""
-    groups = common.runs_by_seed([a1, made("x/a", {"seed": 1, "lr": 0.1}, data="other")], "e")  # equal names, other data
-    assert [name for name, _ in groups] == ["a (1)", "a (2)"]
-    assert "not made from the same data" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"a run of another experiment \(f\)"):
-        common.runs_by_seed([a1, made("f", {"seed": 1}, experiment="f")], "e")
-    with pytest.raises(UserError, match="needs compare="):
-        common.runs_by_seed([], "e")
-
-
 def test_write_json_has_no_nan(tmp_path):
     common.write_json(tmp_path / "x.json", {"a": [math.nan, 1.0], "b": {"c": math.inf}})
     assert common.read_json(tmp_path / "x.json") == {"a": [None, 1.0], "b": {"c": None}}
@@ -1160,15 +1114,6 @@ def test_a_bug_still_shows_its_traceback():
         raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError):
         main([])
-
-
-def test_stop_signal_notes_the_first_and_lets_the_second_through():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's is ignored
-    with pytest.raises(KeyboardInterrupt), common.StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signum == signal.SIGINT
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_import_is_light():

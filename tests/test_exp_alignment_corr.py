@@ -1,5 +1,6 @@
 """exp_alignment_corr.py: metrics against reference values and float64 loops, the null, statistics, stages, exact resume, bad input."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, assert_nothing_chosen_on_test, ends_with, kill_at, killed
 from torch import nn
 
 import common
@@ -109,13 +110,15 @@ def test_a_clamp_that_would_erase_sparse_features_is_refused(tmp_path):
     sparse = torch.rand(40, 1, 100, generator=g) * (torch.rand(40, 1, 100, generator=g) < 0.02)
     sparse[:, :, 0] = 1
     write_features(tmp_path / "m.pt", feats=sparse, ids=list(range(40)))
+    features = exp.read_features(tmp_path / "m.pt")
+    assert torch.equal(features.layers[0], sparse[:, 0])
     with pytest.raises(UserError, match=r"m\.pt: the 0\.95 quantile of \|value\| is 0.*clamp_quantile=1"):
-        exp.read_features(tmp_path / "m.pt", exp.AlignmentConfig(), "cpu")
-    assert torch.equal(exp.read_features(tmp_path / "m.pt", exp.AlignmentConfig(clamp_quantile=1), "cpu").layers[0], sparse[:, 0])
+        exp.layers_to_compare(features, exp.AlignmentConfig())
+    assert torch.equal(exp.layers_to_compare(features, exp.AlignmentConfig(clamp_quantile=1))[0], sparse[:, 0])
     layers = torch.rand(40, 2, 5, generator=g) + torch.tensor([0.0, 9.0])[:, None]  # the second lies wholly above the threshold
     write_features(tmp_path / "m.pt", feats=layers, ids=list(range(40)))
     with pytest.warns(UserWarning, match="40 constant rows"):
-        exp.read_features(tmp_path / "m.pt", exp.AlignmentConfig(clamp_quantile=0.4), "cpu")
+        exp.layers_to_compare(exp.read_features(tmp_path / "m.pt"), exp.AlignmentConfig(clamp_quantile=0.4))
 
 
 # The null's recipe: draws of RandomState(123).permutation, K = 99.
@@ -236,7 +239,7 @@ def test_blocks_of_rows_and_many_layers_change_nothing(metric, monkeypatch):
 def test_permuted_sides_equal_permuted_features(metric):
     a, b = toy_stacks()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    turned = exp.scores(exp.permuted(exp.prepare(a, metric, 5), order), exp.prepare(b, metric, 5), metric)
+    turned = exp.scores(exp.prepare(a, metric, 5).permuted(order), exp.prepare(b, metric, 5).kept(), metric)
     assert torch.allclose(turned, exp.alignment_matrix(a[order], b, metric, 5), atol=1e-6)
     # the items' order itself means nothing
     assert torch.allclose(exp.alignment_matrix(a[order], b[order], metric, 5), exp.alignment_matrix(a, b, metric, 5), atol=1e-6)
@@ -327,18 +330,85 @@ def test_calibration_formula():
     assert exp.permutation_null(*case_a(), "lcs_knn", n_permutations=19)["score"] == pytest.approx(0.3609375)
 
 
-def test_intervals_cover_the_score_and_shrink():
-    for metric in ("mutual_knn", "unbiased_cka"):
-        widths = []
-        for n in (100, 1600):
-            g = torch.Generator().manual_seed(n)
-            z = torch.randn(n, 6, generator=g)
-            a, b = (torch.cat([z, torch.randn(n, 6, generator=g)], dim=1) for _ in range(2))
-            low, high = exp.score_interval(a, b, metric)
-            assert low < getattr(exp, metric)(a, b) < high
-            widths.append(high - low)
-        assert 2 < widths[0] / widths[1] < 8 if metric == "unbiased_cka" else widths[0] > widths[1]  # as 1 / sqrt(n): 4
-    assert all(math.isnan(end) for end in exp.score_interval(a[:18], b[:18], "lcs_knn"))  # 9 of 18 rows have no 10 neighbours
+def shared_factors(n, g, weights, noise=1.0):
+    """[N, 32] and [N, 48] that share 8 factors."""
+    z = torch.randn(n, 8, generator=g)
+    return [z @ w + noise * torch.randn(n, w.shape[1], generator=g) for w in weights]
+
+
+def test_intervals_cover_the_expected_score():
+    """1,000 draws of 64 items: the nominal 95% interval holds the mean score of all draws in 92.5 to 97.5% of them. Rows are drawn anew each time, as a
+    new set of items would be; tests/bench_alignment.py has the other metrics, sizes and stacks of layers."""
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(8, width, generator=g) for width in (32, 48)]
+    for metric, n_draws in (("unbiased_cka", 500), ("mutual_knn", 500)):
+        scores, intervals = [], []
+        for _ in range(n_draws):
+            a, b = shared_factors(64, g, weights)
+            scores.append(getattr(exp, metric)(a, b))
+            intervals.append(list(exp.interval("score", scores[-1], exp.part_scores(a, b, metric)).values()))
+        low, high = np.array(intervals).T
+        coverage = np.mean((low <= np.mean(scores)) & (np.mean(scores) <= high))
+        assert 0.925 <= coverage <= 0.975, (metric, coverage)
+
+
+def test_intervals_shrink_and_need_enough_items():
+    widths = {}
+    for n in (100, 1600):
+        a, b = shared_factors(n, torch.Generator().manual_seed(n), [torch.eye(8, 32), torch.eye(8, 48)], 0.3)
+        low, high = exp.interval("score", exp.unbiased_cka(a, b), exp.part_scores(a, b, "unbiased_cka")).values()
+        assert low < exp.unbiased_cka(a, b) < high
+        widths[n] = high - low
+    assert 2 < widths[100] / widths[1600] < 8  # as 1 / sqrt(n): 4
+    assert exp.part_scores(a[:15], b[:15], "unbiased_cka") is None  # quarters of 3 rows
+    assert exp.interval("score", 0.5, None) == {}
+    parts = [np.tile([0.4, 0.6], (16, 1)), np.tile([0.3, 0.7, 0.3, 0.7], (8, 1))]  # V(N/2) = .02, V(N/4) = .0533
+    assert exp.interval("score", 0.5, parts)["score high"] == pytest.approx(0.5 + 2.45 * math.sqrt(0.75 * 0.02 - 0.16 / 3 / 8))
+
+
+def peak_kilobytes():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of the resident set is Linux's")
+def test_memory_of_the_null_is_flat_in_k():
+    a, b = toy_stacks(600)
+    growth = {}
+    for metric in ("unbiased_cka", "mutual_knn"):
+        exp.permutation_null(a, b, metric, n_permutations=20)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak_kilobytes()
+        exp.permutation_null(a, b, metric, n_permutations=20)
+        short = peak_kilobytes()
+        exp.permutation_null(a, b, metric, n_permutations=300)
+        growth[metric] = peak_kilobytes() - max(short, before)
+    assert max(growth.values()) < 20_000, growth  # 2 MB a permutation would be 560 MB
+
+
+def test_a_metric_of_ones_own_and_numpy_arrays():
+    a, b = toy_stacks(30)
+
+    def centred_alignment(x, y):
+        x, y = x - x.mean(), y - y.mean()
+        return (x * y).sum() / (x.norm() * y.norm())
+    result = exp.permutation_null(a.numpy(), list(b.numpy().swapaxes(0, 1)), centred_alignment, n_permutations=39)
+    gram_a, gram_b = unit(a[:, 1]) @ unit(a[:, 1]).T, unit(b[:, 2]) @ unit(b[:, 2]).T
+    assert result["matrix"][1][2] == pytest.approx(centred_alignment(gram_a, gram_b).item(), abs=1e-6)
+    assert result["p_value"] <= 0.05
+    for metric in exp.METRICS:
+        assert getattr(exp, metric)(a[:, 0].numpy(), b[:, 0].numpy(), 5) == getattr(exp, metric)(a[:, 0], b[:, 0], 5)
+    assert np.array_equal(exp.clamp_outliers(a.numpy(), 0.9), exp.clamp_outliers(a, 0.9))
+
+
+@pytest.mark.parametrize("metric", exp.METRICS)
+def test_huge_magnitudes_give_the_right_number_and_nan_an_error(metric):
+    a, b = (x[:, 0] for x in toy_stacks())
+    expected = getattr(exp, metric)(a, b, 5)
+    assert getattr(exp, metric)(1e20 * a, 1e-20 * b, 5) == pytest.approx(expected, abs=1e-6)
+    a[3, 2] = math.nan
+    with pytest.raises(UserError, match="the first is row 3"):
+        getattr(exp, metric)(a, b, 5)
 
 
 @pytest.mark.parametrize("n", [4, 7, 20])
@@ -376,7 +446,7 @@ def test_spearman_and_slope_where_they_are_not_defined():
     assert math.isnan(exp.spearman([1, 1, 1, 1], [1, 2, 3, 4])["p"])
     assert math.isnan(exp.slope([2, 2, 2], [1, 2, 3])["slope"])
     for constant in (0, 0.3, 1 / 3):
-        assert exp.slope(np.random.RandomState(0).rand(10), [constant] * 10) == {"slope": 0, "p": 1, "n": 10}
+        assert exp.slope(np.random.RandomState(0).rand(10), [constant] * 10) == {"slope": 0, "slope p": 1}
 
 
 def test_slope_and_false_discovery_rate_against_scipy():
@@ -384,7 +454,7 @@ def test_slope_and_false_discovery_rate_against_scipy():
     x, y = draws.rand(15), draws.rand(15)
     reference = scipy.stats.linregress(x, y)
     out = exp.slope(x, y)
-    assert (out["slope"], out["p"]) == (pytest.approx(reference.slope), pytest.approx(reference.pvalue, rel=1e-4))
+    assert (out["slope"], out["slope p"]) == (pytest.approx(reference.slope), pytest.approx(reference.pvalue, rel=1e-4))
     p = draws.rand(23) ** 3
     assert exp.benjamini_hochberg(p) == pytest.approx(scipy.stats.false_discovery_control(p).tolist())
     assert math.isnan(exp.benjamini_hochberg([0.01, math.nan])[1])
@@ -437,7 +507,7 @@ def test_encoders_trained_at_once_equal_single_ones():
     for _ in range(3):
         exp.train_step(model, batch, optimizer)
     for e, single in enumerate(singles):
-        own = torch.optim.Adam(single.parameters(), lr=cfg.synthetic.learning_rate)
+        own = torch.optim.Adam(single.parameters(), lr=5e-3)
         for _ in range(3):
             own.zero_grad()
             F.cross_entropy(single(batch["inputs"][:, e]), batch["labels"][:, e]).backward()
@@ -452,13 +522,28 @@ alignment: {n_permutations: 19}
 seed: 1
 """)
     assert exp.main([str(path), f"output_dir={tmp_path / 'run'}", "device=cpu"]) == 0
-    rows = common.read_json(tmp_path / "run/results.json")["stages"]["synthetic"]["rows"]
+    results = common.read_json(tmp_path / "run/results.json")
+    rows = [results["tables"]["alignment against uniqueness U"][f"D = 1, U = {u}"] for u in (0, 4, 8)]
     for metric in ("unbiased_cka", "mutual_knn"):
-        high, middle, low = (r[metric]["score"] for r in rows)
+        high, middle, low = (r[metric] for r in rows)
         assert high > middle + 0.1 > low + 0.2
-    assert rows[2]["unbiased_cka"]["score"] < 0.1
-    assert rows[2]["mutual_knn"]["score"] == pytest.approx(100 / 511, abs=0.03)  # chance
-    assert rows[0]["accuracy_x1"] > 0.8 > rows[2]["accuracy_x1"]
+        rho = results["tables"]["rank correlation"][f"{metric}: U, alignment; D = 1"]
+        assert (rho["rho"], rho["n"], rho["monotone"]) == (pytest.approx(-1), 3, 1)
+    assert rows[2]["unbiased_cka"] < 0.1
+    assert rows[2]["mutual_knn"] == pytest.approx(100 / 511, abs=0.03)  # chance
+    assert rows[0]["accuracy x1"] > 0.8 > rows[2]["accuracy x1"]
+    assert results["synthetic"] is True
+
+
+def test_rho_over_seeds_has_an_interval_and_counts_monotone_ones():
+    curves = {0: (0.9, 0.5, 0.4, 0.1), 1: (0.8, 0.4, 0.5, 0.2), 2: (0.7, 0.6, 0.3, 0.3)}
+    rows = [{"seed": seed, "U": u, "cka": {"score": y + e}} for seed, ys in curves.items() for u, y in zip((0, 2, 4, 8), ys, strict=True)
+            for e in (-0.01, 0.01)]
+    row = exp.correlation_over_seeds(rows, "cka")
+    of_seeds = [scipy.stats.spearmanr((0, 2, 4, 8), y).statistic for y in curves.values()]
+    assert (row["n"], row["seeds"], row["monotone"]) == (12, 3, 1)
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(of_seeds), scipy.stats.sem(of_seeds))
+    assert (row["mean rho"], row["mean rho low"], row["mean rho high"]) == pytest.approx((np.mean(of_seeds), max(-1, low), min(1, high)), abs=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------------- features and captions
@@ -490,8 +575,9 @@ def test_padding_is_cut_off_before_the_clamp(tmp_path):
     content = write_features(tmp_path / "a.pt", layers=2, dim=6, dims=[4, 6])
     content["feats"][:, 0, 4:] = 0
     torch.save(content, tmp_path / "a.pt")
-    found = exp.read_features(tmp_path / "a.pt", exp.AlignmentConfig(), "cpu")
+    found = exp.read_features(tmp_path / "a.pt")
     assert [x.shape[1] for x in found.layers] == [4, 6]
+    found.layers = exp.layers_to_compare(found, exp.AlignmentConfig())
     values = torch.cat([content["feats"][:, 0, :4], content["feats"][:, 1]], dim=1).float().abs().flatten().sort().values
     assert max(x.abs().max() for x in found.layers) == values[int(0.95 * len(values))]
 
@@ -516,8 +602,10 @@ BAD_FEATURES = {
     "no feats": ({"feats": None}, "expected float features"),
     "whole numbers": ({"feats": torch.ones(30, 2, 6, dtype=torch.int64)}, "int64"),
     "ids": ({"ids": ["a"]}, "30 rows of features but 1 ids"),
-    "dims": ({"dims": [6, 7]}, "dims must give the width"),
+    "dims": ({"dims": [6, 7]}, "dims must give the true width"),
     "words as dims": ({"dims": ["a", "b"]}, "must be lists of names and of widths"),
+    "no layers": ({"feats": []}, "features must be"),
+    "no items": ({"feats": torch.zeros(0, 2, 6), "ids": []}, r"features must be .* found \[\[0, 6\]"),
     "bits per byte": ({"bpb": math.nan}, r"bpb \(bits per byte\) is nan"),
 }
 
@@ -535,16 +623,16 @@ def test_bad_features_are_one_line_naming_the_file(tmp_path, capsys, case):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["alignment.metrics=[mutual_nn]"], "mutual_knn"), (["features_dir="], "is not set"), (["alignment.metrics=[cka, cka]"], "each once"),
-    (["mmimdb.learning_rates=[]"], "mmimdb.learning_rates must name"), (["alignment.k=30"], "too few for alignment.k=30"),
+    (["synthetic.x1_depths=[]"], "synthetic.x1_depths must name"), (["alignment.k=30"], "too few for alignment.k=30"),
                                                     (["features_dir=nowhere"], "no language feature files"),
     (["stages=[uniqueness]"], r"placeholder {u}"), (["stages=[uniqueness]", "features_dir=nowhere_{u}"], "for any level"),
                                                     (["stages=[align, align]"], "each once"),
     (["features_dir={BASE_DIR}/x"], "BASE_DIR"), (["alignment.ladder=[pca:99]"], "6 features of 30"),
                                                     (["alignment.ladder=[tfidf:9]"], "needs the texts"),
     (["alignment.ladder=[lsa:9]"], "expected pca:WIDTH"), (["captions_file=nowhere.json"], "nowhere.json"),
-                                                    (["--stage", "finetune"], "for finetune set stages"),
+                                                    (["features_dir=", "stages=[n_sweep]"], "is not set"),
     (["stages=[mmimdb]", "mmimdb.dir=nowhere"], "nowhere/split.json"), (["stages=[synthetic]", "synthetic.uniqueness=[9]"], "from 0 to 8"),
-    (["stages=[synthetic]", "synthetic.k=600"], "more than k=600"), (["synthetic.x2_depths=[1, 1]"], "each once")])
+    (["stages=[synthetic]", "synthetic.k=600"], "synthetic.k: must be < 512"), (["synthetic.x2_depths=[1, 1]"], "each once")])
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, overrides, message):
     monkeypatch.delenv("BASE_DIR", raising=False)
     write_features(tmp_path / "language/m.pt")
@@ -560,12 +648,13 @@ def test_damaged_file_bare_tensor_and_constant_rows(tmp_path, capsys):
     (tmp_path / "vision").mkdir()
     (tmp_path / "vision/m.pt").write_bytes(b"not a file of torch")
     assert cli(tmp_path) == 2
-    assert "vision/m.pt: not a readable .pt" in capsys.readouterr().err
+    assert "vision/m.pt: cannot be read" in capsys.readouterr().err
     tensor = torch.randn(30, 6)
     tensor[4] = 1
     torch.save(tensor, tmp_path / "vision/m.pt")  # one layer, no ids
     with pytest.warns(UserWarning) as caught:
-        found = exp.read_features(tmp_path / "vision/m.pt", exp.AlignmentConfig(), "cpu")
+        found = exp.read_features(tmp_path / "vision/m.pt")
+        exp.layers_to_compare(found, exp.AlignmentConfig())
     assert ["order of its items was not checked" in str(w.message) or "1 constant rows" in str(w.message) for w in caught] == [True, True]
     assert [tuple(x.shape) for x in found.layers] == [(30, 6)]
     with pytest.raises(UserError, match="30 and 20"):
@@ -579,24 +668,49 @@ def test_damaged_file_bare_tensor_and_constant_rows(tmp_path, capsys):
 def test_tensors_and_whole_numbers_as_facts_of_a_file(tmp_path):
     write_features(tmp_path / "a.pt", dims=torch.tensor([4, 6]), bpb=torch.tensor(0.5), ids=torch.arange(30))
     write_features(tmp_path / "b.pt", ids=[str(i) for i in range(30)])
-    a, b = (exp.read_features(tmp_path / f"{name}.pt", exp.AlignmentConfig(), "cpu") for name in "ab")
+    a, b = (exp.read_features(tmp_path / f"{name}.pt") for name in "ab")
     assert [x.shape[1] for x in a.layers] == [4, 6]
     assert (a.bpb, b.bpb) == (0.5, None)
     exp.check_same_items([a, b])  # 7 and "7" are one item
 
 
+def test_lists_of_layers_families_and_missing_ids(tmp_path):
+    layers = [torch.randn(30, 4), torch.randn(30, 7).half()]
+    write_features(tmp_path / "m.pt", feats=layers, family="mine", ids=None)
+    with pytest.warns(UserWarning, match=r"m\.pt: has no ids"):
+        found = exp.read_features(tmp_path / "m.pt")
+    assert [tuple(x.shape) for x in found.layers] == [(30, 4), (30, 7)]
+    assert found.family == "mine"
+    write_features(tmp_path / "vit_small_dinov2.pt")
+    assert exp.read_features(tmp_path / "vit_small_dinov2.pt").family == "vit_dinov2"
+
+
+def results_of(tmp_path):
+    return common.read_json(tmp_path / "run/results.json")
+
+
 def test_models_are_told_apart_by_name_and_side(tmp_path, capsys):
-    """CLIP's two towers bear one name; the score against N and the intervals are of the layers that were best."""
+    """CLIP's two towers bear one name; the intervals are of the layers that were best."""
     for folder, layers, seed in (("language", 2, 0), ("vision", 4, 1)):
         write_features(tmp_path / folder / "clip.pt", n=60, layers=layers, seed=seed)
     assert cli(tmp_path, "alignment.k=5", "alignment.metrics=[mutual_knn]") == 0
-    result = common.read_json(tmp_path / "run/results.json")["stages"]["align"]
-    (row,) = result["rows"]
-    assert row["interval"][0] < row["score"] < row["interval"][1]
-    assert next(p["mean"] for p in result["against_n"] if p["n"] == 60) == pytest.approx(row["score"])
+    (row,) = results_of(tmp_path)["tables"]["mutual_knn: best layer pair, 60 items"].values()
+    assert row["score low"] < row["score"] < row["score high"]
     write_features(tmp_path / "language/other.pt", n=60, seed=2, model="clip")
     assert cli(tmp_path, "alignment.k=5", f"output_dir={tmp_path}/again") == 2
     assert "a second model of the name clip" in capsys.readouterr().err
+
+
+def test_models_of_one_modality_are_compared_once_a_pair(tmp_path, capsys):
+    for i in range(3):
+        write_features(tmp_path / f"vision/m{i}.pt", n=40, seed=i)
+    overrides = [f"features_dir={tmp_path}/vision", "alignment.metrics=[cka]"]
+    assert cli(tmp_path, *overrides) == 0
+    assert list(results_of(tmp_path)["tables"]["cka: best layer pair, 40 items"]) == ["m0 - m1", "m0 - m2", "m1 - m2"]
+    for i in (1, 2):
+        (tmp_path / f"vision/m{i}.pt").unlink()
+    assert cli(tmp_path, *overrides, "--fresh") == 2
+    assert "is the only model on both sides" in capsys.readouterr().err
 
 
 def test_few_items_have_no_interval_and_the_second_report_is_the_first(tmp_path, capsys):
@@ -604,7 +718,7 @@ def test_few_items_have_no_interval_and_the_second_report_is_the_first(tmp_path,
         write_features(tmp_path / folder / f"m{i}.pt", n=9, seed=i)
     assert cli(tmp_path, "alignment.k=5", "alignment.metrics=[lcs_knn]") == 0
     out = capsys.readouterr().out
-    assert "- .. -" in out
+    assert "[" not in out.partition("Score of")[0]
     assert cli(tmp_path, "alignment.k=5", "alignment.metrics=[lcs_knn]") == 0
     assert capsys.readouterr().out == out
 
@@ -618,29 +732,53 @@ def test_align_stage_reports_every_pair_and_resumes_from_its_matrices(tmp_path, 
     overrides = ["alignment.metrics=[mutual_knn, lcs_knn, svcca]", "alignment.k=5", "alignment.ladder=[pca:2, pca:4, pca:6]"]
     assert cli(tmp_path, *overrides) == 0
     out = capsys.readouterr().out
-    results = common.read_json(tmp_path / "run/results.json")["stages"]["align"]
-    rows = {(r["language"], r["vision"], r["metric"]): r for r in results["rows"]}
-    assert len(rows) == 5 * 3
-    best = rows["m0", "m2", "mutual_knn"]
-    assert best["layers"] == [1, 1]
-    assert best["p_value"] == 0.05
+    results = results_of(tmp_path)
+    tables = {metric: results["tables"][f"{metric}: best layer pair, 60 items"] for metric in ("mutual_knn", "lcs_knn", "svcca")}
+    assert {len(table) for table in tables.values()} == {5}
+    best = tables["mutual_knn"]["m0 - m2"]
+    assert (best["layers"], best["p"]) == ("1, 1", 0.05)
     assert best["calibrated"] > 0.2
-    assert best["interval"][0] < best["score"] < best["interval"][1]
-    assert 0 <= rows["m0", "m2", "lcs_knn"]["score"] <= 1
-    assert any(c["n"] == 3 and "pca ladder" in c["of"] for c in results["correlations"])
-    assert {p["n"] for p in results["against_n"]} == {15, 30, 60}
+    assert best["score low"] < best["score"] < best["score high"]
+    assert 0 <= tables["lcs_knn"]["m0 - m2"]["score"] <= 1
+    rho = results["tables"]["rank correlation"]["mutual_knn: dose-response, width of pca, alignment with m2"]
+    assert rho["n"] == 4  # the whole model is the widest
     assert "chance" in out
     assert (tmp_path / "run/alignment/alignment.pt").exists()
-    assert {p.name for p in (tmp_path / "run").glob("*.png")} >= {"alignment_vs_n.png", "heatmap_mutual_knn_m0.png", "heatmap_svcca_m1.png"}
+    assert {p.name for p in (tmp_path / "run").glob("*.png")} >= {"heatmap_mutual_knn_m0.png", "heatmap_svcca_m1.png"}
     monkeypatch.setattr(exp, "null_of_maximum", None)  # nothing is computed again
     assert cli(tmp_path, *overrides) == 0
     assert capsys.readouterr().out == out
     (tmp_path / "run/results.json").unlink()
     assert cli(tmp_path, *overrides) == 0
-    assert common.read_json(tmp_path / "run/results.json")["stages"]["align"]["rows"] == results["rows"]
+    assert results_of(tmp_path)["tables"] == results["tables"]
     write_features(tmp_path / "vision/m2.pt", n=60, layers=3, dim=8, seed=9)
     assert cli(tmp_path, *overrides) == 2
     assert "other data" in capsys.readouterr().err
+
+
+def test_n_sweep_has_both_kinds_of_k_both_kinds_of_captions_and_nulls(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    kinds = torch.randn(10, 6, generator=g)[torch.arange(200) % 10]  # coarse: which of ten kinds an item is of
+    for folder, seed in (("language", 0), ("several", 1), ("vision", 2)):
+        noise = 0.7 * torch.randn(200, 1, 6, generator=torch.Generator().manual_seed(seed))
+        write_features(tmp_path / folder / "m.pt", n=200, feats=kinds[:, None] + noise)
+    assert cli(tmp_path, "stages=[n_sweep]", f"n_sweep.several_dir={tmp_path}/several", "n_sweep.sizes=[50, 100, 5000]", "n_sweep.n_draws=3") == 0
+    tables = results_of(tmp_path)["tables"]
+    assert list(tables) == ["mutual_knn, k = 10", "mutual_knn, k / N = 0.2", "unbiased_cka"]
+    assert {row.partition(":")[0] for table in tables.values() for row in table} == {"m, one caption", "m, several captions"}
+    fixed, share = ({row.replace(", one caption", ""): values for row, values in tables[f"mutual_knn, {how}"].items()} for how in ("k = 10", "k / N = 0.2"))
+    assert list(fixed["m"]) == ["N = 50", "N = 100", "N = 200"]
+    assert fixed["m"]["N = 50"] > fixed["m"]["N = 200"] + 0.1  # with more items of a kind ten neighbours are a matter of detail
+    assert share["m"]["N = 200"] == pytest.approx(share["m"]["N = 50"], abs=0.08)
+    assert share["m: chance"]["N = 200"] == pytest.approx(0.2, abs=0.03)
+    assert fixed["m: chance"]["N = 200"] == pytest.approx(0.05, abs=0.02)
+    score, chance = fixed["m"]["N = 100"], fixed["m: chance"]["N = 100"]
+    assert fixed["m: less chance"]["N = 100"] == pytest.approx((score - chance) / (1 - chance))
+    assert (fixed["m: sd"]["N = 200"], fixed["m: p"]["N = 200"]) == (0, 0.05)
+    features = [exp.read_features(tmp_path / f"{side}/m.pt").layers[0] for side in ("language", "vision")]
+    whole = exp.mutual_knn(*(exp.clamp_outliers(x) for x in features))
+    assert fixed["m"]["N = 200"] == pytest.approx(whole)
+    assert (tmp_path / "run/alignment_vs_n.png").exists()
 
 
 def test_caption_levels_and_placeholders(tmp_path, monkeypatch):
@@ -680,22 +818,21 @@ def test_real_features_and_captions():
     assert curve == pytest.approx([0.0865, 0.0466, 0.0436, 0.0311, 0.0280, 0.0277, 0.0254, 0.0275, 0.0238, 0.0185], abs=2e-4)
     assert exp.spearman(range(10), curve)["rho"] == pytest.approx(-0.988, abs=1e-3)
     assert len(exp.read_captions(SHARED / "data/alignment/flickr8k_rule_based_captions.json")[100]) == 1024
-    plain = exp.AlignmentConfig(clamp_quantile=1)
-    vision = exp.read_features(SHARED / "data/alignment/vision/mobilenet_v2_1.0_224.pt", plain, "cpu")
-    text = exp.read_features(SHARED / "data/alignment/language/minilm_cap5.pt", plain, "cpu")
+    vision = exp.read_features(SHARED / "data/alignment/vision/mobilenet_v2_1.0_224.pt")
+    text = exp.read_features(SHARED / "data/alignment/language/minilm_cap5.pt")
 
     def centred(features):  # as the published figures of this set are
         return features.layers[-1] - features.layers[-1].mean(0)
     assert exp.mutual_knn(centred(vision), centred(text)) == pytest.approx(0.171, abs=1e-3)
     for u, value in ((0, 0.133), (40, 0.045), (100, 0.011)):
-        replaced = exp.read_features(SHARED / f"data/alignment/rule_u={u}_features/minilm_last.pt", plain, "cpu")
+        replaced = exp.read_features(SHARED / f"data/alignment/rule_u={u}_features/minilm_last.pt")
         assert exp.mutual_knn(centred(vision), centred(replaced)) == pytest.approx(value, abs=1e-3)
 
 
 def test_families_of_models():
     names = {"vit_small_patch14_dinov2": "vit_dinov2", "vit_huge_patch14_clip": "vit_clip", "mobilenet_v1_0.25_128": "mobilenet_v1",
              "vit_tiny_in21k": "vit_in21k"}
-    assert {name: exp.family(name) for name in names} == names
+    assert {name: exp.family_of(name) for name in names} == names
 
 
 # --------------------------------------------------------------------------------------------------------- films, fine-tuning
@@ -713,53 +850,78 @@ def film_config(tmp_path, films, *overrides):
                                                  *overrides])
 
 
-def test_labels_are_tied_by_id_and_by_name(tmp_path, films):
+def load(tmp_path, films, *overrides, stage="finetune"):
+    return exp.load_data(film_config(tmp_path, films, *overrides), stage)
+
+
+def test_labels_are_tied_by_id_and_by_name_and_training_inputs_are_whole(tmp_path, films):
     shuffled = tmp_path / "shuffled"
     shutil.copytree(films, shuffled)
     labels, ids = np.load(f"{films}/labels/labels_all_23.npy"), Path(films, "labels/ids_all.txt").read_text().split()
     columns = np.random.RandomState(0).permutation(23)
     np.save(shuffled / "labels/labels_all_23.npy", labels[:, columns])
     (shuffled / "labels/class_names_23.json").write_text(json.dumps([demo_data.GENRES[c] for c in columns]))
-    reference, other = (exp.read_films(film_config(tmp_path, f), "cpu") for f in (films, shuffled))
+    data, other = (load(tmp_path, f) for f in (films, shuffled))
+    reference, other = data.source, other.source
     for genre in demo_data.GENRES:
         assert torch.equal(reference.labels[:, reference.genres.index(genre)], other.labels[:, other.genres.index(genre)])
-    film = reference.ids[5]
-    assert reference.labels[5].tolist() == labels[ids.index(film)].tolist()
-    rows = np.load(next(Path(films, "latents").glob("*_text.npy")))
-    clamped = exp.clamp_outliers(torch.from_numpy(rows[::3].astype(np.float32)), 0.95)
-    assert torch.equal(reference.language[0].layers[0][5], clamped[ids.index(film)])
+    assert reference.labels[5].tolist() == labels[ids.index(reference.ids[5])].tolist()
+    rows = torch.from_numpy(np.load(next(Path(films, "latents").glob("*_text.npy")))[::3].astype(np.float32))
+    rows = rows[[ids.index(film) for film in reference.ids]]
+    assert torch.equal(reference.language[0].layers[0], rows)  # no clamp
+    train = data.splits["train"]
+    assert torch.allclose(data.tensors["text"], (rows - rows[train].mean(0)) / rows[train].std(0), atol=1e-5)
     assert exp.genre_of(19, reference.genres) == exp.genre_of("western", other.genres) == "Western"
     assert exp.genre_of(0, reference.genres) == "Drama"
     with pytest.raises(UserError, match="no such genre"):
         exp.genre_of("Noir", reference.genres)
 
 
-def test_index_files_choose_films(tmp_path, films):
+@pytest.mark.parametrize("form", ["words", "bytes", "whole numbers", "places"])
+def test_index_folders_choose_films(tmp_path, films, capsys, form):
     root = tmp_path / "indexed"
     shutil.copytree(films, root)
     split = common.read_json(root / "split.json")
-    (root / "test").write_text("\n".join(split["test"][3:9]))
-    (root / "train.json").write_text(json.dumps([0, 2, 4]))
-    found = exp.read_films(film_config(tmp_path, root), "cpu")
-    assert [found.ids[i] for i in found.splits["test"].tolist()] == split["test"][3:9]
-    assert [found.ids[i] for i in found.splits["train"].tolist()] == [split["train"][i] for i in (0, 2, 4)]
+    chosen = {"train": split["train"][::2], "dev": split["dev"], "test": split["test"][3:24]}
+    for part, names in chosen.items():
+        (root / part).mkdir()
+        places = np.array([split[part].index(film) for film in names])
+        np.save(root / part / "sampled_ids.npy", {"words": np.array(names), "bytes": np.array(names, dtype="S"), "places": places,
+                                                  "whole numbers": np.array([int(film) for film in names])}[form])
+    data = load(tmp_path, root)
+    found = data.source
+    for part, names in chosen.items():
+        assert [found.ids[i] for i in found.chosen[part].tolist()] == names
+    assert f"train has 36 of 72 films, those of {root}/train/sampled_ids.npy" in capsys.readouterr().out
+    assert [found.ids[i] for i in found.test_sample.tolist()] == chosen["test"]
+    few, control = (exp.select(data, next(job for job in data.jobs if job["labelled"] == arm)) for arm in (36, "all"))
+    assert [found.ids[i] for i in few.splits["labelled"].tolist()] == chosen["train"]
+    assert "labelled" not in control.splits
+    assert len(few.splits["train"]) == 72  # InfoNCE has all pairs
+    probes = load(tmp_path, root, stage="mmimdb")
+    assert (len(probes.splits["train"]), len(probes.splits["test"])) == (36, 21)
+
+
+def sampled(root, values, part="test"):
+    (root / part).mkdir()
+    np.save(root / part / "sampled_ids.npy", values)
 
 
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda root: (root / "labels/ids_all.txt").write_text("1\n2\n"), "expected 2 x 23"),
-    (lambda root: (root / "labels/labels_all_23.npy").write_bytes(b"junk"), "label files cannot be read"),
-    (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_text.npy").write_bytes(b"junk"), "not a readable .npy"),
+    (lambda root: (root / "labels/labels_all_23.npy").write_bytes(b"junk"), "labels_all_23.npy: cannot be read"),
+    (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_text.npy").write_bytes(b"junk"), "clip_text.npy: cannot be read"),
     (lambda root: (root / "split.json").write_text(json.dumps({"train": ["nobody"], "dev": ["x"], "test": ["y"]})), "1 films of train are not in"),
     (lambda root: np.save(root / "latents/mm_imdb1_globals_aug3_clip_text.npy", np.zeros((7, 4))), "expected 120 films x views_per_sample"),
     (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_image.npy").unlink(), "no mm_imdb1_globals_aug*_image.npy"),
     (lambda root: np.save(root / "latents/mm_imdb1_globals_aug3_clip_text.npy", np.full((360, 4), np.nan)), "NaN"),
     (lambda root: np.save(root / "labels/labels_all_23.npy", np.full((120, 23), 2)), "of 0 and 1"),
     (lambda root: (root / "split.json").write_text(json.dumps({"train": 5})), "no films of train"),
-    (lambda root: (root / "test.json").write_text("[1, 2"), "test.json: expected ids of films"),
-    (lambda root: (root / "test").write_bytes(b"\x80\xff"), "test: expected ids of films"),
-    (lambda root: (root / "test.txt").write_text("0 1 tt99"), "'tt99' is neither"),
-    (lambda root: (root / "dev.txt").write_text(""), "it is empty"),
-    (lambda root: (root / "test.txt").write_text(" ".join(map(str, range(10)))), "10 test films are too few")])
+    (lambda root: sampled(root, np.array([["0"]])), "expected a 1-D array of film ids or places, found <U1 [1, 1]"),
+    (lambda root: sampled(root, np.array([None, 3])), "sampled_ids.npy: cannot be read"),  # a pickle
+    (lambda root: sampled(root, np.array([0.5])), "expected a 1-D array of film ids or places, found float64"),
+    (lambda root: sampled(root, np.array(["0", "tt99"])), "1 of 2 entries are neither ids of films"),
+    (lambda root: sampled(root, np.arange(10)), "10 test films are too few")])
 def test_bad_films_are_one_line(tmp_path, films, capsys, damage, message):
     root = tmp_path / "damaged"
     shutil.copytree(films, root)
@@ -771,36 +933,90 @@ def test_bad_films_are_one_line(tmp_path, films, capsys, damage, message):
     assert len(error.splitlines()) == 1
 
 
-def test_every_weight_gets_the_same_steps_rates_and_start(tmp_path, films):
-    cfg = film_config(tmp_path, films, "finetune.weights=[0, 2]", "finetune.n_seeds=2", "finetune.epochs=4", "finetune.warmup_epochs=2")
-    history = exp.train(cfg)
+def test_plots_are_the_first_summary_longer_than_one_word(tmp_path):
+    (tmp_path / "dataset").mkdir()
+    for film, plot in (("1", ["Short", "Two words", "More of it"]), ("2", "One line"), ("3", []), ("4", ["Word"]), ("5", None)):
+        (tmp_path / f"dataset/{film}.json").write_text(json.dumps({"plot": plot}))
+    assert exp.film_texts(tmp_path, ["1", "2", "3", "4", "5"]) == ["Two words", "One line", "", "Word", ""]
+
+
+def test_every_weight_gets_the_same_steps_rates_batches_and_start(tmp_path, films):
+    cfg = film_config(tmp_path, films, "finetune.weights=[0, 2]", "finetune.n_seeds=2", "finetune.epochs=4", "finetune.warmup_epochs=2",
+                      "finetune.n_labelled=20")
+    data = exp.load_data(cfg)
+    history = exp.train(cfg, data)
     jobs = {}
     for row in history:
         jobs.setdefault(row["job"], []).append((row["epoch"], row["learning_rate"]))
-    assert len(jobs) == 4
+    assert len(jobs) == 8
     assert len({tuple(rows) for rows in jobs.values()}) == 1
     rates = [rate for _, rate in next(iter(jobs.values()))]
     assert rates[1] == pytest.approx(1e-4)
     assert rates[3] == pytest.approx(1e-6)
-    data = exp.load_data(cfg)
-    starts = []
-    for job in data.jobs[::2]:  # both weights, seed 0
+    states, batches = [], []
+    for job in (j for j in data.jobs if j["seed"] == 1 and j["labelled"] == 20):  # both weights
         common.seed_everything(job["seed"])
-        starts.append(exp.build_model(cfg, exp.select(data, job)).state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in starts), strict=True))
+        selected = exp.select(data, job)
+        states.append(exp.build_model(cfg, selected).state_dict())
+        batches.append(exp.epoch_batches(cfg, selected, 3))
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+    assert all(torch.equal(a, b) for one, other in zip(*batches, strict=True) for a, b in zip(one, other, strict=True))
+
+
+def test_few_labels_many_pairs(tmp_path, films):
+    """InfoNCE has every pair once an epoch; the classifier's loss has no label but those of the labelled films."""
+    cfg = film_config(tmp_path, films, "finetune.n_labelled=20", "finetune.weights=[1]", "finetune.batch_size=16", "finetune.n_seeds=2")
+    data = exp.load_data(cfg)
+    assert [job["labelled"] for job in data.jobs] == [20, 20, "all", "all"]
+    labelled = [set(exp.select(data, job).splits["labelled"].tolist()) for job in data.jobs[:2]]
+    assert labelled[0] != labelled[1]  # drawn by seed
+    few = exp.select(data, data.jobs[0])
+    positives = few.tensors["labels"][few.splits["labelled"]].sum().item()
+    share = few.tensors["labels"][few.splits["train"]].mean().item()
+    assert positives == max(1, round(20 * share))
+    batches = exp.epoch_batches(cfg, few, 0)
+    assert sorted(torch.cat([pairs for pairs, _ in batches]).tolist()) == few.splits["train"].tolist()
+    assert {len(rows) for _, rows in batches} == {16}
+    assert set(torch.cat([rows for _, rows in batches]).tolist()) <= labelled[0]
+    unknown = [i for i in range(120) if i not in labelled[0]]
+    changed = dataclasses.replace(few, tensors={**few.tensors, "labels": few.tensors["labels"].clone()})
+    changed.tensors["labels"][unknown] = 1 - changed.tensors["labels"][unknown]
+    model = exp.build_model(cfg, few)
+    for pairs, rows in batches:
+        one, other = (model.losses(exp.make_batch(d, pairs, rows)) for d in (few, changed))
+        assert torch.equal(one["loss"], other["loss"])
+    with pytest.raises(UserError, match="n_labelled=500: must be 2 to 72"):
+        load(tmp_path, films, "finetune.n_labelled=500")
 
 
 def test_contrastive_weight_zero_trains_no_image_tower_and_scale_is_clamped(tmp_path, films):
     cfg = film_config(tmp_path, films, "finetune.weights=[0]")
     data = exp.load_data(cfg)
-    model = exp.build_model(cfg, data)
-    model.losses(exp.make_batch(data, data.splits["train"][:8]))["loss"].backward()
+    model, batch = exp.build_model(cfg, data), exp.make_batch(data, data.splits["train"][:8])
+    model.losses(batch)["loss"].backward()
     assert all(p.grad.abs().sum() == 0 for p in model.image.parameters())
     assert all(p.grad.abs().sum() > 0 for p in model.text.parameters())
     model.log_scale.data.fill_(10)
-    image, text, _ = model(batch := exp.make_batch(data, data.splits["train"][:8]))
+    image, text = model.image(batch["image"]), model.text(batch["text"])
     expected = common.info_nce(F.normalize(image, dim=1), F.normalize(text, dim=1), torch.tensor(100.0))
     assert model.losses(batch)["contrast"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_learnt_scale_moves_and_is_logged(tmp_path, films):
+    """It has a rate of its own; at the towers' it stayed where it began."""
+    cfg = film_config(tmp_path, films, "finetune.weights=[5]", "finetune.n_seeds=1", "finetune.epochs=4", "finetune.warmup_epochs=1")
+    history = exp.train(cfg, exp.load_data(cfg))
+    assert abs(history[-1]["logit_scale"] - 1 / 0.07) > 0.1  # 4 steps at the towers' rate: at most .006
+
+
+def test_one_batch_is_overfitted(tmp_path, films):
+    data = load(tmp_path, films, "finetune.weights=[1]")
+    cfg = film_config(tmp_path, films, "finetune.weights=[1]", "finetune.learning_rate=3e-3")
+    torch.manual_seed(0)
+    model = exp.build_model(cfg, data)
+    optimizer, batch = exp.build_optimizer(cfg, model), exp.make_batch(data, data.splits["train"][:16])
+    losses = [exp.train_step(model, batch, optimizer)["loss"].item() for _ in range(60)]
+    assert losses[-1] < 0.05 * losses[0]
 
 
 def test_a_genre_that_dev_lacks_is_refused(tmp_path, films):
@@ -810,19 +1026,19 @@ def test_a_genre_that_dev_lacks_is_refused(tmp_path, films):
     labels[[ids.index(film) for film in common.read_json(root / "split.json")["dev"]], demo_data.GENRES.index("War")] = 0
     np.save(root / "labels/labels_all_23.npy", labels)
     with pytest.raises(UserError, match="War has none or all of the 12 films of dev"):
-        exp.load_data(film_config(tmp_path, root, "finetune.class_idx=War"))
+        load(tmp_path, root, "finetune.class_idx=War")
 
 
 def test_a_ladder_or_a_warm_up_longer_than_the_data_is_refused(tmp_path, films):
     with pytest.raises(UserError, match=r"warmup_epochs=30 must be less than finetune\.epochs=30"):
-        exp.load_data(film_config(tmp_path, films, "finetune.warmup_epochs=30"))
+        load(tmp_path, films, "finetune.warmup_epochs=30")
     root = tmp_path / "short"
     shutil.copytree(films, root)
-    (root / "train.json").write_text(json.dumps(list(range(20))))
+    sampled(root, np.arange(20), "train")
     with pytest.raises(UserError, match="clip_text has 48 features of 20 items"):
-        exp.load_data(film_config(tmp_path, root, "stages=[mmimdb]", "alignment.ladder=[pca:30]"))
+        load(tmp_path, root, "alignment.ladder=[pca:30]", stage="mmimdb")
     with pytest.raises(UserError, match="a second model of the name pca4"):
-        exp.load_data(film_config(tmp_path, films, "stages=[mmimdb]", "alignment.ladder=[pca:4, pca:4]"))
+        load(tmp_path, films, "alignment.ladder=[pca:4, pca:4]", stage="mmimdb")
 
 
 def test_threshold_that_maximises_f1():
@@ -831,15 +1047,34 @@ def test_threshold_that_maximises_f1():
     assert exp.genre_f1((logits > t)[:, None], targets[:, None]).item() == pytest.approx(2 * 3 / (4 + 3))
 
 
+def test_probes_are_adam_with_l2(tmp_path, films):
+    data = load(tmp_path, films, stage="mmimdb")
+    cfg = film_config(tmp_path, films)
+    model, batch = exp.build_model(cfg, data), exp.make_batch(data, data.splits["train"][:16])
+    optimizer = exp.build_optimizer(cfg, model)
+    for _ in range(3):
+        exp.train_step(model, batch, optimizer)
+    for i, (rate, decay) in list(enumerate(exp.PROBE_SETTINGS))[::6]:
+        single = nn.Linear(48, 23)
+        nn.init.zeros_(single.weight)
+        nn.init.zeros_(single.bias)
+        own = torch.optim.Adam(single.parameters(), lr=rate, weight_decay=decay)
+        for _ in range(3):
+            own.zero_grad()
+            F.binary_cross_entropy_with_logits(single(batch["features"]), batch["labels"], pos_weight=model.pos_weight).backward()
+            own.step()
+        assert torch.allclose(model.weight[i], single.weight.T, atol=1e-5), i
+
+
 # ------------------------------------------------------------------------------------------------------------------ whole runs
 
 def toy_yaml(tmp_path, films):
     path = tmp_path / "toy.yaml"
     path.write_text(f"""stages: [synthetic, mmimdb, finetune]
-mmimdb: {{dir: {films}, epochs: 4, learning_rates: [1e-3], weight_decays: [0, 0.1]}}
-alignment: {{n_permutations: 19, k: 5, ladder: ["pca:4", "tfidf:64"]}}
-finetune: {{class_idx: Drama, weights: [0, 1], n_seeds: 1, epochs: 4, warmup_epochs: 1, embed_dim: 16}}
-synthetic: {{uniqueness: [0, 8], transform_depths: [1], x2_depths: [1, 2], n_samples: 4000, epochs: 3, n_test: 100, k: 10}}
+mmimdb: {{dir: {films}, epochs: 4}}
+alignment: {{n_permutations: 19, k: 5, ladder: ["pca:4", "pca:8", "tfidf:64"]}}
+finetune: {{class_idx: Drama, weights: [0, 1], n_seeds: 2, epochs: 4, warmup_epochs: 1, embed_dim: 16, n_labelled: 30}}
+synthetic: {{uniqueness: [0, 4, 8], transform_depths: [1], x1_depths: [1, 2], x2_depths: [1], n_samples: 4000, epochs: 2, n_seeds: 2}}
 device: cpu
 """)
     return path
@@ -857,98 +1092,150 @@ def whole(tmp_path_factory, films):
 def assert_same_run(folder, whole):
     assert (folder / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
-    one, other = (common.load_checkpoint(f / "best_model.pt")["model_state_dict"] for f in (folder, whole))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[k], other[k]) for k in one)
+    for name in ("best_model.pt", "checkpoint_latest.pt"):
+        one, other = (common.load_checkpoint(f / name)["model_state_dict"] for f in (folder, whole))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_a_run_leaves_the_documented_files(whole):
     folder = whole[1]
     names = {p.name for p in folder.iterdir()}
-    assert names >= {"config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "best_model.pt", "results.json", "finetune.png",
-                     "mmimdb_correlations.png", "alignment_vs_uniqueness_mutual_knn.png", "alignment_vs_performance_unbiased_cka.png"}
+    assert names >= {"config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "best_model.pt", "results.json", "report.md", "per_item.pt",
+                     "finetune.png", "mmimdb_correlations.png", "alignment_vs_uniqueness_mutual_knn.png", "alignment_vs_performance_unbiased_cka.png"}
     results = common.read_json(folder / "results.json")
     assert results["synthetic"] is True
     assert results["data_fingerprint"] == common.read_json(folder / "environment.json")["data_fingerprint"]
     state = common.load_checkpoint(folder / "checkpoint_latest.pt")
     assert state.keys() >= {"epoch", "global_step", "best_val_loss", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
                             "scaler_state_dict", "history", "config", "rng", "position"}
-    rows = results["stages"]["synthetic"]["rows"]
-    assert {(r["U"], r["x2_depth"]) for r in rows} == {(0, 1), (0, 2), (8, 1), (8, 2)}
-    assert [m["model"] for m in results["stages"]["mmimdb"]["models"]] == ["clip_text", "pca4", "tfidf64"]
-    for model in results["stages"]["mmimdb"]["models"]:
-        assert model["f1_macro"] == pytest.approx(np.mean(list(model["f1"].values())))
-    assert all(c["n"] >= 2 and "p" in c for stage in ("synthetic", "finetune") for c in results["stages"][stage]["correlations"])
+    tables = results["tables"]
+    assert set(tables["alignment against uniqueness U"]) == {"D = 1, U = 0", "D = 1, U = 4", "D = 1, U = 8"}
+    assert tables["alignment against uniqueness U"]["D = 1, U = 4"]["n"] == 4  # 2 seeds x 2 depths of x1
+    probes = tables["linear probes; alignment with clip_image"]
+    assert list(probes) == ["chance: all genres of every film", "clip_text", "pca4", "pca8", "tfidf64"]
+    assert probes["clip_text"]["f1_macro low"] < probes["clip_text"]["f1_macro"] < probes["clip_text"]["f1_macro high"]
+    genres = tables["test F1 against mutual_knn, dose-response over pca"]
+    assert genres["macro"]["n"] == 3
+    assert len(genres) == 24
+    assert not any("models" in title for title in tables)  # one model is no sample
+    rows = tables["Drama: F1, AP and alignment against w"]
+    assert list(rows) == ["chance: all positive", "30 labelled, w = 0", "30 labelled, w = 1", "all labelled, w = 0", "all labelled, w = 1"]
+    for row in list(rows.values())[1:]:
+        assert row["AP low"] < row["AP"] < row["AP high"]
+        assert row["unbiased_cka low"] < row["unbiased_cka"] < row["unbiased_cka high"]
+    assert list(tables["paired difference"]) == ["30 labelled, w = 1 - 30 labelled, w = 0", "all labelled, w = 1 - all labelled, w = 0",
+                                                 "all labelled, w = 0 - 30 labelled, w = 0", "all labelled, w = 1 - 30 labelled, w = 1"]
+    assert tables["rank correlation"]["unbiased_cka: U, alignment; D = 1"]["seeds"] == 2
+    assert tables["finetune: rank correlation"]["w, AP; 30 labelled"]["n"] == 4
 
 
-@pytest.mark.parametrize("step", [3, 40, 50, 63])
-def test_interrupted_at_any_step_and_rerun_equals_uninterrupted(whole, tmp_path, monkeypatch, step):
-    """As after a kill: nothing is saved at the interruption itself, only the last checkpoint before it is there."""
-    real, taken = exp.train_step, itertools.count()
-
-    class Killed(BaseException):
-        pass
-
-    def killed(*args):
-        if next(taken) == step:
-            raise Killed
-        return real(*args)
-    monkeypatch.setattr(exp, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(exp, "train_step", killed)
-    with pytest.raises(Killed):
-        exp.main([str(whole[0]), f"output_dir={tmp_path / 'run'}"])
-    monkeypatch.setattr(exp, "train_step", real)
-    assert exp.main([str(whole[0]), f"output_dir={tmp_path / 'run'}"]) == 0
-    assert_same_run(tmp_path / "run", whole[1])
+def test_finished_models_load_and_give_the_reported_scores(whole, films):
+    models, cfg = exp.load_model(whole[1])
+    assert cfg.finetune.n_labelled == 30
+    results = common.read_json(whole[1] / "results.json")["tables"]
+    data = exp.load_data(cfg, "finetune")
+    values = []
+    for seed in (0, 1):
+        model = models[f"finetune genre=Drama labelled=30 weight=1.0 seed={seed}"]
+        assert not model.training
+        values.append(model.score(data, "test").item())
+    assert np.mean(values) == pytest.approx(results["Drama: F1, AP and alignment against w"]["30 labelled, w = 1"]["AP"])
+    assert isinstance(models["synthetic seed=1 side=x2 depth=1"], exp.Encoders)
+    assert sum(name.startswith("mmimdb") for name in models) == 4
 
 
-def test_a_job_left_for_another_stage_is_logged_once(whole, tmp_path, monkeypatch):
-    real, taken = exp.train_step, itertools.count()
-
-    def interrupted(*args):
-        if next(taken) == 2:  # in the third epoch of the first job
-            raise KeyboardInterrupt
-        return real(*args)
-    command = [str(whole[0]), f"output_dir={tmp_path / 'run'}"]
-    monkeypatch.setattr(exp, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(exp, "train_step", interrupted)
-    assert exp.main([*command, "--stage", "finetune"]) == 130
-    monkeypatch.setattr(exp, "train_step", real)
-    assert exp.main([*command, "--stage", "mmimdb"]) == 0
-    assert exp.main(command) == 0
-    assert sorted((tmp_path / "run/metrics.csv").read_text().splitlines()) == sorted((whole[1] / "metrics.csv").read_text().splitlines())
-    assert common.read_json(tmp_path / "run/results.json") == common.read_json(whole[1] / "results.json")
+def test_nothing_is_chosen_on_test(whole, films, tmp_path):
+    """The genres of the test films, shuffled among them."""
+    root = tmp_path / "films"
+    shutil.copytree(films, root)
+    labels, ids = np.load(root / "labels/labels_all_23.npy"), (root / "labels/ids_all.txt").read_text().split()
+    rows = [ids.index(film) for film in common.read_json(root / "split.json")["test"]]
+    labels[rows] = labels[np.random.RandomState(0).permutation(rows)]
+    np.save(root / "labels/labels_all_23.npy", labels)
+    path = tmp_path / "toy.yaml"
+    path.write_text(whole[0].read_text())
+    assert exp.main([str(path), f"output_dir={tmp_path / 'run'}", f"mmimdb.dir={root}"]) == 0
+    for changed in (("Drama: F1, AP and alignment against w", "30 labelled, w = 1", "AP"), ("linear probes; alignment with clip_image", "clip_text", "mAP")):
+        assert_nothing_chosen_on_test(tmp_path / "run", whole[1], changed=("tables", *changed))
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_killed_and_rerun_equals_uninterrupted(whole, tmp_path, sent, code):
-    command = [sys.executable, "-c", "import sys, exp_alignment_corr as e; e.SAVE_SECONDS = 0; sys.exit(e.main(sys.argv[1:]))", str(whole[0]),
-               f"output_dir={tmp_path / 'run'}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+# Moments of a run at which a process is killed; a job that is cut short is done again.
+MOMENTS = {
+    "mid job": lambda: kill_at(exp, "train_step", 31),
+    "before a checkpoint": lambda: kill_at(common, "atomic_write", 3, ends_with("checkpoint_latest.pt")),
+    "before best_model.pt": lambda: kill_at(common, "atomic_write", 1, ends_with("best_model.pt")),
+    "evaluation": lambda: kill_at(common, "plot_lines", 3),
+    "before results.json": lambda: kill_at(common, "atomic_write", 1, ends_with("results.json")),
+    "after completion": lambda: None}
+
+
+def quicken():
+    torch.set_num_threads(1)
+
+
+def test_killed_at_any_moment_and_rerun_equals_uninterrupted(whole, tmp_path):
+    commands = {moment: [whole[0], f"output_dir={tmp_path / moment.replace(' ', '_')}"] for moment in MOMENTS}
+    killed("test_exp_alignment_corr", list(commands.items()))
+    for moment, command in commands.items():
+        assert exp.main([*map(str, command)]) == 0, moment
+        assert_same_run(tmp_path / moment.replace(" ", "_"), whole[1])
+
+
+def test_ctrl_c_ends_after_the_job_in_hand(whole, tmp_path):
+    process = subprocess.Popen([sys.executable, "exp_alignment_corr.py", str(whole[0]), f"output_dir={tmp_path / 'run'}"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run/metrics.csv"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 6):
+    while process.poll() is None and not log.exists():
         time.sleep(0.002)
-    process.send_signal(sent)
-    assert process.wait() == code
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).returncode == 0
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130, error
+    assert re.search(r"stopped at step \d+; the same command resumes from", error.strip())
+    assert exp.main([str(whole[0]), f"output_dir={tmp_path / 'run'}"]) == 0
     assert_same_run(tmp_path / "run", whole[1])
 
 
 def test_a_finished_run_only_reports_and_another_config_is_refused(whole, capsys, monkeypatch):
     path, folder = whole
-    monkeypatch.setattr(exp, "load_data", None)
-    before = (folder / "results.json").stat().st_mtime_ns
+    monkeypatch.setattr(exp, "train_job", None)
+    monkeypatch.setattr(exp, "evaluate", None)
+    before = (folder / "results.json").read_bytes()
     assert exp.main([str(path), f"output_dir={folder}"]) == 0
     assert "finetune: genre Drama" in capsys.readouterr().out
-    assert (folder / "results.json").stat().st_mtime_ns == before
+    assert (folder / "results.json").read_bytes() == before
     assert exp.main([str(path), f"output_dir={folder}", "finetune.epochs=5"]) == 2
     assert "finetune.epochs=5 (was 4)" in capsys.readouterr().err
+
+
+def test_stages_with_and_without_training_share_a_run(tmp_path, films):
+    for i, folder in enumerate(("language", "vision")):
+        write_features(tmp_path / folder / "m.pt", n=40, seed=i)
+    command = ["stages=[align, finetune]", f"mmimdb.dir={films}", "finetune.class_idx=Drama", "finetune.weights=[1]", "finetune.n_seeds=1", "finetune.epochs=2",
+               "finetune.warmup_epochs=1", "finetune.embed_dim=8", "alignment.metrics=[cka]", "alignment.k=5"]
+    assert cli(tmp_path, *command) == 0
+    assert list(results_of(tmp_path)["tables"]) == ["cka: best layer pair, 40 items", "Drama: F1, AP and alignment against w", "paired difference", "rank correlation"]
+    (tmp_path / "run/results.json").unlink()
+    assert cli(tmp_path, *command, "--stage", "evaluate") == 0
+
+
+def test_runs_are_compared_pair_by_pair_over_films(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "toy.yaml"
+    path.write_text(whole[0].read_text().replace("[synthetic, mmimdb, finetune]", "[finetune]"))
+    for rate in ("1e-4", "1e-3"):
+        assert exp.main([str(path), f"output_dir={tmp_path / rate}", f"finetune.learning_rate={rate}"]) == 0
+    capsys.readouterr()
+    assert exp.main(["--compare", str(tmp_path / "1e-4"), str(tmp_path / "1e-3")]) == 0
+    out = capsys.readouterr().out
+    assert "1e-3 - 1e-4 (paired, 36 items)" in out
+    assert "30 labelled, w = 1: 1e-3 (1)" in out
 
 
 def test_non_finite_loss_names_job_and_rate(tmp_path, films, capsys):
     (tmp_path / "x.yaml").write_text("")
     code = exp.main([str(tmp_path / "x.yaml"), "stages=[finetune]", f"mmimdb.dir={films}", "finetune.learning_rate=1e30", "finetune.warmup_epochs=0",
-                     "device=cpu", f"output_dir={tmp_path}/run"])
+                     "finetune.class_idx=Drama", "device=cpu", f"output_dir={tmp_path}/run"])
     error = capsys.readouterr().err
     assert code == 1
     assert "non-finite loss or prediction in finetune" in error
@@ -973,3 +1260,18 @@ finetune:
     assert cfg.finetune.class_idx == 19
     assert cfg.finetune.weights[-1] == 10
     assert cfg.features_dir == "{BASE_DIR}/gpt_u={}_features"
+
+
+def test_score_matrices_and_pictures_go_where_the_config_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASE_DIR", str(tmp_path))
+    for u in (0, 50):
+        for i in range(3):
+            write_features(tmp_path / f"gpt_u={u}_features/m{i}.pt", n=40, seed=10 * u + i, bpb=1 - 0.1 * i, pool="avg")
+    write_features(tmp_path / "vision/vit_base.pt", n=40, seed=5)
+    assert cli(tmp_path, "stages=[uniqueness]", "features_dir={BASE_DIR}/gpt_u={}_features", "align_dir={BASE_DIR}/gpt_u={}_alignment",
+               "plot_dir={BASE_DIR}/plots", "same_scale=true", "pool_x=avg", "alignment.metrics=[mutual_knn]") == 0
+    assert (tmp_path / "gpt_u=0_alignment/alignment_u=0.pt").exists()
+    assert (tmp_path / "gpt_u=50_alignment/alignment_u=50.pt").exists()
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"alignment_vs_uniqueness_mutual_knn.png", "performance_mutual_knn_vit.png"}
+    correlations = results_of(tmp_path)["tables"]["rank correlation"]
+    assert correlations["mutual_knn: performance (- bits per byte), alignment with vit; u = 50"]["n"] == 3

@@ -1376,7 +1376,7 @@ def compare_models(cfg, language, vision, level):
     if n <= a.k:
         raise UserError(f"{language[0].path}: {n} items are too few for alignment.k={a.k} neighbours")
     for x in (x for m in (*language, *vision) for x in m.layers):
-        digest = zlib.crc32(x.cpu().numpy(), digest)
+        digest = zlib.crc32(x.cpu().contiguous().numpy(), digest)
     names = [[m.model for m in side] for side in (language, vision)]
     is_one_modality = [m.path for m in language] == [m.path for m in vision]
     identity = json.dumps([dataclasses.asdict(a), cfg.seed, *names, digest])

@@ -454,7 +454,7 @@ def test_fusion_knows_what_is_there(small):
 def test_captions_of_one_photo_are_no_negatives(small, monkeypatch):
     _, data, model = small
     calls = []
-    monkeypatch.setattr(common, "info_nce", lambda a, b, scale, ids, how: calls.append(
+    monkeypatch.setattr(common, "info_nce", lambda a, b, scale, ids, how, rows: calls.append(
         (scale, ids.tolist(), how)) or a.sum() * 0)
     batch = exp.make_batch(data, data.splits["train"][:8])
     exp.retrieval_losses(model, batch)

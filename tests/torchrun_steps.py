@@ -3,6 +3,7 @@
     python tests/torchrun_steps.py OUT          # in an empty folder; writes {type: {case: losses, weights}} to OUT
 """
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -48,13 +49,19 @@ def batch_of(module, cfg, data, step):
     return module.make_batch(data, rows, common.share(len(rows)))
 
 
-def run(name, n_steps):
+@functools.cache
+def loaded(name):
+    """(module, config, data) of a case."""
     script, config, settings = CASES[name]
     module = importlib.import_module(script)
     cfg = common.load_config(module.Config, ROOT / f"configs/{config}.yaml", ["device=cpu", *settings], demo=True)
     with common.one_after_the_other():
         module.use_demo(cfg)
-        data = module.load_data(cfg)
+        return module, cfg, module.load_data(cfg)
+
+
+def run(name, n_steps):
+    module, cfg, data = loaded(name)
     common.seed_everything(cfg.seed)
     model = module.build_model(cfg, data).to(torch.get_default_dtype())
     optimizer = module.build_optimizer(cfg, model)

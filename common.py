@@ -1535,7 +1535,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (-h shows the usage)")
 
 
-def parse_command_line(argv, configs, doc, stages, compare=False):
+def parse_command_line(argv, configs, doc, stages):
     """`config.yaml [key=value ...] [--stage S] [--demo] [--fresh]`, or `--compare FOLDER ...` -> arguments.
 
     -h lists every key of the config dataclasses. Raises: UserError.
@@ -1552,8 +1552,7 @@ def parse_command_line(argv, configs, doc, stages, compare=False):
     parser.add_argument("--stage", choices=stages, default="all", help="run only this part (default: all)")
     parser.add_argument("--demo", action="store_true", help="synthetic stand-in data, about a minute on a laptop CPU")
     parser.add_argument("--fresh", action="store_true", help="move an existing run folder to .old-N and start again")
-    if compare:
-        parser.add_argument("--compare", nargs="+", metavar="FOLDER", help="finished runs side by side; needs no YAML")
+    parser.add_argument("--compare", nargs="+", metavar="FOLDER", help="finished runs side by side; needs no YAML")
     args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         option, _, value = unknown[0].partition("=")
@@ -1562,9 +1561,9 @@ def parse_command_line(argv, configs, doc, stages, compare=False):
         meant = nearest_key(option.lstrip("-"), keys)
         hint = f"did you mean {meant}={value or ''.join(following)}?" if meant else "config keys are written key=value"
         raise UserError(f"{option}: no such option; {hint} (-h lists everything)")
-    if args.config and getattr(args, "compare", None):
+    if args.config and args.compare:
         raise UserError(f"--compare takes folders alone; leave {args.config} out")
-    if args.config is None and not getattr(args, "compare", None):
+    if args.config is None and not args.compare:
         raise UserError("which config? The first argument is a YAML file, e.g. one of configs/ (-h shows the usage)")
     if args.config and "=" in args.config and not Path(args.config).exists():
         raise UserError(f"the config file comes first, found {args.config!r}")
@@ -1577,7 +1576,7 @@ def setup(argv, Config, doc, stages, use_demo):
     use_demo(cfg) writes the stand-in data and points cfg at them.
     Raises: UserError; Finished after --compare.
     """
-    args = parse_command_line(argv, (Config,), doc, stages, compare=True)
+    args = parse_command_line(argv, (Config,), doc, stages)
     if args.compare:
         compare_runs(args.compare)
         raise Finished

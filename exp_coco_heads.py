@@ -1383,7 +1383,7 @@ def use_demo(cfg):
 def main(argv):
     if {"tune", "--stage=tune"} & set(argv) and not any(word.endswith((".yaml", ".yml")) for word in argv):
         argv = ["configs/tune/default.yaml", *argv]
-    args = common.parse_command_line(argv, (Config, TuneConfig), __doc__, STAGES, compare=True)
+    args = common.parse_command_line(argv, (Config, TuneConfig), __doc__, STAGES)
     is_search = args.config and "search_space" in common.read_yaml(args.config)
     if args.stage == "tune" and not is_search:
         raise UserError(f"{args.config}: has no search_space; tune YAMLs are in configs/tune/")

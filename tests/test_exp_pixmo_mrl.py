@@ -168,6 +168,15 @@ def test_long_and_tiny_pictures_are_cut_to_their_centre_square():
     assert (common.decode_image(encoded(Image.new("RGB", (1, 1), (1, 2, 3))), 8) == (1, 2, 3)).all()
 
 
+def test_eight_bit_values_in_32_bit_tiffs_are_no_black():
+    values = np.arange(48, dtype=np.int32).reshape(6, 8) * 5
+    for scale in (1, 257):  # of 0..255, of 0..65535
+        file = io.BytesIO()
+        Image.fromarray(values * scale).save(file, "TIFF")
+        decoded = common.decode_image(file.getvalue())
+        np.testing.assert_array_equal(decoded, np.repeat(values[:, :, None], 3, axis=2))
+
+
 def test_a_large_jpeg_decoded_small_equals_the_full_decode():
     data = encoded(picture(1600, 1200), "JPEG", quality=92)
     error = common.decode_image(data, 128).astype(float) - centre(Image.open(io.BytesIO(data)), 128)
@@ -1146,7 +1155,7 @@ def test_features_end_to_end_and_compared_over_seeds(scenes, tmp_path, monkeypat
     assert "prefix of MRL, PCA of plain 4" in out
     assert (tmp_path / "results/compare/compare.png").exists()
     assert cli(tmp_path, scenes, *overrides, f"output_dir={folders['mrl']}", "--stage", "embed", "dim=4") == 0
-    assert torch.load(folders["mrl"] / "embeddings_pixmo_test_4.pt")["text"].shape == (24, 4)
+    assert torch.load(folders["mrl"] / "embeddings_pixmo_test_4.pt", weights_only=True)["text"].shape == (24, 4)
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

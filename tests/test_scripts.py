@@ -139,7 +139,7 @@ def test_every_readme_command_parses(command):
         module = importlib.import_module(words[0].removesuffix(".py"))
         if words[1:] == ["--stage", "tune"]:  # without a YAML: configs/tune/default.yaml
             return
-        args = common.parse_command_line(words[1:], (module.Config,), module.__doc__, module.STAGES, compare="compare" not in module.STAGES)
+        args = common.parse_command_line(words[1:], (module.Config,), module.__doc__, module.STAGES)
         if args.config and Path(args.config).exists() and Path(args.config).parent.name != "tune":  # not a config that the README has just had written
             common.load_config(module.Config, args.config, args.overrides, demo=args.demo)
 

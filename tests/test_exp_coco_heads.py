@@ -1081,8 +1081,9 @@ def test_workers_end_with_their_parent_and_a_journal_is_resumed_by_others(tmp_pa
     after = states(found)
     assert after[:len(before)] == ["FAIL" if state == "RUNNING" else state for state in before]
     assert wanted <= after.count("COMPLETE") + after.count("PRUNED") <= wanted + 1  # n_jobs - 1
-    again = [t.params for t in found[len(before):]]
-    assert all(t.params in again for t in found[:len(before)] if t.state.name == "FAIL")
+    retried = [t.params.items() for t in found[len(before):]]
+    for interrupted in (t.params.items() for t in found[:len(before)] if t.state.name == "FAIL"):
+        assert any(interrupted <= params for params in retried)  # killed while it drew, it may have had a part of them
     assert next(t for t in found if "base" in t.user_attrs and t.state.name != "FAIL").state.name == "COMPLETE"
 
 

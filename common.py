@@ -139,7 +139,7 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
         raise ValueError(f"label_smoothing must lie in [0, 1], found {label_smoothing}")
     scale = _scalar(logit_scale, a)
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale))
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False), full_precision():  # TF32 moves large logits
         value, gradients = _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, rows,
                                      needs_gradients)
     return _WithGradients.apply(value, gradients, a, b, scale) if needs_gradients else value
@@ -211,7 +211,7 @@ def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignor
     a, b = _check_pairs(a, b, ids, false_negatives)
     scale, bias = _scalar(logit_scale, a), _scalar(logit_bias, a)
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale, bias))
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False), full_precision():  # TF32 moves large logits
         value, gradients = _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, rows, needs_gradients)
     return _WithGradients.apply(value, gradients, a, b, scale, bias) if needs_gradients else value
 
@@ -658,6 +658,15 @@ def check_crc(path):
         raise UserError(f"{path}: {member} does not match its checksum: the file is damaged; copy or encode it again")
 
 
+def load_tensors(path, mmap=True):
+    """What a .pt file holds, on the CPU: plain types and dense tensors. Raises: UserError naming the file."""
+    content = guarded(lambda p: torch.load(p, map_location="cpu", mmap=mmap, weights_only=True), path)
+    for x in content.values() if isinstance(content, dict) else [content]:
+        if isinstance(x, torch.Tensor) and (x.layout != torch.strided or x.is_meta):
+            raise UserError(f"{path}: holds a sparse tensor, or one without values (meta); save dense ones")
+    return content
+
+
 def fingerprint(paths, whole=1 << 31, blocks=512):
     """16 hex digits of the SHA-256 over the contents of files, in the order given; .pt and .npz pass `check_crc`.
 
@@ -852,7 +861,7 @@ class BatchNorm1d(nn.BatchNorm1d):
         return ((values - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------- device, seeds, signals
+# ------------------------------------------------------------------------------------------------ device, seeds, steps
 
 def pick_device(name="auto"):
     """torch.device from "auto" (cuda, else mps, else cpu), "cuda", "mps" or "cpu"; also switches TF32 matmul on.
@@ -875,7 +884,7 @@ def pick_device(name="auto"):
 
 @contextlib.contextmanager
 def full_precision():
-    """Float32 matrix products without TF32, for what is measured rather than trained."""
+    """Float32 matrix products without TF32, for what is measured and for logits of a large scale."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -913,6 +922,101 @@ def set_rng_state(state):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+class GraphedStep:
+    """A script's train_step(model, batch, optimizer), on a GPU as CUDA graphs: its kernels are recorded once and then
+    launched together, without Python between them. Called with a batch, {name: tensor, or what does not change}.
+
+    There is a graph for every set of shapes and for every `key`, what else the step depends on (sizes it draws, what
+    is frozen); after `most` of them, and where a step cannot be recorded (it takes a number from the device, copies
+    from CPU memory, draws from the CPU's generator), it runs as it is written, with the same values. So it does on
+    other devices, and of several processes. step_inside=False: the optimizer's step, then the last of train_step, stays
+    outside the graph, which freezes its settings but for the learning rate. Source: Nguyen et al. 2021, "Accelerating
+    PyTorch with CUDA Graphs".
+    """
+
+    def __init__(self, train_step, model, optimizer, enabled=True, step_inside=True, most=16):
+        self.train_step, self.model, self.optimizer = train_step, model, optimizer
+        self.most, self.step_inside = most if enabled else 0, step_inside
+        device = next(model.parameters()).device
+        if device.type == "cuda":  # the other kernels of attention add up its gradients in no fixed order
+            self.train_step = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)(train_step)
+        self.on_gpu = device.type == "cuda" and process()[1] == 1
+        self.graphs, self.pool = {}, None  # key -> (graph, its inputs, gradients, names and values of losses)
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups] if self.on_gpu else []
+
+    def __call__(self, batch, key=None):
+        if not self.on_gpu:
+            return self.train_step(self.model, batch, self.optimizer)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        tensors = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor)}
+        key = (key, *((name, (x.shape, x.dtype) if name in tensors else x) for name, x in batch.items()))
+        if key not in self.graphs and len(self.graphs) < self.most:
+            try:
+                self.graphs[key] = self._recorded(batch)
+            except RuntimeError as error:  # also out of memory
+                self.most = 0
+                print(f"NOTE: no CUDA graphs of this training step ({reason_of(error)}): it runs kernel by kernel")
+        if key not in self.graphs:
+            with self._rates_on_device():
+                return self.train_step(self.model, batch, self.optimizer)
+        graph, inputs, gradients, names, values = self.graphs[key]
+        for name, x in tensors.items():
+            inputs[name].copy_(x)
+        graph.replay()
+        if not self.step_inside:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            self.optimizer.step()
+        return dict(zip(names, values.clone().unbind(), strict=True))
+
+    @contextlib.contextmanager
+    def _rates_on_device(self, **options):
+        """Learning rates that a graph reads when it runs; schedules and checkpoints see numbers."""
+        groups = self.optimizer.param_groups if self.step_inside else []
+        before = [{**group} for group in groups]
+        for rate, group in zip(self.rates, groups, strict=False):
+            group.update(lr=rate, **options)
+        try:
+            yield
+        finally:
+            for group, settings in zip(groups, before, strict=True):
+                group.update(settings)
+
+    def _state(self):
+        """The tensors that a step changes: weights, buffers and what the optimizer keeps."""
+        of_optimizer = [x for state in self.optimizer.state.values() for x in state.values()]
+        return [*self.model.parameters(), *self.model.buffers(), *(x for x in of_optimizer if torch.is_tensor(x))]
+
+    def _recorded(self, batch):
+        """Warm up, record, and put everything back: a recording trains nothing. Raises: RuntimeError."""
+        inputs = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        optimizer = self.optimizer if self.step_inside else types.SimpleNamespace(
+            zero_grad=self.optimizer.zero_grad, step=lambda: None)
+        before, random_states = {id(x): x.detach().clone() for x in self._state()}, rng_state()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), self._rates_on_device():
+                for _ in range(3):
+                    self.train_step(self.model, inputs, optimizer)
+            torch.cuda.current_stream().wait_stream(stream)
+            recording = torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local")
+            with self._rates_on_device(capturable=True), recording:
+                losses = self.train_step(self.model, inputs, optimizer)
+                values = torch.stack([*losses.values()])
+            if not torch.equal(torch.get_rng_state(), random_states["torch"]):
+                raise RuntimeError("it draws from the CPU's generator")
+        finally:
+            with torch.no_grad():
+                for x in self._state():  # AdamW's moments and count begin at 0
+                    x.copy_(before[id(x)]) if id(x) in before else x.zero_()
+            set_rng_state(random_states)
+        gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        return graph, inputs, gradients, [*losses], values
+
+
 class Stopped(Exception):
     """A run that ended itself after Ctrl-C or SIGTERM, with its checkpoint saved."""
 
@@ -925,7 +1029,7 @@ class Stopped(Exception):
 
 # Keys that leave a run what it is: they neither name its folder nor make it another run. So are all that end in dir,
 # _file or parquet: the data they name are known by their fingerprint.
-NEUTRAL_KEYS = ("device", "num_workers", "wandb", "evaluation", "compare", "dim")
+NEUTRAL_KEYS = ("device", "cuda_graphs", "num_workers", "wandb", "evaluation", "compare", "dim")
 
 
 def is_neutral(key):
@@ -1106,7 +1210,7 @@ class Run:
             if part is not None:
                 part.load_state_dict(state[f"{name}_state_dict"])
         device = next(self.parts["model"].parameters()).device
-        self.step, self.history, self._rng = state["global_step"], state["history"], state["rng"]
+        self.step, self.history, self._rng = operator.index(state["global_step"]), state["history"], state["rng"]
         number, others = process()[0], state.get("rng_of_others", [])
         if number:  # resumed with more or fewer processes it draws anew
             self._rng = others[number - 1] if len(others) == process()[1] - 1 else None

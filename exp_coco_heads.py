@@ -134,6 +134,7 @@ class Config:
     experiment: str = Path(__file__).stem.removeprefix("exp_")  # the script that a YAML belongs to
     seed: int = ranged(42, ">= 0", "< 4294967296")  # weights, data order, dropout
     device: str = "auto"  # auto | cuda | mps | cpu
+    cuda_graphs: bool = True  # a GPU replays a recorded training step (false: kernel by kernel, to debug it)
     output_dir: str = ""  # run folder (empty: results/<config name>[,overrides])
     wandb: bool = False  # mirror metrics.csv, tables and pictures to Weights & Biases
     data: DataConfig = field(default_factory=DataConfig)
@@ -493,6 +494,7 @@ def train(cfg, data):
     Returns the rows of metrics.csv."""
     model, optimizer, scheduler = begin(cfg, data)
     folder = open_folder(cfg, data)  # after what can fail for its settings
+    take_step = common.GraphedStep(train_step, model, optimizer, cfg.cuda_graphs)
     per_epoch = len(epoch_batches(data, cfg, 0))
     batches = None  # of an epoch; made when it begins, or resumes
     with common.Run(folder, cfg, model, optimizer, scheduler, steps_per_epoch=per_epoch) as run:
@@ -503,7 +505,7 @@ def train(cfg, data):
             if batch_number == 0 or batches is None:
                 batches = epoch_batches(data, cfg, epoch)
             rows = batches[batch_number]
-            run.add(train_step(model, make_batch(data, rows, common.share(len(rows))), optimizer))
+            run.add(take_step(make_batch(data, rows, common.share(len(rows)))))
             rate = max(scheduler.get_last_lr())
             scheduler.step()
             if batch_number + 1 == per_epoch:
@@ -868,9 +870,8 @@ def check_files(paths):
 def load_tensor(path, device, chunk=16384):
     """A float tensor [rows, D] on the device, in half precision: bfloat16 where float16 would over- or underflow.
     Raises: UserError naming the file if it is anything else, or not finite."""
-    tensor = common.guarded(lambda p: torch.load(p, map_location="cpu", mmap=True, weights_only=True), path)
-    if not (isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel()
-            and tensor.layout == torch.strided):
+    tensor = common.load_tensors(path)
+    if not (isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel()):
         kind = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise UserError(f"{path}: expected a float tensor [rows, dim], found {kind}")
     tensor = tensor.detach()
@@ -1150,10 +1151,11 @@ def run_trials(tuning, name, space, overrides, demo, data, n_left):
         cfg = trial_config(tuning, overrides, params, demo)
         model, optimizer, scheduler = begin(cfg, data)
         initialise(cfg, model, data)
+        take_step = common.GraphedStep(train_step, model, optimizer, cfg.cuda_graphs)
         best, n_stale = -math.inf, 0
         for epoch in range(cfg.training.num_epochs):
             for rows in epoch_batches(data, cfg, epoch):
-                train_step(model, make_batch(data, rows), optimizer)
+                take_step(make_batch(data, rows))
                 scheduler.step()
             score = monitored(validate(model, data, cfg), cfg)
             n_stale = 0 if score > best else n_stale + 1

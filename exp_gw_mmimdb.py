@@ -118,6 +118,7 @@ class Config:
     experiment: str = Path(__file__).stem.removeprefix("exp_")  # the script that a YAML belongs to
     seed: int = ranged(42, ">= 0", "< 4294967296")  # weights, data order, dropout, random weights
     device: str = "auto"  # auto | cuda | mps | cpu
+    cuda_graphs: bool = True  # a GPU replays a recorded training step (false: kernel by kernel, to debug it)
     output_dir: str = ""  # run folder (empty: results/<config name>[,overrides])
     wandb: bool = False  # mirror metrics.csv, tables and pictures to Weights & Biases
     data: DataConfig = field(default_factory=DataConfig)
@@ -394,6 +395,7 @@ def train(cfg, data):
     model = build_model(cfg, data)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer)
+    take_step = common.GraphedStep(train_step, model, optimizer, cfg.cuda_graphs, step_inside=False)  # betas move
     folder = common.open_run(cfg, data.fingerprint)  # after what can fail for its settings
     with common.Run(folder, cfg, model, optimizer, scheduler) as run:
         for step in run.steps(last_step):
@@ -403,7 +405,7 @@ def train(cfg, data):
             set_train_mode(cfg, model, step)
             rows = batch_rows(data, cfg, step - 1)  # steps count from 1, batches from 0
             batch = make_batch(data, rows, common.share(len(rows)))
-            run.add(train_step(model, batch, optimizer))  # stays on the device; run.means() waits for it
+            run.add(take_step(batch, step > t.steps))  # stays on the device; run.means() waits for it
             rate, phase_ends = scheduler.get_last_lr()[0], step % t.steps == 0  # of this step
             if not phase_ends:
                 scheduler.step()

@@ -1872,8 +1872,14 @@ def _mean_statistic(values, weights):
     return {name: v.mean() if weights is None else weights @ v / weights.sum(1) for name, v in values.items()}
 
 
+def _decimals(sizes):
+    """How many decimals numbers of a column get, by the largest."""
+    largest = max(sizes, default=0)
+    return 1 if largest >= 10 else 2 if largest >= 1 else 3
+
+
 def _cells(title, table):
-    """(header, rows) of text of {row: {column: value}}; a column that reaches 10 gets one decimal, others three."""
+    """(header, rows) of text of {row: {column: value}}, with the intervals beside their values."""
     names = list(dict.fromkeys(name for row in table.values() for name in row))
     bounds = {f"{name} {side}" for name in names for side in ("low", "high")}
     columns = [name for name in names if name not in bounds]
@@ -1882,7 +1888,7 @@ def _cells(title, table):
         if not isinstance(value, float):
             return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
         numbers = [abs(row[column]) for row in table.values() if isinstance(row.get(column), float)]
-        return "-" if math.isnan(value) else f"{value:.{1 if max(numbers, default=0) >= 10 else 3}f}"
+        return "-" if math.isnan(value) else f"{value:.{_decimals(numbers)}f}"
 
     def cell(column, row):
         low, high = (row.get(f"{column} {side}") for side in ("low", "high"))
@@ -1911,7 +1917,7 @@ def results_text(results):
 def _report(folder, results):
     """report.md: the headline, tables and pictures of a run, its command and versions; last the seconds and FLOPs."""
     environment, parts = _environment(folder), [f"# {folder.name}"]
-    parts.append(results["headline"] + (" **Synthetic demo data.**" if results.get("synthetic") else ""))
+    parts.append(results["headline"] + (" (**synthetic demo data**)" if results.get("synthetic") else ""))
     for title, table in results["tables"].items():
         header, rows = _cells(title, table)
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]))
@@ -1923,7 +1929,7 @@ def _report(folder, results):
         parts.append(f"    python {command}")
         parts.append(f"seed {results.get('seed')}, data {environment['data_fingerprint']}, torch {versions['torch']}, "
                      f"numpy {versions['numpy']}, commit {commit}")
-        where = environment.get("gpu") or f"{environment['threads']} CPU threads"
+        where = environment.get("gpu") or f"CPU, threads: {environment['threads']}"
         measured = ""
         with contextlib.suppress(UserError, KeyError, IndexError, TypeError):  # profile_flops.py has not been here
             flops = read_json(folder.parent / "flops" / f"{folder.name}.json")["results"][0]["flops_run"]
@@ -2003,7 +2009,7 @@ def _over_seeds(rows):
         if all(value == values[0] for value in values):
             merged[column] = values[0]
         elif not column.endswith((" low", " high")) and None not in values:
-            digits = 1 if max(map(abs, values)) >= 10 else 3
+            digits = _decimals(map(abs, values))
             merged[column] = f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
     return merged
 
@@ -2074,7 +2080,7 @@ def plot_lines(path, panels, title="", synthetic=False, mark=None):
     """Panels: {ylabel: {"xlabel": str, "lines": {label: {"x": [...], "y": [...]}}}}; a label has one colour in all.
 
     A line may have "sd" (error bars); one whose label begins with "chance" is grey and dotted. `mark` draws a vertical
-    line at the chosen x. More than four panels share one legend.
+    line at the chosen x. More than four panels, or many lines, share one legend below.
     """
     figure, axes = new_figure(len(panels))
     colours, handles = {}, {}
@@ -2085,12 +2091,16 @@ def plot_lines(path, panels, title="", synthetic=False, mark=None):
                 "linestyle": "-" if [*colours].index(label) < 10 else "--"}
             handles[label] = axis.errorbar(line["x"], line["y"], line.get("sd"), capsize=2, label=label, **style)
         if mark is not None:
-            axis.axvline(mark, color="grey", linestyle="--", linewidth=1, label="chosen")
+            handles["chosen"] = axis.axvline(mark, color="grey", linestyle="--", linewidth=1, label="chosen")
         axis.set(xlabel=panel["xlabel"], ylabel=ylabel)
-        if len(panels) <= 4:
+    if len(panels) > 4 or len(handles) > 8:
+        width, height = figure.get_size_inches()
+        columns = max(1, min(4, int(width / (0.5 + 0.08 * max(map(len, handles))))))
+        figure.set_size_inches(width, height + 0.2 * -(-len(handles) // columns))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=9)
+    else:
+        for axis in axes:
             axis.legend(fontsize=7)
-    if len(panels) > 4:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(" ".join([title, "(synthetic data)" if synthetic else ""]).strip(), fontsize=10)
     save_figure(figure, path)
 
@@ -2099,10 +2109,11 @@ def plot_history(path, history, panels, x="step", title="", synthetic=False, mar
     """Columns of metrics.csv against column x: panels = {ylabel: {label: column}}; rows without a value are skipped."""
     curves = {}
     for ylabel, columns in panels.items():
-        rows = {label: [row for row in history if row.get(column) is not None] for label, column in columns.items()}
-        curves[ylabel] = {"xlabel": x, "lines": {label: {"x": [row[x] for row in rows[label]],
-                                                         "y": [row[column] for row in rows[label]]}
-                                                 for label, column in columns.items()}}
+        lines = {}
+        for label, column in columns.items():
+            rows = [row for row in history if row.get(column) is not None]
+            lines[label.replace("_", " ")] = {"x": [row[x] for row in rows], "y": [row[column] for row in rows]}
+        curves[ylabel] = {"xlabel": x.rpartition("/")[2], "lines": lines}
     plot_lines(path, curves, title, synthetic, mark)
 
 
@@ -2111,7 +2122,8 @@ def plot_embedding_space(path, groups, title, method="pca"):
 
     method: "pca", or "tsne" (scikit-learn). Raises: UserError if scikit-learn is asked for and missing.
     """
-    stacked = torch.cat([x.detach().float().cpu() for x in groups.values()])
+    sets = [x.detach().float().cpu() for x in groups.values()]
+    stacked, labels = torch.cat(sets), ("t-SNE 1", "t-SNE 2")
     if method == "tsne":
         try:
             from sklearn.manifold import TSNE
@@ -2120,22 +2132,28 @@ def plot_embedding_space(path, groups, title, method="pca"):
         flat = TSNE(random_state=0, perplexity=min(30, (len(stacked) - 1) / 3)).fit_transform(stacked.numpy())
     else:
         centred = stacked - stacked.mean(0)
-        flat = (centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T).numpy()
+        _, deviations, directions = torch.linalg.svd(centred, full_matrices=False)
+        flat, shares = (centred @ directions[:2].T).numpy(), deviations.square() / deviations.square().sum()
+        labels = [f"PCA {i + 1}, {shares[i]:.0%} of the variance" for i in range(2)]
     figure, (axis,) = new_figure(width=5.6, height=5)
-    parts = np.split(flat, np.cumsum([len(x) for x in groups.values()])[:-1])
+    parts = np.split(flat, np.cumsum([len(x) for x in sets])[:-1])
     if len(parts) > 1 and len(parts[0]) == len(parts[1]):
         axis.plot(*np.stack([parts[0], parts[1]], axis=2).transpose(1, 2, 0), color="grey", alpha=0.25, linewidth=0.5)
+        a, b = (F.normalize(x, dim=1) for x in sets[:2])
+        title += f"\ncosine of a pair {(a * b).sum(1).mean():.2f}, of any two {(a @ b.T).mean():.2f}"
     for (label, _), xy in zip(groups.items(), parts, strict=True):
         axis.scatter(*xy.T, s=8, label=label)
-    axis.set(xlabel=f"{method.upper()} 1", ylabel=f"{method.upper()} 2", title=title)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    axis.set_title(title, fontsize=10)
     axis.legend()
     save_figure(figure, path)
 
 
 def plot_similarity_matrix(path, similarity, title, xlabel, ylabel):
-    """A [N, M] matrix of scores as an image with its colour bar."""
+    """A [N, M] matrix of cosines as an image with its colour bar, from -1 to 1 whatever is in it."""
     figure, (axis,) = new_figure(width=5.2, height=4.6)
-    image = axis.imshow(similarity.detach().float().cpu().numpy(), cmap="viridis", interpolation="nearest")
+    image = axis.imshow(similarity.detach().float().cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1,
+                        interpolation="nearest")
     figure.colorbar(image, ax=axis, label="cosine similarity")
     figure.suptitle(title, fontsize=9)
     axis.set(xlabel=xlabel, ylabel=ylabel)

@@ -1276,8 +1276,8 @@ def tuning_subset(data, n_captions, seed):
 # -------------------------------------------------------------------------------------------------------------- plots
 
 def plot_training(folder, cfg, run, synthetic):
-    """training_curves.png: losses, the monitored quantity, recalls, scale, and the heads' health; the chosen epoch is
-    marked."""
+    """training_curves.png: losses, the monitored quantity, recalls, scale, and the heads' health; the chosen epoch's
+    last step is marked."""
     panels = {f"{cfg.loss.type} loss": {"train": "train_loss", "validation": "val_loss"},
               "validation RSUM": {"RSUM": "val_RSUM"},
               "validation R@1 [%]": {"image to text": "val_i2t_R1", "text to image": "val_t2i_R1"},
@@ -1285,9 +1285,8 @@ def plot_training(folder, cfg, run, synthetic):
               "effective rank of the output": {"image": "rank_image", "text": "rank_text"}}
     if "gate_image" in run.history[0]:
         panels["gate"] = {"image": "gate_image", "text": "gate_text"}
-    common.plot_history(folder / "training_curves.png", run.history, panels, x="epoch", synthetic=synthetic,
-                        title=f"{cfg.model.type} head, {cfg.loss.type} loss",
-                        mark=next(row["epoch"] for row in run.history if row["step"] == run.best_step))
+    common.plot_history(folder / "training_curves.png", run.history, panels, mark=run.best_step, synthetic=synthetic,
+                        title=f"{cfg.model.type} head, {cfg.loss.type} loss")
 
 
 @torch.no_grad()

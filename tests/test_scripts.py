@@ -56,6 +56,18 @@ def test_every_config_loads_plain_and_as_demo(config):
     assert config.stem in DEMOS
 
 
+def test_git_ignores_every_default_data_path():
+    paths = {"optuna_study.db", "flickr8k"}  # of the search; where encode.py looks
+    for config in CONFIGS:
+        cfg = common.load_config(importlib.import_module(script_of(config)).Config, config)
+        paths |= {str(value) for key, value in common.flatten(dataclasses.asdict(cfg)).items()
+                  if key.endswith(("dir", "_file", "parquet")) and value}
+    result = subprocess.run(["git", "check-ignore", *(f"{path}/x" for path in paths)], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode == 128:
+        pytest.skip("not a git repository")
+    assert set(result.stdout.split()) == {f"{path}/x" for path in paths}
+
+
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
     """(folder, {config: exit code}): every demo in one folder, so that stand-ins are made once, by forks of one process that has

@@ -1186,7 +1186,7 @@ BAD_DATA = {
     "no columns": (lambda f: {TEXTS: torch.zeros(1500, 0)}, rf"{TEXTS}.pt: "),
     "no rows": (lambda f: {TEXTS: torch.zeros(0, 32), IMAGES: torch.zeros(0, 24),
                            METADATA: lambda m: {"image_ids": []}}, "train2017_"),
-    "sparse": (lambda f: {TEXTS: torch.eye(1500).to_sparse()}, "expected a float tensor"),
+    "sparse": (lambda f: {TEXTS: torch.eye(1500).to_sparse()}, "holds a sparse tensor"),
     "constant": (lambda f: {TEXTS: torch.ones(1500, 32)}, rf"{TEXTS}.pt: .*constant"),
     "huge": (lambda f: {TEXTS: torch.randn(1500, 32) * 1e30}, rf"{TEXTS}.pt"),
     "metadata": (lambda f: {METADATA: b"{"}, rf"{METADATA}.json: cannot be read as JSON"),

@@ -1131,8 +1131,8 @@ def record_environment(folder, **facts):
     """Merge facts into environment.json: versions, device, git commit, command line, wall-clock times."""
     def git(*command):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True,
-                                  timeout=10, check=True).stdout.strip()
+            return subprocess.run(["git", "--no-optional-locks", *command], cwd=Path(__file__).parent, text=True,
+                                  capture_output=True, timeout=10, check=True).stdout.strip()
     versions = {}
     for package in ("torch", "numpy", "matplotlib", "pyarrow", "soundfile", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

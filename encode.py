@@ -6,11 +6,11 @@
     python encode.py alignment --mmimdb mmimdb --out mmimdb/features --language gpt2 --vision facebook/dinov2-base
     python encode.py flickr8k --data flickr8k --text-model sentence-transformers/all-MiniLM-L6-v2 --corruptions
     python encode.py pixmo --data pixmo --out pixmo/features     # --tokens: every token, for attention pooling
+    torchrun --nproc-per-node 8 encode.py pixmo --data pixmo     # the same files, made by eight GPUs
 
-Models are folders or names on huggingface.co, with @revision if wanted; HF_HUB_OFFLINE=1 uses only what has been
-downloaded. What a model takes is checked before anything is encoded. Rows are encoded in shards; the same command
-after a kill goes on at the first unfinished one and gives the bits of a run that was not interrupted. Beside every
-output stands a `*_manifest.json`: model, revision, transform, versions, and the images that could not be read.
+Models are folders or names on huggingface.co, with @revision if wanted. What a model takes is checked before anything
+is encoded. The same command after a kill goes on at the first unfinished shard and gives the bits of a run that was
+not interrupted. Beside every output stands a `*_manifest.json`. docs/encoding.md says what each subcommand writes.
 
 Shapes: N items (images, captions, films), B rows of a batch, T tokens, L layers, D features.
 """
@@ -23,21 +23,26 @@ if __name__ == "__main__":  # Ctrl-C while the modules load ends in one line, to
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import glob
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import random
 import re
 import shutil
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -59,10 +64,10 @@ def import_transformers():
     """The package, quiet; imported here, so that -h is quick and needs nothing."""
     try:
         import transformers
-        version = transformers.__version__
+        is_new = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 20)  # others want torchvision, too
     except ImportError:
-        version = "0.0"
-    if tuple(map(int, version.split(".")[:2])) < (5, 20):  # older ones want torchvision for every image processor
+        is_new = False
+    if not is_new:
         raise UserError("encode.py needs the package transformers, at least 5.20: pip install 'transformers>=5.20'")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -144,8 +149,7 @@ def find_model(name, needs, remote_code=False):
                         "(with HF_HUB_OFFLINE=1 one that has been downloaded)") from None
     source = Source(name, path, revision or None, commit, config, remote_code)
     if not source.takes(needs):
-        raise UserError(f"model {name}: a {source.kind} takes no {needs}; give one that does, such as "
-                        f"{INPUTS[needs][1]}")
+        raise UserError(f"model {name}: a {source.kind} takes no {needs}; give one that does: {INPUTS[needs][1]}")
     return source
 
 
@@ -178,8 +182,7 @@ def open_images(name, args):
     without torchvision."""
     source = find_model(name, "images", args.trust_remote_code)
     if source.kind in ("siglip2", "siglip2_vision_model"):
-        raise UserError(f"model {name}: NaFlex models, with patches instead of pictures, are not known here; take a "
-                        "fixed-size SigLIP 2")
+        raise UserError(f"model {name}: NaFlex models take patches, not pictures; take a fixed-size SigLIP 2")
     backend = {} if source.kind == "timm_wrapper" else {"backend": "pil"}  # timm's has but one
     return source, load(source, "AutoImageProcessor", **backend)
 
@@ -197,8 +200,7 @@ def open_texts(name, args):
     if how == "last" and tokenizer.eos_token_id is None:
         raise UserError(f"model {name}: its tokenizer has no EOS token to pool at; use --text-pool mean")
     if source.kind == "blip-2" and not source.config.text_config.is_encoder_decoder:
-        raise UserError(f"model {name}: its language model has no encoder; take a BLIP-2 with T5, such as "
-                        "Salesforce/blip2-flan-t5-xl")
+        raise UserError(f"model {name}: its language model has no encoder; take Salesforce/blip2-flan-t5-xl")
     return source, tokenizer, how
 
 
@@ -242,16 +244,13 @@ def pad(items, tokenizer, device="cpu", length=None):
     """
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     length = length or max(map(len, items))
-    ids = torch.full((len(items), length), pad_id)
-    for row, item in enumerate(items):
-        ids[row, :len(item)] = torch.tensor(item)
-    mask = torch.arange(length) < torch.tensor([len(item) for item in items])[:, None]
-    return ids.to(device), mask.long().to(device)
+    ids = torch.tensor([item + [pad_id] * (length - len(item)) for item in items])
+    mask = torch.tensor([[1] * len(item) + [0] * (length - len(item)) for item in items])
+    return ids.to(device), mask.to(device)
 
 
 def pool_tokens(hidden, mask, how):
-    """hidden [B, T, D], mask [B, T] of 0/1 -> [B, D] float32: the last token that is no padding, the first, or their
-    mean."""
+    """hidden [B, T, D], mask [B, T] of 0/1 -> [B, D] float32: the last token of the text, the first, or the mean."""
     mask = mask.to(hidden.device)
     if how == "mean":
         return hidden.float().masked_fill(mask[..., None] == 0, 0).sum(1) / mask.sum(1, keepdim=True)
@@ -501,37 +500,17 @@ def augment_image(image, size, draws):
 
 
 def mask_words(text, mask_token, draws, share=0.15):
-    """The text with that share of its words (at least one) replaced by the tokenizer's mask token, or left out where it
-    has none."""
+    """The text with a share of its words (at least one) replaced by the mask token, or left out where there is none."""
     words = text.split()
     places = set(draws.sample(range(len(words)), min(len(words), max(1, round(share * len(words))))))
     return " ".join(mask_token if i in places else word
                     for i, word in enumerate(words) if i not in places or mask_token)
 
 
-def rewrite_captions(captions, seed=0):
-    """Items as exp_alignment_corr.py reads them: each caption with u% of its words replaced, u = 10..100, by words
-    drawn from all captions (as often as they occur there). What is replaced at one level stays so at the next."""
-    vocabulary = [word for caption in captions for word in caption.split()]
-    if len(set(vocabulary)) < 2:
-        raise UserError("captions of one and the same word cannot be rewritten")
-    items = []
-    for i, caption in enumerate(captions):
-        draws, words, sentences = view_draws(i, seed, "rewrite"), caption.split(), {}
-        order, new = draws.sample(range(len(words)), len(words)), []
-        for word in words:
-            new.append(draws.choice(vocabulary))
-            while new[-1] == word:
-                new[-1] = draws.choice(vocabulary)
-        for level, u in enumerate(range(10, 101, 10), 1):
-            replaced = set(order[:round(len(words) * u / 100)])
-            sentences[f"Caption {level} - {u}%"] = " ".join(
-                new[j] if j in replaced else word for j, word in enumerate(words))
-        items.append({f"Index - {i}": {"original": caption, "sentences": sentences}})
-    return items
-
-
 # ----------------------------------------------------------------------------------------------------- rows in shards
+#
+# Rows are encoded in shards, which fix the batches. Of W processes (torchrun) each encodes every W-th shard and sends
+# it to process 0, which alone writes, in the order of the rows: the files are those of one process, to the bit.
 
 def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
@@ -552,12 +531,10 @@ def model_job(source, processor=None, **facts):
 
 def check_same_job(found, job, where):
     """Raises UserError, naming what differs, if `where` was made by another job."""
-    keys = [key for key in {**found, **job} if found.get(key) != job.get(key)]
-    if keys:
-        changes = [f"{key}={json.dumps(found.get(key))} (now {json.dumps(job.get(key))})" for key in keys]
-        named = ", ".join(change if len(change) < 150 else change.split("=")[0] for change in changes)
-        data = ", where data are the texts or pictures, of which some were changed or mended" if "data" in keys else ""
-        raise UserError(f"{where} was made otherwise: {named}{data}; move it away, or choose another --out")
+    changes = [f"{key}={json.dumps(found.get(key)):.60} (now {json.dumps(job.get(key)):.60})"
+               for key in {**found, **job} if found.get(key) != job.get(key)]
+    if changes:
+        raise UserError(f"{where} was made otherwise: {', '.join(changes)}; move it away, or choose another --out")
 
 
 def write_rows(path, start, block):
@@ -575,27 +552,135 @@ def write_rows(path, start, block):
                       "from them once this is mended") from None
 
 
+def run_batch(forward, items):
+    """forward(items), on the CPU; in halves, and halves of those, where the memory does not suffice."""
+    try:
+        return [x.cpu() for x in forward(items)]
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise
+    warnings.warn("a batch does not fit into memory and is run in halves; take a smaller --batch-size", stacklevel=2)
+    half = len(items) // 2  # here the tensors of the attempt are free
+    parts = [run_batch(forward, part) for part in (items[:half], items[half:])]
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
 def run_batches(forward, items, batch_size):
     """(outputs of forward for the items that are no str, in their order; which items these are). The longest are run
     first, like lengths together; pictures stay in order."""
     good = sorted((i for i, item in enumerate(items) if not isinstance(item, str)), key=lambda i: -len(items[i]))
     batches = [good[i:i + batch_size] for i in range(0, len(good), batch_size)]
-    parts = [[x.cpu() for x in forward([items[i] for i in batch])] for batch in batches]
+    parts = [run_batch(forward, [items[i] for i in batch]) for batch in batches]
     order = torch.tensor(good).argsort()
     return [torch.cat(column)[order] for column in zip(*parts, strict=True)], sorted(good)
 
 
-def check_room(path, n, shapes, dtypes):
-    """Raise UserError if n rows do not fit on the disk, twice: the finished file is a copy."""
-    row_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=False))
-    needed, free = 2 * n * row_bytes / 1e9, shutil.disk_usage(path.parent).free / 1e9
-    if needed > free:
-        raise UserError(f"{path}: {n} rows of {shapes[0]} need {needed:.3g} GB while they are made, {free:.3g} GB are "
-                        "free there; make room, choose another --out, or take fewer with --limit")
+def encode_shard(rows, items, forward, names, job, args):
+    """What is kept of a shard: its rows; outputs, as they are stored; {row: reason} of those without; texts cut."""
+    outputs, good = run_batches(forward, items, args.batch_size)
+    outputs = [x.to(dtype) for x, dtype in zip(outputs, (DTYPES[args.dtype], torch.float32), strict=False)]
+    if outputs:
+        is_finite = torch.isfinite(outputs[0]).flatten(1).all(1)
+        if not is_finite.all():
+            name = names[rows[good[int(is_finite.int().argmin())]]]
+            raise UserError(f"model {job['model']}: features of {name} are not finite with --weights {args.weights} "
+                            f"--dtype {args.dtype}; try float32 for both")
+    return {"rows": rows, "outputs": outputs,
+            "bad": {row: item for row, item in zip(rows, items, strict=True) if isinstance(item, str)},
+            "n_cut": sum(item.is_cut for item in items if isinstance(item, Tokens))}
+
+
+def sent_to_process_0(part):
+    """Yields the parts of all processes in process 0, in their order, one after the other; nothing in the others."""
+    number, n_processes = common.process()
+    if number:
+        dist.send_object_list([part], 0, device=torch.device("cpu"))
+        return
+    yield part
+    for sender in range(1, n_processes):
+        received = [None]
+        dist.recv_object_list(received, sender, device=torch.device("cpu"))
+        yield received[0]
+
+
+class RowFile:
+    """An output in the making: raw rows in `.{name}.work/`, whose state.json says how many are there. For process 0.
+
+    manifest: of an output that is finished, else None. Raises: UserError if what is there is not of this job.
+    """
+
+    def __init__(self, path, job, names):
+        self.path, self.job, self.names, self.manifest = path, job, names, None
+        self.state = {"job": job, "done": 0, "bad": {}, "shapes": [], "n_cut": 0}  # bad: {row: reason}
+        self.work = path.with_name(f".{path.name}.work")
+        self.manifest_file, self.state_file = path.with_name(f"{path.stem}_manifest.json"), self.work / "state.json"
+        if path.exists() and self.manifest_file.exists():
+            self.manifest = common.read_json(self.manifest_file)
+            check_same_job(self.manifest.get("job", {}), job, path)
+            shutil.rmtree(self.work, ignore_errors=True)
+            print(f"{path}: finished before")
+        elif self.state_file.exists():
+            self.state = common.read_json(self.state_file)
+            check_same_job(self.state["job"], job, f"the unfinished {self.work}")
+            print(f"{path.name}: going on at {self.state['done']} of {len(names)} rows", flush=True)
+        elif path.exists():
+            raise UserError(f"{path} exists and has no {self.manifest_file.name}: it was not made by this command; "
+                            "move it away, or choose another --out")
+
+    def add(self, part):
+        """Write what `encode_shard` returned. Raises: UserError if all rows will not fit, twice: the finished file is a
+        copy."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        state, n = self.state, len(self.names)
+        if part["outputs"] and not state["shapes"]:
+            state["shapes"] = [list(x.shape[1:]) for x in part["outputs"]]
+            needed = 2 * n * sum(x[0].nbytes for x in part["outputs"]) / 1e9
+            free = shutil.disk_usage(self.work).free / 1e9
+            if needed > free:
+                raise UserError(f"{self.path}: {n} rows of {state['shapes'][0]} need {needed:.3g} GB while they are "
+                                f"made, {free:.3g} GB are free; make room, choose another --out, or use --limit")
+        for k, block in enumerate(part["outputs"]):
+            write_rows(self.work / f"{k}.bin", state["done"] - len(state["bad"]), block)
+        for row, reason in part["bad"].items():
+            state["bad"][str(row)] = reason
+            if state["shapes"]:  # not all of a folder that is not there
+                print(f"cannot be read: {self.names[row]} ({reason})", flush=True)
+        state["n_cut"] += part["n_cut"]
+        state["done"] = part["rows"].stop
+        common.write_json(self.state_file, state)
+
+    def finish(self, finish, args):
+        """Write the file and its manifest, which is returned. finish: see `encode_rows`."""
+        path, state, n = self.path, self.state, len(self.names)
+        kept = [row for row in range(n) if str(row) not in state["bad"]]
+        bad_images = {str(self.names[int(row)]): reason for row, reason in state["bad"].items()}
+        if not kept:
+            shutil.rmtree(self.work)
+            name, reason = next(iter(bad_images.items()))
+            raise UserError(f"{path.name}: none of the {n} images can be read, the first: {name} ({reason})")
+        outputs = []  # mapped, not read
+        for k, (shape, dtype) in enumerate(zip(state["shapes"], (DTYPES[args.dtype], torch.float32), strict=False)):
+            size = len(kept) * math.prod(shape)
+            outputs.append(torch.from_file(str(self.work / f"{k}.bin"), size=size, dtype=dtype).view(-1, *shape))
+        facts, content = finish(outputs, kept)
+        counts = {"n_cut": state["n_cut"], "n_bad_images": len(bad_images)}
+        versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "pillow")}
+        device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+        manifest = {**counts, **facts, "bad_images": bad_images, "batch_size": args.batch_size, "versions": versions,
+                    "device": device, "job": self.job}
+        common.write_json(self.manifest_file, manifest)
+        if isinstance(content, dict):
+            content |= {"family": self.job["family"], **counts, "fingerprint": digest(self.job)}
+        save = torch.save if path.suffix == ".pt" else lambda rows, file: np.save(file, rows.numpy())
+        common.atomic_write(path, lambda file: save(content, file))
+        shutil.rmtree(self.work)
+        print(f"{path}: {len(kept)} rows {state['shapes'][0]} {args.dtype}; images that cannot be read: "
+              f"{counts['n_bad_images']}, texts that were cut: {counts['n_cut']}")
+        return manifest
 
 
 def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
-    """Encode len(names) rows in shards into `path`, or go on where an earlier run of the same job stopped. Returns the
+    """Encode len(names) rows in shards into `path`, or go on where an earlier run of the same job stopped; returns the
     manifest.
 
     job: dict of all that decides the content. names: of the rows, for messages and the list of bad images.
@@ -603,79 +688,30 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
     load_forward() -> forward(items) -> tuple of [B, ...] tensors: features, stored as args.dtype, and perhaps float32
     numbers beside them. finish(outputs, kept) -> (facts for the manifest, content of `path`), where outputs are the
     rows that have an item and the list kept says which they are; a dict is completed by what every such file says.
-    Finished shards are in `.{name}.work/`, which is removed at the end; its state.json says how many there are.
     """
-    path, n, dtypes = Path(path), len(names), (DTYPES[args.dtype], torch.float32)
-    work, manifest_file = path.with_name(f".{path.name}.work"), path.with_name(f"{path.stem}_manifest.json")
-    state_file = work / "state.json"
+    path, (number, n_processes) = Path(path), common.process()
     job = json.loads(json.dumps({**job, "dtype": args.dtype, "weights": args.weights, "shard": shard}, default=str))
-    if path.exists() and manifest_file.exists():
-        manifest = common.read_json(manifest_file)
-        check_same_job(manifest.get("job", {}), job, path)
-        shutil.rmtree(work, ignore_errors=True)
-        print(f"{path}: finished before")
+    output = RowFile(path, job, names) if number == 0 else None
+    manifest, done = common.agreed([output.manifest, output.state["done"]] if output else [None, None])
+    if manifest:
         return manifest
-    if path.exists() and not state_file.exists():
-        raise UserError(f"{path} exists and has no {manifest_file.name}: it was not made by this command; move it "
-                        "away, or choose another --out")
-    work.mkdir(parents=True, exist_ok=True)
-    empty = {"job": job, "done": 0, "written": 0, "shapes": [], "bad": {}, "bad_rows": [], "n_cut": 0}
-    state = common.read_json(state_file) if state_file.exists() else empty
-    check_same_job(state["job"], job, f"the unfinished {work}")
-    if state["done"]:
-        print(f"{path.name}: going on at {state['done']} of {n} rows", flush=True)
-    shards = [range(i, min(i + shard, n)) for i in range(state["done"], n, shard)]
+    shards = [range(i, min(i + shard, len(names))) for i in range(done, len(names), shard)]
+    shards += [range(0)] * (-len(shards) % n_processes)  # as many turns for every process
+    own = [*shards[number::n_processes], range(0)]
+    forward = load_forward() if shards else None
+    start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        forward = load_forward() if shards else None
-        future = ahead.submit(prepare, shards[0]) if shards else None
-        for rows, following in zip(common.progress(shards, path.name), [*shards[1:], None], strict=True):
-            items = future.result()
+        future = ahead.submit(prepare, own[0]) if own[0] else None
+        for rows, following in itertools.pairwise(common.progress(own, path.name, disable=number > 0)):
+            items = future.result() if rows else []
             future = ahead.submit(prepare, following) if following else None
-            outputs, good = run_batches(forward, items, args.batch_size)
-            if outputs and not state["shapes"]:
-                state["shapes"] = [list(x.shape[1:]) for x in outputs]
-                check_room(path, n, state["shapes"], dtypes)
-            for k, x in enumerate(outputs):
-                block = x.to(dtypes[k])
-                broken = [i for i, row in zip(good, block, strict=True) if k == 0 and not torch.isfinite(row).all()]
-                if broken:
-                    raise UserError(f"model {job['model']}: features of {names[rows[broken[0]]]} are not finite with "
-                                    f"--weights {args.weights} --dtype {args.dtype}; try float32 for both")
-                write_rows(work / f"{k}.bin", state["written"], block)
-            for i, item in enumerate(items):
-                if isinstance(item, str):
-                    state["bad"][str(names[rows[i]])] = item
-                    state["bad_rows"].append(rows[i])
-                    if state["shapes"]:  # not all of a folder that is not there
-                        print(f"cannot be read: {names[rows[i]]} ({item})", flush=True)
-            state["n_cut"] += sum(item.is_cut for item in items if isinstance(item, Tokens))
-            state["done"], state["written"] = rows[-1] + 1, state["written"] + len(good)
-            common.write_json(state_file, state)
-    if not state["shapes"]:
-        shutil.rmtree(work)
-        name, reason = next(iter(state["bad"].items()))
-        raise UserError(f"{path.name}: none of the {n} images can be read, the first: {name} ({reason})")
-    outputs = []  # mapped, not read
-    for k, shape in enumerate(state["shapes"]):
-        size = state["written"] * math.prod(shape)
-        outputs.append(torch.from_file(str(work / f"{k}.bin"), size=size, dtype=dtypes[k]).view(-1, *shape))
-    facts, content = finish(outputs, sorted(set(range(n)) - set(state["bad_rows"])))
-    counts = {"n_cut": state["n_cut"], "n_bad_images": len(state["bad"])}
-    manifest = {**counts, **facts, "bad_images": state["bad"], "batch_size": args.batch_size,
-                "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "pillow")},
-                "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
-                "job": job}
-    common.write_json(manifest_file, manifest)
-    if isinstance(content, dict):
-        content = {**content, "family": job["family"], **counts, "fingerprint": digest(job)}
-    if path.suffix == ".npy":
-        common.atomic_write(path, lambda file: np.save(file, content.numpy()))
-    else:
-        common.atomic_write(path, lambda file: torch.save(content, file))
-    shutil.rmtree(work)
-    print(f"{path}: {state['written']} rows {state['shapes'][0]} {args.dtype}; images that cannot be read: "
-          f"{counts['n_bad_images']}, texts that were cut: {counts['n_cut']}")
-    return manifest
+            part = encode_shard(rows, items, forward, names, job, args)
+            for received in sent_to_process_0(part):
+                if received["rows"]:
+                    output.add(received)
+    if shards:
+        print(f"{path}: {(len(names) - done) / (time.perf_counter() - start):.3g} rows a second")
+    return common.agreed([output.finish(finish, args) if output else None])[0]
 
 
 def text_facts(how, args):
@@ -729,8 +765,7 @@ def coco(args):
     vision, processor = open_images(args.image_model, args)
     text = open_texts(args.text_model, args)
     if args.native_text and not vision.is_dual:
-        raise UserError(f"--native-text: {vision.name}, a {vision.kind}, has no text tower for the images' space; take "
-                        "SigLIP or CLIP")
+        raise UserError(f"--native-text: a {vision.kind} has no text tower in the images' space; take SigLIP or CLIP")
     native = (vision, load(vision, "AutoTokenizer"), "projection") if args.native_text else None
 
     job = model_job(vision, processor, data=digest([file_sizes(files), captions]))
@@ -781,28 +816,23 @@ def mmimdb(args):
     defaults = {"clip": "openai/clip-vit-base-patch16", "blip2": "Salesforce/blip2-flan-t5-xl"}
     both = args.model or defaults.get(args.backbone)
     if not both and not (args.image_model and args.text_model):
-        raise UserError(f"--backbone {args.backbone}: name its models, --image-model and --text-model, or one of both, "
-                        "--model")
+        raise UserError(f"--backbone {args.backbone}: name its models with --image-model and --text-model, or --model")
     vision, processor = open_images(args.image_model or both, args)
     text, tokenizer, how = open_texts(args.text_model or both, args)
     plots = [" ".join(summaries) for summaries in film_plots(root, ids)]
-    posters = [root / "dataset" / f"{film}.jpeg" for film in ids]
-
-    def read_poster(film):
-        poster = read_image(posters[film])
-        return poster, pixels_of(poster, processor)
+    files = [root / "dataset" / f"{film}.jpeg" for film in ids]
+    size = pixels_of(Image.new("RGB", (64, 64)), processor).shape[:0:-1]  # (width, height) that the model sees
 
     def prepare_images(rows):  # a shard holds whole films: each poster is read once, then each view is a task
         films = range(rows[0] // views, rows[-1] // views + 1)
-        read = dict(zip(films, args.readers.map(read_poster, films), strict=True))
+        posters = dict(zip(films, args.readers.map(lambda film: read_image(files[film]), films), strict=True))
 
         def view_pixels(row):
             film, view = divmod(row, views)
-            poster, clean = read[film]
-            if view == 0 or isinstance(clean, str):
-                return clean
-            size = clean.shape[:0:-1]  # (width, height) that the model sees
-            return pixels_of(augment_image(poster, size, view_draws(ids[film], view, "image")), processor)
+            picture = posters[film]
+            if view and not isinstance(picture, str):
+                picture = augment_image(picture, size, view_draws(ids[film], view, "image"))
+            return pixels_of(picture, processor)
         return list(args.readers.map(view_pixels, rows))
 
     def prepare_texts(rows):
@@ -833,39 +863,13 @@ def mmimdb(args):
             print(f"the rows of these {manifest['n_bad_images']} films are nan: mend their posters, move {path} away "
                   f"and encode again, or take the films out of {root / 'split.json'}")
 
-    encode("image", model_job(vision, processor, data=digest(file_sizes(posters))), SHARD, prepare_images,
+    encode("image", model_job(vision, processor, data=digest(file_sizes(files))), SHARD, prepare_images,
            lambda: image_forward(vision, args))
     encode("text", model_job(text, **text_facts(how, args), data=digest(plots)), TEXT_SHARD, prepare_texts,
            lambda: text_forward(text, tokenizer, args, how))
 
 
 # ---------------------------------------------------------------------------------------------------------- alignment
-
-def read_list(path):
-    """[N] strings of a text file, a line each, or of a JSON list of strings or of {"image": name}. Raises UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        items = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-        items = [" ".join((item["image"] if isinstance(item, dict) else item).split()) for item in items]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: expected a text file with a line each, or a JSON list of strings "
-                        f"({common.reason_of(error)})") from None
-    if not items or not all(items):
-        raise UserError(f"{path}: " + (f"line {items.index('') + 1} is empty" if items else "nothing in it"))
-    return items
-
-
-def write_rewritten(args):
-    """Make {out}/captions.json of --rewrite-captions; returns its path."""
-    path, items = Path(args.out) / "captions.json", rewrite_captions(read_list(args.rewrite_captions), args.seed)
-    content = json.dumps(items, indent=1, ensure_ascii=False) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != content:
-        raise UserError(f"{path} exists and holds other captions; move it away, or choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common.write_text(path, content)
-    print(f"{path}: {len(items)} captions at u = 0, 10 .. 100")
-    return path
-
 
 def read_items(args):
     """(ids [N], {folder of language features: texts [N]}, pictures [N] or None) of the alignment command."""
@@ -875,24 +879,21 @@ def read_items(args):
         texts = [next((summary for summary in summaries if len(summary.split()) > 1), summaries[0])
                  for summaries in film_plots(root, ids)]  # the first that is longer than a word
         return ids, {"language": texts}, [root / "dataset" / f"{film}.jpeg" for film in ids]
-    if not args.captions:
-        raise UserError("alignment needs --captions (or --rewrite-captions) for photos and captions, or --mmimdb for "
-                        "films")
+    if not args.captions or (args.vision and not args.images):
+        raise UserError("alignment needs --captions, and for --vision --images, their photos; or --mmimdb for films")
     from exp_alignment_corr import read_captions
     levels = {f"gpt_u={u}_features": texts[:args.limit] for u, texts in read_captions(args.captions).items()}
     ids = [next(iter(item)) for item in json.loads(Path(args.captions).read_text(encoding="utf-8"))]
     if len(set(ids)) < len(ids):
         raise UserError(f"{args.captions}: an item is named twice; features are matched by name")
-    if args.vision and not args.images:
-        raise UserError("--vision needs --images, the photos of the captions")
     if not args.images:
         return ids[:args.limit], levels, None
     folder = folder_of(args.images, "the photos of the captions")
-    pictures = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-    names = read_list(args.image_names) if args.image_names else pictures
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    if args.image_names:
+        names = common.guarded(lambda p: Path(p).read_text(encoding="utf-8").splitlines(), args.image_names)
     if len(names) != len(ids):
-        raise UserError(f"{args.images}: {len(names)} photos for the {len(ids)} captions of {args.captions}; name "
-                        "theirs, in order, with --image-names")
+        raise UserError(f"{args.images}: {len(names)} photos for {len(ids)} captions; name theirs with --image-names")
     return ids[:args.limit], levels, [folder / name for name in names[:args.limit]]
 
 
@@ -911,63 +912,60 @@ def open_language(name, args):
 
 def alignment(args):
     """gpt_u={u}_features/{model}.pt (or language/) and vision/{model}.pt, every layer, for exp_alignment_corr.py."""
-    if not (args.language or args.vision or args.rewrite_captions):
+    if not (args.language or args.vision):
         raise UserError("alignment: name models to encode with, --language MODEL ... and / or --vision MODEL ...")
-    out = Path(args.out)
-    if args.rewrite_captions:
-        args.captions = write_rewritten(args)
-        if not (args.language or args.vision):
-            return
     ids, levels, files = read_items(args)
     language = [open_language(name, args) for name in args.language]
     vision = [open_images(name, args) for name in args.vision]
-    for stems in ([source.stem for source, _ in opened] for opened in (language, vision)):
-        if len(set(stems)) < len(stems):
-            raise UserError(f"two models would both write {max(stems, key=stems.count)}.pt; encode them into different "
-                            "--out folders")
+    for opened in (language, vision):
+        if len({source.stem for source, _ in opened}) < len(opened):
+            names = ", ".join(source.name for source, _ in opened)
+            raise UserError(f"two of {names} would write one file; encode them into different --out folders")
     for source, processor in vision:  # tried now: hours of texts come first
         vision_forward(source, processor, args)
-    pictures = args.readers.map(read_image, files) if files else [""] * len(ids)
-    reasons = [picture if isinstance(picture, str) else "" for picture in pictures]
-    for i, reason in enumerate(reasons):  # an item without a picture is left out on both sides
-        if reason:
-            print(f"cannot be read: {files[i]} ({reason}); {ids[i]} is left out", flush=True)
-    good = [i for i, reason in enumerate(reasons) if not reason]
+    good = list(range(len(ids)))
+    looked_at = files if files and common.process()[0] == 0 else []
+    for i, picture in enumerate(args.readers.map(read_image, looked_at)):
+        if isinstance(picture, str):  # left out on both sides
+            print(f"cannot be read: {files[i]} ({picture}); {ids[i]} is left out", flush=True)
+            good.remove(i)
+    (good,) = common.agreed([good])
     if not good:
-        raise UserError(f"none of the {len(ids)} pictures can be read, the first: {files[0]} ({reasons[0]})")
+        raise UserError(f"none of the {len(ids)} pictures can be read, the first: {files[0]}")
     n_left_out = len(ids) - len(good)
     ids, files = [ids[i] for i in good], [files[i] for i in good] if files else None
 
-    def finish(outputs, kept, source, texts):
+    def finish_texts(outputs, _, source, texts):
         facts = {"n_left_out": n_left_out}
-        content = {"feats": outputs[0], "ids": [ids[i] for i in kept], "model": source.stem,
-                   "pool": "avg" if texts else args.vision_pool}
-        if len(outputs) == 2:
+        if source.is_causal:
             is_whole = ~outputs[1].isnan()
             facts["n_bytes"] = sum(len(text.encode()) for text, x in zip(texts, is_whole.tolist(), strict=True) if x)
             bits = float(outputs[1][is_whole].double().sum()) / math.log(2)
             facts["bpb"] = bits / facts["n_bytes"] if facts["n_bytes"] else None
-        if not texts:
-            content["files"] = [files[i].name for i in kept]
-        return facts, {**content, **facts}
+        return facts, {"feats": outputs[0], "ids": ids, "model": source.stem, "pool": "avg", **facts}
+
+    def finish_pictures(outputs, kept, source):
+        facts = {"n_left_out": n_left_out}
+        return facts, {"feats": outputs[0], "ids": [ids[i] for i in kept], "model": source.stem,
+                       "pool": args.vision_pool, "files": [files[i].name for i in kept], **facts}
 
     for source, tokenizer in language:
         load_once = functools.cache(functools.partial(language_forward, source, tokenizer, args))  # for all levels
-        for folder, all_texts in levels.items():
-            texts = [all_texts[i] for i in good]
+        for folder, texts in levels.items():
+            texts = [texts[i] for i in good]
 
             def prepare(rows, source=source, tokenizer=tokenizer, texts=texts):
-                return tokenize(source, tokenizer, [texts[i] for i in rows], args,
-                                "start" if source.is_causal else "mean")
+                how = "start" if source.is_causal else "mean"
+                return tokenize(source, tokenizer, [texts[i] for i in rows], args, how)
             job = model_job(source, pool="avg", max_length=args.max_length, data=digest([ids, texts]))
-            encode_rows(out / folder / f"{source.stem}.pt", job, ids, SHARD, prepare, load_once,
-                        functools.partial(finish, source=source, texts=texts), args)
+            encode_rows(Path(args.out) / folder / f"{source.stem}.pt", job, ids, SHARD, prepare, load_once,
+                        functools.partial(finish_texts, source=source, texts=texts), args)
         load_once.cache_clear()  # frees the model
     for source, processor in vision:
         job = model_job(source, processor, pool=args.vision_pool, data=digest([ids, file_sizes(files)]))
-        encode_rows(out / "vision" / f"{source.stem}.pt", job, ids, SHARD, image_preparer(files, processor, args),
-                    functools.partial(vision_forward, source, processor, args),
-                    functools.partial(finish, source=source, texts=None), args)
+        encode_rows(Path(args.out) / "vision" / f"{source.stem}.pt", job, ids, SHARD,
+                    image_preparer(files, processor, args), functools.partial(vision_forward, source, processor, args),
+                    functools.partial(finish_pictures, source=source), args)
 
 
 # ----------------------------------------------------------------------------------------------------------- flickr8k
@@ -975,62 +973,35 @@ def alignment(args):
 def flickr8k(args):
     """{image,text,audio}_features.pt, and those of corrupted queries, for exp_flickr_ttt.py's cached encoders."""
     import exp_flickr_ttt as flickr
-    root = folder_of(args.data, "Flickr8k_Dataset (the unpacked Flickr8k_Dataset.zip)")
-    folders = [root / name for name in ("Flickr8k_Dataset", "Flicker8k_Dataset", "Images")]
-    photos = next((folder for folder in folders if folder.is_dir()), folders[0])
-    photo_names = sorted(path.name for path in photos.glob("*.jpg"))[:args.limit]
-    if not photo_names:
-        raise UserError(f"{photos}: no photos (*.jpg) in it; unpack Flickr8k_Dataset.zip")
+    root = Path(args.data)
+    folder = flickr.find(root, *flickr.PHOTO_FOLDERS)
+    photos = sorted(path.name for path in folder.glob("*.jpg"))[:args.limit]
+    if not photos:
+        raise UserError(f"{folder}: no photos (*.jpg) in it; unpack Flickr8k_Dataset.zip")
     splits = flickr.read_splits(root)[0] if args.corruptions else {}
-
     vision, processor = open_images(args.image_model, args)
-    sizes = [getattr(processor, "size", None), getattr(processor, "crop_size", None)]
-    side = max(length for size in sizes for length in dict(size or {}).values())
+    text, tokenizer, how = open_texts(args.text_model, args) if args.text_model else (None, None, None)
+    speech = find_model(args.speech_model, "speech", args.trust_remote_code) if args.speech_model else None
+    captions = flickr.read_captions(root)[0] if text else {}
+    recordings = flickr.read_speech_list(root)[0].items() if speech else ()
+    wavs = {path.name: (path, photo) for (photo, _), path in recordings if photo in set(photos)}
+    if speech and not wavs:
+        raise UserError(f"{root}: no recordings of these photos in flickr_audio; leave --speech-model out")
 
-    def read_photo(name, kind, amount):
-        image = read_image(photos / name)
-        if kind and not isinstance(image, str):
-            scale = side / min(image.size)
-            image = image.resize([round(scale * length) for length in image.size], Image.Resampling.BICUBIC)
-            photo = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            photo = flickr.corrupt_photo(photo, kind, amount, flickr.item_draws(name))
-            image = Image.fromarray(photo.permute(1, 2, 0).numpy())
-        return pixels_of(image, processor)
+    def encode(modality, source, photo_of, read, corruption, load_forward, shard, job):
+        """The clean file of a modality and its corrupted ones. photo_of: {name: its photo}; read(name, corrupt) ->
+        item, where corrupt changes what was read, or is None."""
+        def prepare(asked, kind, amount, rows):
+            def item(row):
+                name = asked[row]
+                corrupt = functools.partial(corruption, kind=kind, amount=amount, draws=flickr.item_draws(name))
+                return read(name, corrupt if kind else None)
+            return list(args.readers.map(item, rows))
 
-    # modality -> model, {name: its photo}, read(name, kind, amount) -> item, load_forward, shard, facts of the job
-    parts = {"image": (vision, {name: name for name in photo_names}, read_photo, lambda: image_forward(vision, args),
-                       SHARD, {"processor": processor, "data": digest(file_sizes(photos / n for n in photo_names))})}
-    if args.text_model:
-        text, tokenizer, how = open_texts(args.text_model, args)
-        captions = flickr.read_captions(root)[0]
-        texts = {f"{photo}#{k}": caption for photo in photo_names
-                 for k, caption in sorted(captions.get(photo, {}).items())}
-
-        def read_text(name, kind, amount):
-            caption = texts[name]
-            caption = flickr.corrupt_text(caption, kind, amount, flickr.item_draws(name)) if kind else caption
-            return tokenize(text, tokenizer, [caption], args, how)[0]
-        parts["text"] = (text, {name: name.rpartition("#")[0] for name in texts}, read_text,
-                         lambda: text_forward(text, tokenizer, args, how), TEXT_SHARD,
-                         {**text_facts(how, args), "data": digest(texts)})
-    if args.speech_model:
-        speech = find_model(args.speech_model, "speech", args.trust_remote_code)
-        listed = flickr.read_speech_list(root)[0].items()
-        wavs = {path.name: (path, photo) for (photo, _), path in listed if photo in set(photo_names)}
-        if not wavs:
-            raise UserError(f"{root}: no recordings of these photos (flickr_audio/wav2capt.txt); leave --speech-model "
-                            "out")
-
-        def read_wave(name, kind, amount):
-            try:
-                wave = flickr.read_wav(wavs[name][0].read_bytes())
-            except Exception as error:  # soundfile raises kinds of its own
-                return common.reason_of(error)
-            return (flickr.corrupt_speech(wave, kind, amount, flickr.item_draws(name)) if kind else wave).numpy()
-        parts["audio"] = (speech, {name: wavs[name][1] for name in sorted(wavs)}, read_wave,
-                          lambda: speech_forward(speech, args), SHARD,
-                          {"data": digest(file_sizes(path for path, _ in wavs.values()))})
-    for modality, (source, photo_of, read, load_forward, shard, facts) in parts.items():
+        def finish(asked, outputs, kept):
+            ids = [asked[i] for i in kept]
+            return {}, {"feats": outputs[0], "ids": ids, "unreadable": sorted(set(asked) - set(ids)),
+                        "model": source.stem}
         conditions = [(*flickr.CLEAN, None)]
         if args.corruptions:
             conditions += [(kind, x, "test") for kind, amounts in flickr.CORRUPTIONS[modality].items() for x in amounts]
@@ -1038,100 +1009,98 @@ def flickr8k(args):
         load_once = functools.cache(load_forward)
         for kind, amount, split in conditions:
             asked = [name for name, photo in photo_of.items() if split is None or photo in splits[split]]
-            path = Path(args.out or root) / f"{modality}_features{flickr.condition_suffix(kind, amount)}.pt"
+            path = flickr.feature_file(args.out or root, modality, flickr.condition_suffix(kind, amount))
             if not asked:
                 raise UserError(f"{path}: no {modality} of a {split} photo is here (--limit?)")
+            facts = {"names": digest(asked), "corruption": [kind, amount]}
+            encode_rows(path, {**job, **facts}, asked, shard, functools.partial(prepare, asked, kind, amount),
+                        load_once, functools.partial(finish, asked), args)
 
-            def prepare(rows, asked=asked, kind=kind, amount=amount, read=read):
-                return list(args.readers.map(lambda row: read(asked[row], kind, amount), rows))
+    sizes = [getattr(processor, "size", None), getattr(processor, "crop_size", None)]
+    side = max(length for size in sizes for length in dict(size or {}).values())
 
-            def finish(outputs, kept, asked=asked, source=source):
-                ids = [asked[i] for i in kept]
-                return {}, {"feats": outputs[0], "ids": ids, "unreadable": sorted(set(asked) - set(ids)),
-                            "model": source.stem}
-            job = model_job(source, **facts, names=digest(asked), corruption=[kind, amount])
-            encode_rows(path, job, asked, shard, prepare, load_once, finish, args)
+    def read_photo(name, corrupt):
+        image = read_image(folder / name)
+        if corrupt and not isinstance(image, str):
+            scale = side / min(image.size)
+            image = image.resize([round(scale * length) for length in image.size], Image.Resampling.BICUBIC)
+            photo = corrupt(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+            image = Image.fromarray(photo.permute(1, 2, 0).numpy())
+        return pixels_of(image, processor)
+    job = model_job(vision, processor=processor, data=digest(file_sizes(folder / name for name in photos)))
+    encode("image", vision, {name: name for name in photos}, read_photo, flickr.corrupt_photo,
+           lambda: image_forward(vision, args), SHARD, job)
+    if text:
+        texts = {f"{photo}#{k}": caption for photo in photos for k, caption in sorted(captions.get(photo, {}).items())}
+
+        def read_text(name, corrupt):
+            return tokenize(text, tokenizer, [corrupt(texts[name]) if corrupt else texts[name]], args, how)[0]
+        job = model_job(text, **text_facts(how, args), data=digest(texts))
+        encode("text", text, {name: name.rpartition("#")[0] for name in texts}, read_text, flickr.corrupt_text,
+               lambda: text_forward(text, tokenizer, args, how), TEXT_SHARD, job)
+    if speech:
+        def read_wave(name, corrupt):
+            try:
+                wave = flickr.read_wav(wavs[name][0].read_bytes())
+            except Exception as error:  # soundfile raises kinds of its own
+                return common.reason_of(error)
+            return (corrupt(wave) if corrupt else wave).numpy()
+        job = model_job(speech, data=digest(file_sizes(path for path, _ in wavs.values())))
+        encode("audio", speech, {name: wavs[name][1] for name in sorted(wavs)}, read_wave, flickr.corrupt_speech,
+               lambda: speech_forward(speech, args), SHARD, job)
 
 
 # -------------------------------------------------------------------------------------------------------------- pixmo
 
-IMAGE_COLUMNS = ("image_bytes", "image", "jpg", "bytes")  # in the order of preference
-CAPTION_COLUMNS = ("caption", "text", "captions", "transcripts")
-ID_COLUMNS = ("image_id", "id", "key", "image_url", "url")
+def read_column(path, group, name):
+    """Yields a column's values in a row group of a parquet file, 64 rows in memory at a time. Raises: UserError."""
+    from exp_pixmo_mrl import open_parquet
+    with open_parquet(path, with_images=True)[0] as file:
+        batches = file.iter_batches(64, row_groups=[group], columns=[name], use_threads=False)
+        while batch := common.guarded(lambda _: next(batches, None), path):
+            yield from batch.column(name).to_pylist()
 
 
-def parquet_files(patterns):
-    """The parquet files of files, folders and globs, sorted. Raises: UserError."""
-    files = []
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        files += sorted(path.glob("**/*.parquet") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))
-    if not files:
-        raise UserError(f"{', '.join(patterns)}: no parquet files there; download PixMo with its images, and name its "
-                        "files or folder with --data")
-    return files
+def read_images(groups, first, step):
+    """Yields the image bytes of SHARD rows from row `first` on, of as many `step` rows further on, and so forth.
 
-
-def open_parquet(path, caption_column=None):
-    """(pyarrow ParquetFile; names of its image and caption column, and of its ids' or None). Raises: UserError."""
-    import pyarrow
-    import pyarrow.parquet
-    file = common.guarded(lambda p: pyarrow.parquet.ParquetFile(p, pre_buffer=False, buffer_size=1 << 20), path)
-    kinds = {field.name: field.type for field in file.schema_arrow}
-
-    def holds_bytes(kind):
-        if pyarrow.types.is_struct(kind):
-            return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
-        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-    image = next((name for name in IMAGE_COLUMNS if name in kinds and holds_bytes(kinds[name])), None)
-    if image is None:
-        raise UserError(f"{path}: holds no image bytes (columns {', '.join(kinds)}); expected one of "
-                        f"{', '.join(IMAGE_COLUMNS)}: take a release that embeds the images, not their URLs alone")
-    wanted = [caption_column] if caption_column else CAPTION_COLUMNS
-    caption = next((name for name in wanted if name in kinds), None)
-    if caption is None:
-        raise UserError(f"{path}: no captions {' or '.join(wanted)} (columns {', '.join(kinds)}); name theirs with "
-                        "--caption-column")
-    return file, image, caption, next((name for name in ID_COLUMNS if name in kinds), None)
-
-
-def read_captions(path, caption_column=None):
-    """[N] (id, list of captions) of a parquet file; an id that no column gives is "file:row"."""
-    file, _, caption, key = open_parquet(path, caption_column)
-    rows = []
-    with file:
-        for batch in file.iter_batches(columns=[name for name in (caption, key) if name], use_threads=False):
-            ids = batch.column(key).to_pylist() if key else [None] * len(batch)
-            for name, texts in zip(ids, batch.column(caption).to_pylist(), strict=True):
-                texts = texts if isinstance(texts, list) else [texts]
-                texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-                rows.append((f"{path.name}:{len(rows)}" if name is None else name, texts))
-    return rows
-
-
-def read_images(files, first):
-    """Yields the image bytes of every row from row `first` of all files on, 64 rows in memory at a time."""
-    for path in files:
-        file, image, *_ = open_parquet(path)
-        with file:
-            for group in range(file.num_row_groups):
-                n_rows = file.metadata.row_group(group).num_rows
-                if first < n_rows:
-                    for batch in file.iter_batches(64, row_groups=[group], columns=[image], use_threads=False):
-                        for value in batch.column(image)[first:].to_pylist():
-                            yield (value.get("bytes") if isinstance(value, dict) else value) or b""
-                        first = max(0, first - len(batch))
-                else:
-                    first -= n_rows
+    groups: (file, number of a row group, its rows, its image column) of all; those without such a row are not read.
+    """
+    start = 0
+    for path, group, n, column in groups:
+        wanted = [row >= first and (row - first) % step < SHARD for row in range(start, start + n)]
+        if any(wanted):
+            for is_wanted, value in zip(wanted, read_column(path, group, column), strict=True):
+                if is_wanted:
+                    yield (value.get("bytes") if isinstance(value, dict) else value) or b""
+        start += n
 
 
 def pixmo(args):
     """{image,text}_features.pt, a text row a caption, for exp_pixmo_mrl.py's cached encoders."""
-    files, out = parquet_files(args.data), Path(args.out)
+    import exp_pixmo_mrl as experiment
+    if args.caption_column:
+        experiment.CAPTION_COLUMNS = (args.caption_column,)
+    files = []
+    for pattern in args.data:
+        path = Path(pattern).expanduser()
+        files += sorted(path.glob("**/*.parquet") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))
+    if not files:
+        raise UserError(f"--data {' '.join(args.data)}: no parquet files there; download PixMo with its images")
     vision, processor = open_images(args.image_model, args)
     text, tokenizer, how = open_texts(args.text_model, args)
-    read = functools.partial(read_captions, caption_column=args.caption_column)
-    rows = [row for path in files for row in common.guarded(read, path)][:args.limit]
+    groups, rows = [], []  # of read_images; (id, captions): an id that no column gives is "file:row"
+    for path in files:
+        file, images, captions, key = experiment.open_parquet(path, with_images=True)
+        first = len(rows)
+        for group in range(file.num_row_groups):
+            groups.append((path, group, file.metadata.row_group(group).num_rows, images))
+            names = read_column(path, group, key) if key else itertools.repeat(None)
+            for name, value in zip(names, read_column(path, group, captions), strict=False):
+                values = value if isinstance(value, list) else [value]
+                values = [caption.strip() for caption in values if isinstance(caption, str) and caption.strip()]
+                rows.append((f"{path.name}:{len(rows) - first}" if name is None else name, values))
+    rows = rows[:args.limit]
     ids, texts = [name for name, _ in rows], [caption for _, captions in rows for caption in captions]
     text_ids = [name for name, captions in rows for _ in captions]
     if not texts:
@@ -1143,9 +1112,9 @@ def pixmo(args):
         n_tokens = max(len(item) for part in parts for item in tokenize(text, tokenizer, part, args, how))
     stream = None
 
-    def prepare(rows):  # shards come in order: the files are read once, from the first unfinished shard on
+    def prepare(rows):  # a process's shards come in order: the files are read once
         nonlocal stream
-        stream = stream or read_images(files, rows[0])
+        stream = stream or read_images(groups, rows[0], SHARD * common.process()[1])
         contents = [next(stream) for _ in rows]
         return list(args.readers.map(lambda content: pixels_of(read_image(content), processor), contents))
 
@@ -1160,9 +1129,9 @@ def pixmo(args):
     job = model_job(vision, processor, pool="tokens" if args.tokens else "own", n=len(ids),
                     data=common.fingerprint(files))
     names = [f"row {i}, id {name}" for i, name in enumerate(ids)]
-    encode_rows(out / "image_features.pt", job, names, SHARD, prepare,
+    encode_rows(Path(args.out) / "image_features.pt", job, names, SHARD, prepare,
                 lambda: image_forward(vision, args, args.tokens), finish_images, args)
-    encode_texts(out / "text_features.pt", (text, tokenizer, how), texts, args, finish_texts, n_tokens)
+    encode_texts(Path(args.out) / "text_features.pt", (text, tokenizer, how), texts, args, finish_texts, n_tokens)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -1178,84 +1147,99 @@ def parse_command_line(argv):
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(function):
-        """A subcommand with the options that all have; returns its add_argument."""
+        """A subcommand with the options that all have; returns add(names, help, default, ..), which makes another."""
         sub = commands.add_parser(function.__name__, description=function.__doc__, help=function.__doc__)
         sub.set_defaults(run=function)
-        add = sub.add_argument
-        add("--limit", type=positive, metavar="N", help="only the first N images, items or films")
-        add("--device", default="auto", help="auto | cuda | cuda:1 | mps | cpu")
-        add("--device-map", choices=("auto",), help="spread a model over all GPUs (needs the package accelerate)")
-        add("--batch-size", type=positive, help="rows a forward pass (default: 64; 8 on a CPU, whose memory is slow)")
-        add("--weights", choices=("auto", *DTYPES), default="auto", help="of the model (auto: bfloat16 on a GPU, else "
-                                                                         "float32)")
-        add("--dtype", choices=tuple(DTYPES), default="float16", help="of the features written (default: float16)")
-        add("--workers", type=positive, default=os.cpu_count() or 1, help="threads that decode (default: one a core)")
-        add("--trust-remote-code", action="store_true", help="run code that comes with a model (default: refuse such)")
-        add("--max-length", type=positive, default=512, help="tokens that a text is cut to (default: 512, or fewer if "
-                                                             "the model takes fewer)")
+
+        def add(names, help, default=None, **more):
+            shown = f"{help} (default: {' '.join(default) if isinstance(default, list) else default})"
+            sub.add_argument(*names.split(), help=shown if default else help, default=default, **more)
+        n_cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        add("--limit", "only the first N images, items or films", type=positive, metavar="N")
+        add("--device", "auto | cuda | cuda:1 | mps | cpu", "auto")
+        add("--device-map", "spread a model over all GPUs (needs the package accelerate)", choices=("auto",))
+        add("--batch-size", "rows a forward pass (default: 64; 8 on a CPU, whose memory is slow)", type=positive)
+        add("--weights", "of the model; auto: bfloat16 on a GPU, else float32", "auto", choices=("auto", *DTYPES))
+        add("--dtype", "of the features written", "float16", choices=tuple(DTYPES))
+        add("--workers", "threads that decode", n_cores, type=positive)
+        add("--trust-remote-code", "run code that comes with a model", False, action="store_true")
+        add("--max-length", "tokens that a text is cut to, or fewer if the model takes fewer", 512, type=positive)
         if function is not alignment:
-            add("--text-pool", choices=("last", "mean", "first"), help="tokens that stand for a text (default: the "
-                "model's projection, else the last of a causal model, EOS, else the mean)")
-            add("--normalize-texts", action="store_true", help="pooled texts at unit length, as many sentence "
-                                                               "encoders are used")
+            add("--text-pool", "tokens that stand for a text (default: the model's projection, else the last of a "
+                "causal model, EOS, else the mean)", choices=("last", "mean", "first"))
+            add("--normalize-texts", "pooled texts at unit length", False, action="store_true")
         return add
 
     add = command(coco)
-    add("--images", required=True, help="folder of the images")
-    add("--captions", required=True, help="COCO captions JSON")
-    add("--split", default="train2017", help="what the files' names begin with: train2017 (default) or val2017")
-    add("--image-model", default="google/siglip-so400m-patch14-384", help="(default: %(default)s)")
-    add("--text-model", default="intfloat/e5-mistral-7b-instruct", help="(default: %(default)s)")
-    add("--instruction", default="", help="E5's task: texts become 'Instruct: ...', newline, 'Query: caption'")
-    add("--native-text", action="store_true", help="also the captions through the image model's own text tower")
-    add("--out", default="pretrain_encoded", help="folder to write to (default: %(default)s)")
+    add("--images", "folder of the images", required=True)
+    add("--captions", "COCO captions JSON", required=True)
+    add("--split", "what the files' names begin with: train2017 or val2017", "train2017")
+    add("--image-model", "of the images", "google/siglip-so400m-patch14-384")
+    add("--text-model", "of the captions", "intfloat/e5-mistral-7b-instruct")
+    add("--instruction", "E5's task: texts become 'Instruct: ...', newline, 'Query: caption'", "")
+    add("--native-text", "also the captions through the image model's own text tower", False, action="store_true")
+    add("--out", "folder to write to", "pretrain_encoded")
     add = command(mmimdb)
-    add("--data", default=os.environ.get("MMIMDB1_DIR", "mmimdb"), help="folder with dataset/ (default: $MMIMDB1_DIR, "
-                                                                        "else mmimdb)")
-    add("--backbone", default="clip", help="name in the files: clip (default), blip2, or any word with your own models")
-    add("--model", help="of posters and plots (default: CLIP ViT-B/16 or BLIP-2 Flan-T5 XL, by --backbone)")
-    add("--image-model", help="of the posters (default: --model)")
-    add("--text-model", help="of the plots (default: --model)")
-    add("--views", type=positive, default=70, help="rows a film, view 0 clean, the others augmented (default: 70)")
-    add("--out", help="folder to write to (default: latents/ in the data)")
+    add("--data", "folder with dataset/ ($MMIMDB1_DIR)", os.environ.get("MMIMDB1_DIR", "mmimdb"))
+    add("--backbone", "name in the files: clip, blip2, or any word with your own models", "clip")
+    add("--model", "of posters and plots (default: CLIP ViT-B/16 or BLIP-2 Flan-T5 XL, by --backbone)")
+    add("--image-model", "of the posters (default: --model)")
+    add("--text-model", "of the plots (default: --model)")
+    add("--views", "rows a film, view 0 clean, the others augmented", 70, type=positive)
+    add("--out", "folder to write to (default: latents/ in the data)")
     add = command(alignment)
-    add("--captions", help="JSON of captions and their rewrites at levels u")
-    add("--rewrite-captions", metavar="FILE", help="make it, {out}/captions.json, of plain captions (a line each)")
-    add("--seed", type=int, default=0, help="of --rewrite-captions")
-    add("--images", help="folder of the photos, one a caption")
-    add("--image-names", help="file of their names in the order of the captions (default: sorted names)")
-    add("--mmimdb", metavar="DIR", help="posters and plots of this folder instead of photos and captions")
-    add("--language", nargs="+", default=[], metavar="MODEL", help="causal language models, other text encoders")
-    add("--vision", nargs="+", default=[], metavar="MODEL", help="vision transformers, also CLIP's and timm's")
-    add("--vision-pool", choices=("cls", "avg"), default="cls", help="CLS token (default), or mean, after each block")
-    add("--out", default="prh", help="folder to write to (default: %(default)s)")
+    add("--captions", "JSON of captions and their rewrites at levels u")
+    add("--images", "folder of the photos, one a caption")
+    add("--image-names", "file of their names, a line each, in the order of the captions (default: sorted names)")
+    add("--mmimdb", "posters and plots of this folder instead of photos and captions", metavar="DIR")
+    add("--language", "causal language models, other text encoders", [], nargs="+", metavar="MODEL")
+    add("--vision", "vision transformers, also CLIP's and timm's", [], nargs="+", metavar="MODEL")
+    add("--vision-pool", "CLS token, or mean over the tokens, after each block", "cls", choices=("cls", "avg"))
+    add("--out", "folder to write to", "prh")
     add = command(flickr8k)
-    add("--data", default="flickr8k", help="folder with Flickr8k_Dataset/ (default: %(default)s)")
-    add("--image-model", "--model", default="google/siglip-so400m-patch14-384", help="(default: %(default)s)")
-    add("--text-model", help="of the captions (default: no text_features.pt)")
-    add("--speech-model", help="Whisper, wav2vec 2.0, HuBERT or WavLM (default: no audio_features.pt)")
-    add("--corruptions", action="store_true", help="also the corrupted queries of the test-time protocol")
-    add("--out", help="folder to write to (default: the data's)")
+    add("--data", "folder with Flickr8k_Dataset/", "flickr8k")
+    add("--image-model --model", "of the photos", "google/siglip-so400m-patch14-384")
+    add("--text-model", "of the captions (default: no text_features.pt)")
+    add("--speech-model", "Whisper, wav2vec 2.0, HuBERT or WavLM (default: no audio_features.pt)")
+    add("--corruptions", "also the corrupted queries of the test-time protocol", False, action="store_true")
+    add("--out", "folder to write to (default: the data's)")
     add = command(pixmo)
-    add("--data", nargs="+", default=["pixmo"], help="parquet files, folders or globs (default: pixmo)")
-    add("--image-model", default="openai/clip-vit-large-patch14-336", help="(default: %(default)s)")
-    add("--text-model", default="sentence-transformers/all-mpnet-base-v2", help="(default: %(default)s)")
-    add("--caption-column", help=f"text or list of texts (default: the first of {', '.join(CAPTION_COLUMNS)})")
-    add("--tokens", action="store_true", help="features of every token, for attention pooling, instead of pooled ones")
-    add("--out", default="pixmo/features", help="folder to write to (default: %(default)s)")
+    add("--data", "parquet files, folders or globs", ["pixmo"], nargs="+")
+    add("--image-model", "of the images", "openai/clip-vit-large-patch14-336")
+    add("--text-model", "of the captions", "sentence-transformers/all-mpnet-base-v2")
+    add("--caption-column", "text or list of texts (default: caption, text, captions or transcripts)")
+    add("--tokens", "every token, for attention pooling, instead of pooled features", False, action="store_true")
+    add("--out", "folder to write to", "pixmo/features")
     return parser.parse_args(argv)
+
+
+@contextlib.contextmanager
+def the_first_says_why():
+    """Of several processes the first that fails says why, in a line; the others fail for it, and say nothing."""
+    try:
+        yield
+    except Exception as error:
+        if common.process()[1] > 1:
+            if dist.distributed_c10d._get_default_store().add("failed", 1) > 1:
+                sys.exit(1)
+            if isinstance(error, UserError):  # of those only process 0's are printed
+                raise OSError(str(error)) from None
+        raise
 
 
 @common.exit_codes
 def main(argv=None):
     args = parse_command_line(argv)
-    args.device = common.pick_device(args.device)
-    if args.weights == "auto":
-        args.weights = "bfloat16" if args.device.type == "cuda" else "float32"
-    args.batch_size = args.batch_size or (8 if args.device.type == "cpu" else 64)
-    if args.command == "mmimdb" and args.dtype == "bfloat16":
-        raise UserError("--dtype bfloat16: latents are .npy files, which have no bfloat16; use float16 or float32")
-    with concurrent.futures.ThreadPoolExecutor(args.workers) as args.readers:
+    common.join_processes(args.device)
+    with the_first_says_why(), concurrent.futures.ThreadPoolExecutor(args.workers) as args.readers:
+        args.device = common.pick_device(args.device)
+        if args.weights == "auto":
+            args.weights = "bfloat16" if args.device.type == "cuda" else "float32"
+        args.batch_size = args.batch_size or (8 if args.device.type == "cpu" else 64)
+        if args.command == "mmimdb" and args.dtype == "bfloat16":
+            raise UserError("--dtype bfloat16: latents are .npy files, which have no bfloat16; use float16 or float32")
+        if args.device_map and common.process()[1] > 1:
+            raise UserError("--device-map spreads a model over all GPUs, torchrun gives each process one: use either")
         args.run(args)
 
 

@@ -5,16 +5,15 @@
     python profile_flops.py configs/*.yaml --batch-size 64          # another batch size than the configs' own
 
 Builds the experiment of each YAML, exp_<its `experiment:` key>.py, a copy of yours included, and runs real training
-steps: forward, backward, optimizer. Without its data it takes stand-ins of the real shapes and says so. Prints and
-saves to results/flops/ (JSON, bar plot): FLOPs by torch.profiler and by FlopCounterMode, forward and backward, per
-sample and per run, parameters, memory, time, and the share of time in operators that were not counted. A run of several
-phases (`selector_after_freeze`) is measured in each of them; its figures of a step are their mean.
+steps: forward, backward, optimizer. Without its data it takes stand-ins of the real shapes and says so. A run of
+several phases (`selector_after_freeze`) is measured in each; its figures of a step are their mean. The figures are
+printed, and saved to results/flops/ (JSON, bar plot).
 
-Convention: 1 multiply-add = 2 FLOPs. torch.profiler counts matrix products (mm, addmm, bmm, baddbmm), conv2d, and
-elementwise add and mul; FlopCounterMode counts matrix products, convolutions with their backward, and attention (by
-its plain formulation: the fused kernels would count as nothing on a CPU). Neither counts softmax, GELU, normalisation
-or the optimizer. Recomputation of checkpointed blocks counts as backward, the gradient that a contrastive loss forms
-with its value as forward.
+1 multiply-add = 2 FLOPs. torch.profiler counts matrix products (mm, addmm, bmm, baddbmm), conv2d, and elementwise add
+and mul; FlopCounterMode counts matrix products, convolutions with their backward, and attention (by its plain
+formulation: the fused kernels would count as nothing on a CPU). Neither counts softmax, GELU, normalisation or the
+optimizer. Recomputation of checkpointed blocks counts as backward, the gradient that a contrastive loss forms with its
+value as forward.
 """
 
 import os
@@ -64,24 +63,21 @@ def build(config_path, batch_size=None, device="auto", overrides=()):
         data = module.load_data(cfg)
     except UserError as error:  # no data here: the shapes are what counts
         why = str(error)
-        data = stand_in(module, cfg, config_path, settings)
-    counted = not why or hasattr(getattr(cfg, "training", None), "steps")
+        if hasattr(module, "random_data"):
+            data = module.random_data(cfg)
+        else:
+            demo = common.load_config(module.Config, config_path, settings, demo=True)
+            module.use_demo(demo)
+            data = module.load_data(demo)
     sections = (getattr(cfg, key, None) for key in ("training", "dataset", getattr(data, "stage", "")))
-    n, rows = batch_size or next(s for s in sections if hasattr(s, "batch_size")).batch_size, data.splits["train"]
+    n = batch_size or next(section.batch_size for section in sections if hasattr(section, "batch_size"))
+    rows = data.splits["train"]
     rows = rows.repeat(-(-n // len(rows)))[:n]
     model = module.build_model(cfg, data)
+    is_counted = not why or hasattr(getattr(cfg, "training", None), "steps")
     return SimpleNamespace(cfg=cfg, module=module, model=model, batch=module.make_batch(data, rows),
                            optimizer=module.build_optimizer(cfg, model), why=why,
-                           steps=module.total_steps(cfg, data) if counted else None)
-
-
-def stand_in(module, cfg, config_path, settings):
-    """Data of the real widths where the real ones are not here: the demo's files, or the script's random tensors."""
-    if hasattr(module, "random_data"):
-        return module.random_data(cfg)
-    demo = common.load_config(module.Config, config_path, settings, demo=True)
-    module.use_demo(demo)
-    return module.load_data(demo)
+                           steps=module.total_steps(cfg, data) if is_counted else None)
 
 
 def count_flops(step):
@@ -104,18 +100,18 @@ def count_flops(step):
 
 
 def peak_memory(step, device):
-    """Bytes that one call of `step` needs beyond what was there: of the allocator on CUDA, else of the resident set."""
+    """Bytes that one call of `step` needs beyond what was there: of the allocator on CUDA, else, where Linux tells it,
+    of the resident set."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if not Path("/proc/self/clear_refs").exists():
         return None
 
     def kilobytes(key):
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+        return int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     with contextlib.suppress(AttributeError):  # glibc: give freed memory back, or reusing it would not show
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident set so far
@@ -137,15 +133,14 @@ def measure(built, step_number, repeats):
             torch.cuda.synchronize(device)
     step()  # allocates the optimizer's state
     by_counter, forward, backward = count_flops(step)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start and stop on stderr
-    with torch.profiler.profile(activities=activities, with_flops=True) as profiler:
+    on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *on_gpu], with_flops=True) as profiler:
         step()
     events = profiler.key_averages()
-    seconds = {e.key: e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total for e in events}
+    seconds = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
     by_profiler = {e.key: int(e.flops) for e in events if e.flops}
-    whole = sum(seconds.values()) or 1
-    shares = {key: t / whole for key, t in sorted(seconds.items(), key=lambda item: -item[1])}
+    shares = {key: t / sum(seconds.values()) for key, t in sorted(seconds.items(), key=lambda item: -item[1])}
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -160,31 +155,30 @@ def measure(built, step_number, repeats):
 
 
 def profile(config_path, batch_size=None, device="auto", repeats=5, overrides=()):
-    """FLOPs, memory and time of one training step of a config; None if it has no training step.
+    """FLOPs, memory and time of one training step of a config; None if it has no training step. Raises: UserError.
 
     overrides: 'section.key=value' strings.
-    Returns: dict with `flops_profiler`, `flops_counter` (of a step), `flops_forward`, `flops_backward`,
-        `flops_per_sample` (by FlopCounterMode), `flops_run` (x steps, None if they are unknown), `batch_size`, `steps`,
-        `parameters` (trained), `step_ms` (median), `flop_per_s`, `peak_bytes`, `operators` ({name: FLOPs} by either
-        counter), `uncounted` ({operator: share of the time}), `phases` (the same of each, where there are several; a
-        step's figures are their mean), `random_data`, `device`, `name` (of the run's folder).
-    Raises: UserError.
+    Returns a dict; of a step `flops_profiler`, `flops_counter`, `flops_forward`, `flops_backward`, `step_ms` (median),
+    `flop_per_s`, `peak_bytes`, `operators` ({name: FLOPs} by either counter), `uncounted` ({operator: share of the
+    time}); `flops_per_sample`, `flops_run` (x steps; None: unknown), `batch_size`, `steps`, `parameters` (trained);
+    `phases` (the same of each, if there are several: a step's figures are their mean); `random_data`, `why_random`,
+    `device`, `name` (of the run's folder).
     """
     built = build(config_path, batch_size, device, overrides)
     if built is None:
         return None
     starts = built.module.phases(built.cfg) if hasattr(built.module, "phases") else [1]
     phases = [measure(built, start, repeats) for start in starts]
-    parameters = dict(built.model.named_parameters())
     trained = {name for phase in phases for name in phase.pop("trained")}
-    flops = ("flops_profiler", "flops_counter", "flops_forward", "flops_backward")
-    mean = {key: sum(phase[key] for phase in phases) / len(phases) for key in (*flops, "step_ms")}
-    mean |= {key: int(mean[key]) for key in flops if mean[key].is_integer()}
+    mean = {key: sum(phase[key] for phase in phases) / len(phases) for key in phases[0]
+            if key.startswith("flops_") or key == "step_ms"}
+    mean |= {key: int(x) for key, x in mean.items() if x.is_integer() and key != "step_ms"}
     size, total = len(next(iter(built.batch.values()))), mean["flops_counter"]
     return {"config": str(config_path), "name": Path(built.cfg.output_dir).name, **phases[0], **mean,
             "peak_bytes": max(phase["peak_bytes"] or 0 for phase in phases) or None,
             "flops_per_sample": total / size, "flops_run": total * built.steps if built.steps else None,
-            "batch_size": size, "steps": built.steps, "parameters": sum(parameters[name].numel() for name in trained),
+            "batch_size": size, "steps": built.steps,
+            "parameters": sum(p.numel() for name, p in built.model.named_parameters() if name in trained),
             "flop_per_s": 1000 * total / mean["step_ms"], "phases": phases if len(phases) > 1 else [],
             "random_data": bool(built.why), "why_random": built.why,
             "device": str(next(built.model.parameters()).device)}
@@ -192,14 +186,11 @@ def profile(config_path, batch_size=None, device="auto", repeats=5, overrides=()
 
 def scaled(value, unit="FLOP"):
     """1.5e9 -> '1.500 GFLOP'."""
-    if value is None:
-        return "-"
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3f} {prefix}{unit}"
-    return f"{value:.0f} {unit}"
+    from matplotlib.ticker import EngFormatter
+    return "-" if value is None else EngFormatter(unit, places=3)(value)
 
 
+CONVENTION = "1 multiply-add = 2 FLOPs"
 ROWS = (("FLOPs a step, torch.profiler", "flops_profiler", scaled),
         ("FLOPs a step, FlopCounterMode", "flops_counter", scaled),
         ("  forward", "flops_forward", scaled), ("  backward", "flops_backward", scaled),
@@ -212,45 +203,41 @@ ROWS = (("FLOPs a step, torch.profiler", "flops_profiler", scaled),
 
 def report(results):
     """The side-by-side table, ratios to the first config, operators and what was not counted."""
-    first, table, lines = results[0], [], []
+    first, table = results[0], []
     for label, key, show in ROWS:
         cells = [show(r[key]) for r in results]
         for i, r in enumerate(results[1:], 1):
             if r[key] and first[key] and key != "batch_size":
                 cells[i] += f" ({r[key] / first[key]:.3f}x)"
         table.append([label, *cells])
-    lines.append(common.format_table(["", *(r["name"] for r in results)], table))
+    lines = [common.format_table(["", *(r["name"] for r in results)], table)]
     for r in results:
         stand_in = f", stand-in data of the real shapes ({r['why_random']})" if r["random_data"] else ""
         lines.append(f"\n{r['name']}: on {r['device']}{stand_in}")
         for i, phase in enumerate(r["phases"], 1):
-            forward, backward = scaled(phase["flops_forward"]), scaled(phase["flops_backward"])
-            lines.append(f"  phase {i}: {scaled(phase['flops_counter'])} a step ({forward} forward, {backward} "
-                         f"backward), {phase['step_ms']:.1f} ms")
+            parts = [f"{scaled(phase[f'flops_{part}'])} {part}" for part in ("forward", "backward")]
+            lines.append(f"  phase {i}: {scaled(phase['flops_counter'])} a step ({', '.join(parts)}), "
+                         f"{phase['step_ms']:.1f} ms")
         for name, operators in r["operators"].items():
             largest = sorted(operators.items(), key=lambda item: -item[1])
             lines.append(f"  by {name}: " + ", ".join(f"{op} {scaled(flops)}" for op, flops in largest))
         shares = [f"{op} {100 * share:.1f}%" for op, share in list(r["uncounted"].items())[:10]]
         lines.append(f"  not counted by the profiler, {100 * sum(r['uncounted'].values()):.1f}% of the time: "
                      f"{', '.join(shares)}")
-    return "\n".join([*lines, "\n1 multiply-add = 2 FLOPs"])
+    return "\n".join([*lines, f"\n{CONVENTION}"])
 
 
 def plot(results, path):
-    """Bars: forward and backward FLOPs of a step, and FLOPs a sample."""
-    figure, (axis, per_sample) = common.new_figure(2, width=2.2 + 1.1 * len(results), height=4)
-    place = np.arange(len(results))
-    bottom = np.zeros(len(results))
-    for key in ("flops_forward", "flops_backward"):
-        values = np.array([r[key] for r in results]) / 1e9
-        axis.bar(place, values, 0.6, bottom=bottom, label=key.removeprefix("flops_"))
-        bottom += values
-    axis.set(ylabel="GFLOP a step (FlopCounterMode)", title="a training step")
-    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
-    per_sample.bar(place, [r["flops_per_sample"] / 1e6 for r in results], 0.6, color="tab:green")
-    per_sample.set(ylabel="MFLOP a sample", title="per sample")
-    for panel in (axis, per_sample):
-        panel.set_xticks(place, [r["name"][:40] for r in results], rotation=30, ha="right", fontsize=8)
+    """Bars: forward and backward FLOPs of a step."""
+    figure, (axis,) = common.new_figure(width=2.2 + 1.1 * len(results), height=4)
+    places, bottom = range(len(results)), np.zeros(len(results))
+    for part in ("forward", "backward"):
+        gigaflops = np.array([r[f"flops_{part}"] for r in results]) / 1e9
+        axis.bar(places, gigaflops, 0.6, bottom=bottom, label=part)
+        bottom += gigaflops
+    axis.set(ylabel="GFLOP a step (FlopCounterMode)")
+    axis.set_xticks(places, [r["name"][:40] for r in results], rotation=30, ha="right", fontsize=8)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     common.save_figure(figure, path)
 
 
@@ -274,25 +261,23 @@ def main(argv):
             result = profile(path, args.batch_size, args.device, overrides=overrides)
             why = "has no training step"
         except UserError as error:  # e.g. a pretrained encoder that is not here: the other configs are still wanted
-            result, why = None, error
             if len(configs) == 1:
                 raise
-        if result is None:
-            print(f"{path}: {why}; passed over")
-        else:
+            result, why = None, error
+        if result:
             results.append(result)
+        else:
+            print(f"{path}: {why}; passed over")
     if not results:
         return
     print(report(results))
-    folder, convention = Path(args.out), {"convention": "1 multiply-add = 2 FLOPs"}
+    folder, batch = Path(args.out), f",batch={args.batch_size}" if args.batch_size else ""
     folder.mkdir(parents=True, exist_ok=True)
-    for result in results if args.batch_size is None else []:  # report.md of a run quotes the file of its name
-        common.write_json(folder / f"{result['name']}.json", {**convention, "results": [result]})
-    stem = "+".join(r["name"] for r in results) + (f",batch={args.batch_size}" if args.batch_size else "")
-    stem = stem if len(stem) < 100 else f"{len(results)}_configs"
-    common.write_json(folder / f"{stem}.json", {**convention, "results": results})
-    plot(results, folder / f"{stem}.png")
-    print(f"files: {folder / stem}.json, .png")
+    for result in results:  # report.md of a run quotes the file of its name
+        common.write_json(folder / f"{result['name']}{batch}.json", {"convention": CONVENTION, "results": [result]})
+    names = "+".join(r["name"] for r in results)
+    plot(results, folder / f"{names if len(names) < 100 else f'{len(results)}_configs'}{batch}.png")
+    print(f"files: {folder}/*.json, .png")
 
 
 if __name__ == "__main__":

@@ -823,8 +823,9 @@ def test_profile_prints_ratios_writes_files_and_passes_over_what_does_not_train(
     assert "x)" in out
     assert "1 multiply-add = 2 FLOPs" in out
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png"}
-    content = common.read_json(next(tmp_path.glob("*.json")))  # one: report.md quotes no other batch size than a run's own
-    assert [r["batch_size"] for r in content["results"]] == [16, 16, 16]
+    files = sorted(tmp_path.glob("*.json"))  # report.md quotes no other batch size than a run's own
+    assert [path.name for path in files] == [f"{name},batch=16.json" for name in ("alignment_synthetic", "clip_finetune", "siglip")]
+    assert [common.read_json(path)["results"][0]["batch_size"] for path in files] == [16, 16, 16]
 
 
 def test_profile_measures_the_overrides_and_both_phases(monkeypatch, tmp_path):

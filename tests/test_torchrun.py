@@ -1,11 +1,17 @@
-"""Several processes that train as one, by torchrun with gloo on the CPU: equal losses and weights, kills, one-line errors."""
+"""Several processes that train as one, by torchrun with gloo on the CPU: equal losses and weights, kills, one-line errors; and that
+encode as one, to the bit."""
 
+import contextlib
+import io
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +19,8 @@ from conftest import ROOT
 from torchrun_steps import CASES
 
 import common
+import demo_data
+import encode
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -102,3 +110,118 @@ def test_a_mistake_is_told_once(tmp_path):
     assert result.returncode
     assert result.stderr.count("error: ") == 1, result.stderr
     assert "no such file" in result.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- encode.py
+
+ENCODE = """
+import json, os, signal, sys
+sys.path[:0] = [{root!r}]
+import torch.distributed
+import common, encode
+encode.SHARD, encode.TEXT_SHARD = 8, 16
+torch.distributed.destroy_process_group = lambda: None  # one group for all commands
+{more}
+sys.exit(max(encode.main(command) for command in json.loads(sys.argv[1])))
+"""
+DIES = """
+real = encode.encode_shard
+def dying(rows, *args):
+    if rows == range(40, 48):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(rows, *args)
+encode.encode_shard = dying
+"""
+SEES_NO_OUTPUT = """
+if os.environ["RANK"] == "1":
+    sys.argv[1] = sys.argv[1].replace({folder!r}, "/nowhere")
+"""
+OVERFLOWS = """
+real = encode.image_forward
+def overflowing(*args):
+    forward = real(*args)
+    return lambda items: tuple(1e6 ** common.process()[0] * x for x in forward(items))
+encode.image_forward = overflowing
+"""
+
+
+def with_options(commands, folder):
+    return [[*map(str, command), "--out", str(folder / name), "--device", "cpu", "--workers", "1"] for name, command in commands.items()]
+
+
+def encoded(commands, folder, more=""):
+    """The finished two processes of encode.py's commands, which write to subfolders of `folder`."""
+    script = folder.parent / f"{folder.name}.py"
+    script.write_text(ENCODE.format(root=str(ROOT), more=more))
+    return subprocess.run([*TORCHRUN, str(script), json.dumps(with_options(commands, folder))], capture_output=True, text=True)
+
+
+def printed_alone(commands, folder):
+    """What encode.py prints in this process."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(encode, "SHARD", 8)
+        patch.setattr(encode, "TEXT_SHARD", 16)
+        assert [encode.main(command) for command in with_options(commands, folder)] == [0] * len(commands)
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """{folder: a command} of every subcommand, with tiny models, and a photo, a poster and a row that cannot be read."""
+    pytest.importorskip("transformers")
+    from tiny_models import save_model
+    root = tmp_path_factory.mktemp("raw")
+    model = {kind: save_model(root / kind, kind) for kind in ("siglip", "bert", "gpt2", "whisper")}
+    flickr, films, pixmo = root / "flickr", root / "films", root / "pixmo"
+    demo_data.write_flickr8k(flickr, n_photos=(60, 6, 6))
+    demo_data.write_mmimdb(films, n_films=30)
+    demo_data.write_pixmo(pixmo, sizes=(30, 5, 5), group_rows=4)  # one row has no picture
+    photos = sorted(path.name for path in (flickr / "Flickr8k_Dataset").iterdir())
+    (flickr / "Flickr8k_Dataset" / photos[9]).write_text("gone")
+    next((films / "dataset").glob("*.jpeg")).write_text("gone")
+    (root / "captions.json").write_text(json.dumps({"images": [{"id": i, "file_name": name} for i, name in enumerate(photos)], "annotations": [
+        {"id": i, "image_id": i // 2, "caption": "A thing" + " again" * (i % 9)} for i in range(2 * len(photos))]}))
+    both = ["--image-model", model["siglip"], "--text-model", model["bert"]]
+    return {"coco": ["coco", "--images", flickr / "Flickr8k_Dataset", "--captions", root / "captions.json", *both, "--native-text"],
+            "mmimdb": ["mmimdb", "--data", films, "--model", model["siglip"], "--views", 3],
+            "alignment": ["alignment", "--mmimdb", films, "--language", model["gpt2"], "--vision", model["siglip"], "--vision-pool", "avg"],
+            "flickr8k": ["flickr8k", "--data", flickr, *both, "--speech-model", model["whisper"], "--limit", 20],
+            "pixmo": ["pixmo", "--data", pixmo, *both, "--tokens"]}
+
+
+@pytest.fixture(scope="module")
+def encoded_alone(commands, tmp_path_factory):
+    """(folder, what was printed) of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "out"
+    return folder, printed_alone(commands, folder)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_two_processes_write_the_files_of_one(commands, encoded_alone, tmp_path):
+    folder, printed = encoded_alone
+    result = encoded(commands, tmp_path / "out", more=SEES_NO_OUTPUT.format(folder=str(tmp_path / "out")))
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "out") == contents(folder)
+    one, two = (re.sub(r"\S+ rows a second", "", text) for text in (printed.replace(str(folder), str(tmp_path / "out")), result.stdout))
+    assert one == two
+    assert "cannot be read: " in one
+
+
+def test_a_killed_process_ends_all_and_one_goes_on(commands, encoded_alone, tmp_path):
+    command = {"coco": commands["coco"]}
+    assert encoded(command, tmp_path / "out", more=DIES).returncode
+    printed = printed_alone(command, tmp_path / "out")
+    assert re.search("going on at (32|40) of 72 rows", printed)  # process 0 may have written its shard before it was ended
+    assert contents(tmp_path / "out/coco") == contents(encoded_alone[0] / "coco")
+
+
+def test_what_fails_in_one_process_alone_is_one_line(commands, tmp_path):
+    result = encoded({"coco": commands["coco"]}, tmp_path / "out", more=OVERFLOWS)
+    assert result.returncode
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    name = json.loads(Path(commands["coco"][4]).read_text())["images"][8]["file_name"]
+    assert f"features of {name} are not finite" in line
+    assert "encode.py" not in result.stderr.split("torch.distributed", 1)[0]  # no traceback but torchrun's own

@@ -7,9 +7,7 @@ al. 2022 (MRL), arXiv 2205.13147; Deitke et al. 2024 (PixMo), arXiv 2409.17146.
 
     python exp_pixmo_mrl.py configs/pixmo_features.yaml         # features of frozen encoders: a minute on a CPU
     python exp_pixmo_mrl.py configs/pixmo_features.yaml --demo  # synthetic stand-in, no data needed
-    python exp_pixmo_mrl.py configs/pixmo_scratch.yaml          # everything from scratch, on a CPU if need be
-    python exp_pixmo_mrl.py configs/pixmo_alignment.yaml        # CLIP ViT-L/14-336 and mpnet (transformers, a GPU)
-    python exp_pixmo_mrl.py configs/pixmo_scratch.yaml --stage embed dim=64 parquet=more.parquet
+    python exp_pixmo_mrl.py configs/pixmo_scratch.yaml          # from scratch; pixmo_alignment.yaml: CLIP and mpnet
     python exp_pixmo_mrl.py --compare results/pixmo_features*   # with and without MRL, paired over the test pairs
 
 It prints retrieval at every size last, both ways, and the share of the whole embedding's mean R@5 that is kept, with
@@ -25,8 +23,7 @@ D = projection_dim, d one of the Matryoshka dimensions.
 Deviations from the recipe this follows:
 - every prefix is L2-normalised again (normalising the whole vector alone leaves short prefixes at a wrong temperature);
 - pooling comes before the projector, which is an MLP: one linear map of W < D features cannot fill D dimensions;
-- rows without a caption (text dropout) and rows of equal image or caption are not each other's negatives
-  (`text_dropout_mode: literal`: they are);
+- rows without a caption (text dropout), or of equal image or caption, are no negatives (`text_dropout_mode: masked`);
 - frozen encoders run once, over the pictures as they prepare them themselves; there are no crops of those;
 - pooling scores and the temperature, which Adam hardly moves at the others' rate, have rates of their own;
 - the cosine schedule stays at 0 past its end; resuming is exact, and a finished run is not trained again.
@@ -50,7 +47,6 @@ import re
 import shutil
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +137,6 @@ class OptimizationConfig:
     max_grad_norm: float = ranged(1.0, "> 0")  # gradients are scaled down to this norm
     warmup_ratio: float = ranged(0.1, ">= 0", "< 1")  # share of the steps
     num_epochs: int = ranged(10, ">= 1")  # passes over the training rows
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # autocast; auto: bf16 or fp16 on a GPU, else fp32
     gradient_checkpointing: bool = False  # recompute the scratch blocks in backward: less memory, a third more time
     save_every_steps: int = ranged(500, ">= 1")  # checkpoint_latest.pt within an epoch
     save_every_epochs: int = ranged(0, ">= 0")  # keep checkpoint_epoch_*.pt (0: none)
@@ -176,28 +171,18 @@ def mrl_dims(vision):
     return sorted({*vision.mrl_dimensions, vision.projection_dim})
 
 
-def dims_per_step(losses):
-    """How many sizes a step draws, or "all"."""
-    if losses.sample_single_mrl_dim is None:
-        return losses.n_dims_per_step or 1
-    return 1 if losses.sample_single_mrl_dim else "all"
-
-
 def check(cfg):
     """Raise UserError for keys that do not fit each other."""
-    v, losses = cfg.vision_encoder, cfg.losses
-    if max(v.mrl_dimensions, default=1) > v.projection_dim:
-        raise UserError(f"vision_encoder.mrl_dimensions: {max(v.mrl_dimensions)} is more than "
-                        f"vision_encoder.projection_dim={v.projection_dim}")
-    if losses.mrl_weights and len(losses.mrl_weights) != len(mrl_dims(v)):
-        raise UserError(f"losses.mrl_weights: expected one for each of {mrl_dims(v)[::-1]}, found "
-                        f"{len(losses.mrl_weights)}")
+    v, losses, dims = cfg.vision_encoder, cfg.losses, mrl_dims(cfg.vision_encoder)
+    if dims[-1] > v.projection_dim:
+        raise UserError(f"vision_encoder.mrl_dimensions: {dims[-1]} is more than vision_encoder.projection_dim="
+                        f"{v.projection_dim}")
+    if len(losses.mrl_weights) not in (0, len(dims)):
+        raise UserError(f"losses.mrl_weights: expected one for each of {dims[::-1]}, found {len(losses.mrl_weights)}")
     if losses.contrastive == losses.mrl == 0:
         raise UserError("losses.contrastive and losses.mrl are both 0; nothing would be trained")
     if losses.sample_single_mrl_dim is not None and losses.n_dims_per_step is not None:
         raise UserError("losses.sample_single_mrl_dim and losses.n_dims_per_step say the same; give one of them")
-    if losses.learnable_temperature and losses.temperature < 0.01:
-        raise UserError(f"losses.temperature={losses.temperature}: a learned one stays at 0.01 or above")
     if len(cfg.optimization.betas) != 2:
         raise UserError(f"optimization.betas: expected two numbers, found {cfg.optimization.betas}")
     if cfg.dataset.horizontal_flip_prob and v.name != "scratch":
@@ -209,11 +194,6 @@ def check(cfg):
 
 # -------------------------------------------------------------------------------------------------------------- model
 
-def gelu(x):
-    """F.gelu under a name of its own: F.gelu itself sends the layers below down another path in eval mode."""
-    return F.gelu(x)
-
-
 class ScratchEncoder(nn.Module):
     """A pre-norm transformer on what `embed` makes of pictures [B, 3, S, S] (patches; Dosovitskiy et al. 2021, without
     a class token) or of token ids [B, T] -> [B, T, W]; mask [B, T]: the tokens that are attended to."""
@@ -222,7 +202,8 @@ class ScratchEncoder(nn.Module):
         super().__init__()
         self.embed, self.checkpointing = embed, checkpointing
         self.position = nn.Parameter(0.02 * torch.randn(n_places, c.width))
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(c.width, c.heads, 4 * c.width, c.dropout, gelu,
+        activation = functools.partial(F.gelu)  # F.gelu itself sends a block down another path in eval mode
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(c.width, c.heads, 4 * c.width, c.dropout, activation,
                                                                batch_first=True, norm_first=True)
                                     for _ in range(c.depth))
 
@@ -249,9 +230,12 @@ class Pooling(nn.Module):
 
     def __init__(self, width, kind):
         super().__init__()
-        self.kind, self.heads = kind, math.gcd(POOLING_HEADS, width) if kind == "multihead" else 1
-        if kind != "mean":
+        self.heads = math.gcd(POOLING_HEADS, width) if kind == "multihead" else 1
+        if kind == "mean":
+            self.register_buffer("query", torch.zeros(1, width), persistent=False)
+        else:
             self.query = nn.Parameter(torch.randn(self.heads, width // self.heads))
+        self.key = self.value = self.out = nn.Identity()
         if kind == "multihead":
             self.key = nn.Linear(width, width, bias=False)  # a bias adds the same to all scores of a head
             self.value = nn.Linear(width, width)
@@ -259,19 +243,15 @@ class Pooling(nn.Module):
 
     def weights(self, x, mask):
         """[B, heads, T] float32; 0 where the mask is false."""
-        scores = torch.zeros(len(x), 1, x.shape[1], device=x.device)
-        if self.kind != "mean":
-            keys = self.key(x) if self.kind == "multihead" else x
-            keys = keys.unflatten(2, (self.heads, -1)).float()  # [B, T, heads, W / heads]
-            scores = torch.einsum("bthw,hw->bht", keys, self.query) / keys.shape[3] ** 0.5
+        keys = self.key(x).unflatten(2, (self.heads, -1)).float()  # [B, T, heads, W / heads]
+        scores = torch.einsum("bthw,hw->bht", keys, self.query) / keys.shape[3] ** 0.5
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         return scores.softmax(2) * mask[:, None]
 
     def forward(self, x, mask):
-        values = self.value(x) if self.kind == "multihead" else x
-        values = values.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, W / heads]
-        pooled = (self.weights(x, mask).to(values.dtype)[:, :, None] @ values).flatten(1)  # [B, W]
-        return self.out(pooled) if self.kind == "multihead" else pooled
+        values = self.value(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, W / heads]
+        weights = self.weights(x, mask).to(values.dtype)[:, :, None]  # [B, heads, 1, T]
+        return self.out((weights @ values).flatten(1))
 
 
 class Tower(nn.Module):
@@ -296,28 +276,25 @@ class Tower(nn.Module):
         return self.projector(self.pool(*self.tokens(x, mask)))
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
 class MatryoshkaModel(nn.Module):
     """Two towers into one space of D dimensions, with the objective's settings.
 
     facts: of the data: `image_size`, `vocabulary`, `max_length` and the `widths` of frozen encoders' features.
     """
 
-    def __init__(self, cfg, facts, device):
+    def __init__(self, cfg, facts):
         super().__init__()
         v, t, losses = cfg.vision_encoder, cfg.text_encoder, cfg.losses
-        checkpointing, widths, encoders = cfg.optimization.gradient_checkpointing, facts["widths"], {}
+        checkpointing, vision, text = cfg.optimization.gradient_checkpointing, None, None
         if v.name == "scratch":
             patches = nn.Conv2d(3, v.width, PATCH, PATCH)
-            encoders["vision"] = ScratchEncoder(v, patches, (facts["image_size"] // PATCH) ** 2, checkpointing)
+            vision = ScratchEncoder(v, patches, (facts["image_size"] // PATCH) ** 2, checkpointing)
         if t.name == "scratch":
             embedding = nn.Embedding(len(facts["vocabulary"]), t.width)
             nn.init.normal_(embedding.weight, std=0.02)
-            encoders["text"] = ScratchEncoder(t, embedding, facts["max_length"], checkpointing)
-        self.vision = Tower(encoders.get("vision"), widths.get("vision", v.width), v.dropout, v)
-        self.text = Tower(encoders.get("text"), widths.get("text", t.width), t.dropout, v)
+            text = ScratchEncoder(t, embedding, facts["max_length"], checkpointing)
+        self.vision = Tower(vision, facts["widths"].get("vision", v.width), v.dropout, v)
+        self.text = Tower(text, facts["widths"].get("text", t.width), t.dropout, v)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(losses.temperature)), losses.learnable_temperature)
         self.dims, self.contrastive, self.mrl = mrl_dims(v), losses.contrastive, losses.mrl
         weights = losses.mrl_weights[::-1] or [1.0] * len(self.dims)
@@ -325,18 +302,15 @@ class MatryoshkaModel(nn.Module):
         self.drawn = None  # the sizes of a step's Matryoshka loss; None: all
         self.false_negatives = "ignore" if cfg.dataset.text_dropout_mode == "literal" else "mask"
         self.max_grad_norm = cfg.optimization.max_grad_norm
-        best = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        self.dtype = {"auto": DTYPES[best], **DTYPES}[cfg.optimization.precision]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     @property
     def logit_scale(self):
         return self.log_scale.exp()
 
     def forward(self, batch):
-        """(image [B, D], text [B, D]) in float32, not normalised; without autocast in eval mode."""
-        low_precision = self.training and self.dtype != torch.float32
-        with torch.autocast(batch["image"].device.type, self.dtype, enabled=low_precision):
+        """(image [B, D], text [B, D]) in float32, not normalised; bf16 autocast in training on CUDA."""
+        on_gpu = batch["image"].is_cuda
+        with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=self.training and on_gpu):
             image = self.vision(batch["image"], batch.get("image_mask"))
             text = self.text(batch["text"], batch["text_mask"])
         return image.float(), text.float()
@@ -344,7 +318,7 @@ class MatryoshkaModel(nn.Module):
 
 def build_model(cfg, data):
     """MatryoshkaModel of the data's shapes, on its device."""
-    return MatryoshkaModel(cfg, data.facts, data.device).to(data.device)
+    return MatryoshkaModel(cfg, data.facts).to(data.device)
 
 
 def build_optimizer(cfg, model):
@@ -374,8 +348,7 @@ def prefix_losses(image, text, dims, logit_scale, ids=None, false_negatives="ign
     and errors else as of `matryoshka_loss`.
     """
     if image.ndim != 2 or image.shape != text.shape or not len(image):
-        raise ValueError(f"image and text must be equal [N, D] with N > 0, found {list(image.shape)} and "
-                         f"{list(text.shape)}")
+        raise ValueError(f"image and text must be equal [N, D], N > 0, found {list(image.shape)}, {list(text.shape)}")
     if not dims or dims[0] < 1 or dims[-1] > image.shape[1]:
         raise ValueError(f"dims must lie in 1..{image.shape[1]}, found {dims}")
     if false_negatives not in ("ignore", "mask") or (false_negatives == "mask" and ids is None):
@@ -445,7 +418,7 @@ def draw_dims(cfg, model, step):
     n evenly spaced points with a random start in [0, 1) fall into intervals of the sizes' weights: size d is drawn
     n w_d times on average, so that the mean over the drawn is unbiased for the weighted mean over all.
     """
-    n = dims_per_step(cfg.losses)
+    n = "all" if cfg.losses.sample_single_mrl_dim is False else cfg.losses.n_dims_per_step or 1
     if n == "all" or not cfg.losses.mrl:
         return None
     points = (np.random.default_rng([cfg.seed, step]).random() + np.arange(n)) / n
@@ -454,7 +427,7 @@ def draw_dims(cfg, model, step):
 
 
 def train_step(model, batch, optimizer):
-    """One step -> {loss, loss_clip, loss_mrl} (nats) as 0-d tensors (no synchronisation but fp16's).
+    """One step -> {loss, loss_clip, loss_mrl} (nats) as 0-d tensors (no synchronisation).
 
     Of several processes each embeds its share of the batch and has its part of the losses; negatives are all of them.
     """
@@ -462,12 +435,10 @@ def train_step(model, batch, optimizer):
     n = len(batch["ids"])
     image, text = (common.gathered(x, n) for x in model(batch))
     losses = objective(model, image, text, batch["ids"], model.drawn, common.share(n))
-    model.scaler.scale(losses["loss"]).backward()
+    losses["loss"].backward()
     common.sum_gradients(model)
-    model.scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], model.max_grad_norm)
-    model.scaler.step(optimizer)
-    model.scaler.update()
+    optimizer.step()
     if model.log_scale.requires_grad:
         with torch.no_grad():  # of the parameter: a clamp in the forward pass would leave it without gradient beyond
             model.log_scale.clamp_(max=math.log(100))
@@ -514,7 +485,7 @@ def train(cfg, data):
         optimizer, lambda step: common.warmup_cosine(step, last_step, warmup_steps))
     folder = common.open_run(cfg, data.fingerprint)  # after what can fail for its settings
     write_left_out(folder, data)
-    with common.Run(folder, cfg, model, optimizer, scheduler, model.scaler, per_epoch) as run:
+    with common.Run(folder, cfg, model, optimizer, scheduler, None, per_epoch) as run:
         keep_periodic(run, o.save_every_epochs * per_epoch)  # a kill may have come before it
         batches = training_batches(cfg, data, first=run.step)
         for step in run.steps(last_step):
@@ -585,7 +556,7 @@ def embed(cfg, model, data, split, rows=None, dim=None):
     model.eval()
     rows = np.arange(len(data.splits[split])) if rows is None else rows
     size = cfg.dataset.batch_size
-    parts = [rows[i:i + size] for i in range(0, len(rows), size)]
+    parts = (rows[i:i + size] for i in range(0, len(rows), size))
     batches = prefetched(lambda part: make_batch(data, part, split), parts)
     with common.full_precision():
         embedded = [[side[:, :dim].clone() for side in model(batch)] for batch in batches]
@@ -632,15 +603,15 @@ def cuts(cfg, dims, whole, trained, ids):
     """
     *means, axes = fit_pca(*trained)
     turned = [(x - mean) @ axes for x, mean in zip(whole, means, strict=True)]
-    rows, spread = {}, {}
-    for name, sides in ((model_name(cfg), whole), ("PCA", turned)):
-        for d in dims[::-1]:
-            rows[f"{name} {d}"] = retrieval(*(F.normalize(x[:, :d], dim=1) for x in sides), ids)
+
+    def of_columns(sides, columns):
+        return retrieval(*(F.normalize(x[:, columns], dim=1) for x in sides), ids)
+    rows = {f"{model_name(cfg)} {d}": of_columns(whole, slice(d)) for d in dims[::-1]}
+    rows |= {f"PCA {d}": of_columns(turned, slice(d)) for d in dims[::-1]}
+    spread = {}
     for d in dims[-2::-1]:
-        draws = []
-        for draw in range(N_DRAWS):
-            chosen = torch.from_numpy(np.random.default_rng([cfg.seed, draw]).permutation(dims[-1])[:d])
-            draws.append(retrieval(*(F.normalize(x[:, chosen.to(x.device)], dim=1) for x in whole), ids))
+        orders = [np.random.default_rng([cfg.seed, draw]).permutation(dims[-1]) for draw in range(N_DRAWS)]
+        draws = [of_columns(whole, torch.from_numpy(order[:d]).to(ids.device)) for order in orders]
         row = f"random coordinates {d}"
         rows[row] = {key: torch.stack([values[key] for values in draws]).mean(0) for key in draws[0]}
         recalls = [(values["I2T hit@5"] + values["T2I hit@5"]).mean().item() / 2 for values in draws]
@@ -662,14 +633,14 @@ def fit_pca(image, text):
 def without_parts(model, batch):
     """{what is changed: copy of the trained model without it}: is the part that was trained used? Inputs of one token,
     as in the batch, any weights leave as they are."""
-    changed, single = {}, {"vision": batch["image"].shape[1] == 1, "text": batch["text"].shape[1] == 1}
-    for side, (change, part) in itertools.product(single, (("even weights", "pool.query"),
-                                                           ("no positions", "encoder.position"))):
-        copied = copy.deepcopy(model)
-        parameter = dict(copied.named_parameters()).get(f"{side}.{part}")
-        if parameter is not None and not single[side]:
-            nn.init.zeros_(parameter)
-            changed[f"{change}, {side}"] = copied
+    changed = {}
+    for side, key in (("vision", "image"), ("text", "text")):
+        for change, part in (("even weights", "pool.query"), ("no positions", "encoder.position")):
+            copied = copy.deepcopy(model)
+            parameter = dict(copied.named_parameters()).get(f"{side}.{part}")
+            if parameter is not None and batch[key].shape[1] > 1:
+                nn.init.zeros_(parameter)
+                changed[f"{change}, {side}"] = copied
     return changed
 
 
@@ -682,8 +653,8 @@ def geometry(image, text):
             "modality gap": (image.mean(0) - text.mean(0)).norm().item()}
 
 
-def two_stage_hits(coarse, fine, ids, shortlist, seed=0):
-    """{k: hit@k [N] float64} of a search in two stages: the `shortlist` best by `coarse`, ranked again by `fine`.
+def two_stage_hits(coarse, fine, ids, shortlist, k, seed=0):
+    """hit@k [N] float64 of a search in two stages: the `shortlist` best by `coarse`, ranked again by `fine`.
 
     coarse, fine: (queries [N, d], gallery [N, d]), scored by their products. ids: [N] int, which rows belong together.
     Equal scores come in random order in the first stage (one draw, by the seed), in expectation in the second;
@@ -692,7 +663,7 @@ def two_stage_hits(coarse, fine, ids, shortlist, seed=0):
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).to(ids.device)
     owners, shortlist = ids[order], min(shortlist, len(ids))
     small, large = coarse[1][order], fine[1][order]
-    hits, size = {k: [] for k in KS}, max(1, 2**26 // (shortlist * large.shape[1]))
+    hits, size = [], max(1, 2**26 // (shortlist * large.shape[1]))
     for rows in torch.arange(len(ids), device=ids.device).split(size):
         top = (coarse[0][rows] @ small.T).topk(shortlist, dim=1).indices  # [q, shortlist]
         values = (large[top].double() @ fine[0][rows].double()[:, :, None])[:, :, 0].float()
@@ -701,32 +672,26 @@ def two_stage_hits(coarse, fine, ids, shortlist, seed=0):
         level = (own & (values == best)).sum(1)
         better = (values > best).sum(1)
         tied = (values == best).sum(1) - level
-        for k in KS:
-            hit = 1 - common._miss_probability(better, tied, level, k)
-            hits[k].append(torch.where(own.any(1), hit, 0.0))
-    return {k: torch.cat(parts) for k, parts in hits.items()}
+        hits.append(torch.where(own.any(1), 1 - common._miss_probability(better, tied, level, k), 0.0))
+    return torch.cat(hits)
 
 
-def adaptive_searches(dims, whole, ids):
+def adaptive_searches(dims, whole, exact, ids):
     """({search: R@1 and multiply-adds a query} of a shortlist by few dimensions, ranked again by all; {search: ms a
-    query}, plain float32 products, one text query at a time, the median of 100)."""
+    query}, plain float32 products, one text query at a time, the median of 100). exact: values of the whole."""
     n, largest, table, times = len(ids), dims[-1], {}, {}
-    searches = [(largest, n), *((d, k) for d in dims[-2::-1] for k in SHORTLISTS if k <= n)]
-    for d, shortlist in searches:
-        name = "exact" if d == largest else f"{d}, best {shortlist} again by {largest}"
-        small, hits = [F.normalize(x[:, :d], dim=1) for x in whole], []
-        for coarse, fine in ((small, whole), (small[::-1], whole[::-1])):
-            if d == largest:
-                hits.append(common.retrieval_per_query(*fine, ids, ids, (1,), ())["hit@1"])
-            else:
-                hits.append(two_stage_hits(coarse, fine, ids, shortlist)[1])
+    for d, shortlist in [(largest, 0), *((d, k) for d in dims[-2::-1] for k in SHORTLISTS if k <= n)]:
+        name = f"{d}, best {shortlist} again by {largest}" if shortlist else "exact"
+        small, hits = [F.normalize(x[:, :d], dim=1) for x in whole], [exact[f"{way} hit@1"] for way in WAYS]
+        if shortlist:
+            hits = [two_stage_hits(small[::turn], whole[::turn], ids, shortlist, 1) for turn in (1, -1)]
         table[name] = {f"{way} R@1": 100 * hit.mean().item() for way, hit in zip(WAYS, hits, strict=True)}
-        table[name]["multiply-adds a query"] = n * d + (0 if d == largest else shortlist * largest)
+        table[name]["multiply-adds a query"] = n * d + shortlist * largest
         cut, spent = whole[0][:, :d].contiguous(), []
         for query in whole[1][:100]:
             start = time.perf_counter()
             products = cut @ query[:d]
-            if d < largest:
+            if shortlist:
                 products = whole[0][products.topk(shortlist).indices] @ query
             products.argmax().item()  # waits for the device
             spent.append(1000 * (time.perf_counter() - start))
@@ -750,19 +715,10 @@ def bytes_table(dims, whole, trained, ids):
             for name, codes in (("float32", sides[gallery]), ("int8", F.normalize(rounded, dim=1))):
                 hits[name].append(common.retrieval_per_query(sides[query], codes, ids, ids, (5,), ())["hit@5"])
             centred, bits = sides[query] - means[query], (sides[gallery] - means[gallery]).sign()
-            hits["one bit"].append(two_stage_hits((centred.sign(), bits), (centred, bits), ids, SHORTLISTS[1])[5])
+            hits["one bit"].append(two_stage_hits((centred.sign(), bits), (centred, bits), ids, SHORTLISTS[1], 5))
         for name, size in (("float32", 4 * d), ("int8", d), ("one bit", -(-d // 8))):
             recall = 50 * sum(hit.mean().item() for hit in hits[name])
             table[f"{name}, {d}"] = {"bytes": size, "mean R@5": recall}
-    return table
-
-
-def rank_table(rows):
-    """{row: MRR and median rank, both ways} of {row: values of `retrieval`}."""
-    table = {row: {} for row in rows}
-    for (row, values), way in itertools.product(rows.items(), WAYS):
-        table[row][f"{way} MRR"] = (1 / values[f"{way} rank"]).mean().item()
-        table[row][f"{way} median rank"] = float(np.median(values[f"{way} rank"]))
     return table
 
 
@@ -785,73 +741,67 @@ def evaluate(cfg, data):
     whole, trained = normalised(cfg, model, data, split), normalised(cfg, model, data, "train", np.sort(drawn))
     ids = torch.from_numpy(test.same).to(whole[0].device)
     with common.full_precision():
+        level = torch.ones_like(whole[0][:, :1])  # all scores equal: the expectation over their random order
         rows, spread = cuts(cfg, dims, whole, trained, ids)
         parts = {f"{largest}, {change}": retrieval(*normalised(cfg, changed, data, split), ids)
                  for change, changed in without_parts(model, make_batch(data, range(2), split)).items()}
-        level = torch.ones_like(whole[0][:, :1])  # all scores equal: the expectation over their random order
         rows = {"chance": retrieval(level, level, ids), **rows, **parts}
-        searches, times = adaptive_searches(dims, whole, ids)
-        more = {"adaptive retrieval": searches,
-                "bytes of a gallery item": bytes_table(dims, whole, trained, ids),
-                "geometry": {str(d): geometry(*(F.normalize(x[:N_PCA, :d], dim=1) for x in whole)) for d in dims[::-1]}}
+        searches, times = adaptive_searches(dims, whole, rows[largest], ids)
+        codes = bytes_table(dims, whole, trained, ids)
+        shapes = {str(d): geometry(*(F.normalize(x[:N_PCA, :d], dim=1) for x in whole)) for d in dims[::-1]}
     common.record_environment(folder, search_ms=times)  # results.json has no timings
     print("search, ms a query: " + "; ".join(f"{search} {ms:.3f}" for search, ms in times.items()))
 
     recalls = (rows[largest]["I2T hit@5"] + rows[largest]["T2I hit@5"]) / 2
     rows = {row: {**values, "whole hit@5": recalls} for row, values in rows.items()}
     pairs = [(largest, row) for row in parts]
-    for d in dims[-2::-1]:
-        pairs += [(f"{name} {d}", row) for row in (largest, f"PCA {d}", f"random coordinates {d}")]
+    pairs += [(f"{name} {d}", row) for d in dims[-2::-1] for row in (largest, f"PCA {d}", f"random coordinates {d}")]
     groups = np.unique(test.same, return_inverse=True)[1]
     table, differences, items = common.interval_tables(rows, pairs, len(ids), scores, groups)
     for row, sd in spread.items():
         table[row]["sd over draws"] = sd
-    shared = {}  # names that a run with and one without MRL have in common, for --compare
-    for d in dims:
-        shared[f"prefix {d}"] = f"{name} {d}"
-        shared[f"prefix of MRL, PCA of plain {d}"] = f"{name if cfg.losses.mrl else 'PCA'} {d}"
+    shared = {f"prefix {d}": f"{name} {d}" for d in dims}  # what runs with and without MRL share, for --compare
+    shared |= {f"prefix of MRL, PCA of plain {d}": f"{name if cfg.losses.mrl else 'PCA'} {d}" for d in dims}
     items = {kind: {**numbers, **{row: numbers[own] for row, own in shared.items()}} for kind, numbers in items.items()}
+    ranks = {row: {} for row in rows}
+    for (row, values), way in itertools.product(rows.items(), WAYS):
+        ranks[row][f"{way} MRR"] = (1 / values[f"{way} rank"]).mean().item()
+        ranks[row][f"{way} median rank"] = float(np.median(values[f"{way} rank"]))
 
     notes = ["Recalls in percent; intervals: 95%, bootstrap over the pairs, the model and the PCA as they are."]
     if split == "val":
         notes.append("NOTE: without a test split this is the validation split, which also chose the epoch.")
-    notes += [f"NOTE: at {d} dimensions PCA of the same embedding is ahead of its prefix." for d in dims[:-1]
-              if table[f"PCA {d}"]["mean R@5"] > table[f"{name} {d}"]["mean R@5"]]
     tables = {"retrieval": {row: columns for row, columns in table.items() if row not in parts},
-              "paired difference": differences, "ranks": rank_table(rows), **more}
+              "paired difference": differences, "ranks": ranks, "adaptive retrieval": searches,
+              "bytes of a gallery item": codes, "geometry": shapes}
     if parts:
         tables["parts"] = {row: table[row] for row in (largest, *parts)}
-    curves = size_curves(cfg, table, dims)
-    draw_pictures(folder, cfg, data, curves, more["bytes of a gallery item"], whole, split)
+    curves, compared = size_curves(cfg, table, dims)
+    draw_pictures(folder, cfg, data, curves, codes, whole, split)
     kept, low, high = (table[f"{name} {dims[0]}"][f"% kept{side}"] for side in ("", " low", " high"))
     return {
         **common.run_facts(cfg, data), "n": len(ids), "n_train": len(data.splits["train"]), "notes": notes,
         "headline": f"{len(ids):,} {split} pairs, {name}: {dims[0]} of {dims[-1]} dimensions keep {kept:.0f}% "
                     f"[{low:.0f}, {high:.0f}] of a mean R@5 of {table[largest]['mean R@5']:.1f}; step {step}, seed "
                     f"{cfg.seed}",
-        "chosen": {"step": step}, "tables": tables, "curves": compared_curves(cfg, curves),
-        "per_item": {"ids": test.ids.tolist(), **items}}
+        "chosen": {"step": step}, "tables": tables, "curves": compared, "per_item": {"ids": test.ids.tolist(), **items}}
 
 
 def size_curves(cfg, table, dims):
-    """{column: {way to fewer dimensions: {"x", "y", "low", "high"}}} of the table's rows, largest size last."""
-    name, curves = model_name(cfg), {}
+    """({column: {way to fewer dimensions: {"x", "y", "low", "high"}}} of the table's rows, largest size last; what
+    --compare draws of them: PCA and random coordinates, which cost no training, of the plain model)."""
+    name, curves, compared = model_name(cfg), {}, {}
+    shown = ("MRL", "chance") if cfg.losses.mrl else ("plain", "PCA", "random coordinates", "chance")
     for column in ("% kept", "mean R@5"):
-        curves[column] = {}
+        curves[column] = lines = {}
         for label in (name, "PCA", "random coordinates"):
             rows = [table.get(f"{label} {d}", table[f"{name} {d}"]) for d in dims]  # all coordinates are the whole
-            line = {side or "y": [row[f"{column} {side}".strip()] for row in rows] for side in ("", "low", "high")}
-            curves[column][label] = {"x": dims, **line}
-        curves[column]["chance"] = {"x": dims, "y": [table["chance"][column]] * len(dims)}
-    return curves
-
-
-def compared_curves(cfg, curves):
-    """What --compare draws of `size_curves`: what costs no training, PCA and random coordinates, of the plain model."""
-    labels = ("MRL", "chance") if cfg.losses.mrl else ("plain", "PCA", "random coordinates", "chance")
-    return {column: {"xlabel": "log2 of the dimensions kept", "lines": {
-        label: {"x": [math.log2(x) for x in lines[label]["x"]], "y": lines[label]["y"]} for label in labels}}
-        for column, lines in curves.items()}
+            low, high = ([row[f"{column} {side}"] for row in rows] for side in ("low", "high"))
+            lines[label] = {"x": dims, "y": [row[column] for row in rows], "low": low, "high": high}
+        lines["chance"] = {"x": dims, "y": [table["chance"][column]] * len(dims)}
+        compared[column] = {"xlabel": "log2 of the dimensions kept", "lines": {
+            label: {"x": [math.log2(d) for d in dims], "y": lines[label]["y"]} for label in shown}}
+    return curves, compared
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -860,20 +810,21 @@ IMAGE_COLUMNS = ("image_bytes", "image", "jpg", "bytes")  # in the order of pref
 CAPTION_COLUMNS = ("caption", "text", "captions", "transcripts")
 ID_COLUMNS = ("image_id", "id", "key", "image_url", "url")
 SHUFFLE_ROWS = 2048  # row groups are shuffled, then rows within windows of at least so many
-VOCABULARY_CAPTIONS = 200_000  # training captions that the vocabulary is found in, at most
-ENCODED_ROWS, ENCODED_BATCH = 256, 32  # rows a block of a frozen encoder's cache, and a batch: they fix the bits
+READ_ROWS = 64  # rows of a parquet file in memory at once, and of a file of the cache
+ENCODED_ROWS = 32  # pictures or captions of a frozen encoder's batch, which fixes the bits, and of a file of the cache
 RESIDENT_BYTES = 2**31  # features up to this size, or a quarter of a GPU's free memory, are moved to the device whole
 
 
 @dataclass(eq=False)
 class Pieces:
-    """What the rows of a split are made of, as tokens: row r has pieces first[r] .. first[r + 1] (captions; a picture
-    is one), piece p the values start[p] .. start[p] + length[p]. The last piece is that of an empty caption."""
-    values: torch.Tensor  # token ids [V], or features of tokens [V, W]
-    start: np.ndarray  # [P + 1]
-    length: np.ndarray  # [P + 1]
-    first: np.ndarray  # [N + 1]
-    one: bool  # of a row's captions a batch takes one: a scratch encoder has places for no more
+    """What the N rows of a split are made of, as tokens: P captions, or a picture each."""
+    values: list  # [P + 1] tensors: token ids [T], or features of tokens [T, W]; the last is that of an empty caption
+    count: np.ndarray  # [N] pieces of a row
+    one: bool = False  # of a row's captions a batch takes one: a scratch encoder has places for no more
+
+    def __post_init__(self):
+        self.length = np.array([*map(len, self.values)])
+        self.first = np.cumsum(self.count) - self.count  # [N] a row's first piece
 
 
 @dataclass(eq=False)
@@ -886,15 +837,14 @@ class Split:
     captions: np.ndarray  # [N] lists of str, at least one each
     picture: np.ndarray  # [N] int: a hash of the encoded bytes, or of the features
     bad: list  # [(file, row, cause)]
-    size: int  # pixels a side of the stored square
-    max_pixels: int
-    pixels: np.ndarray | None  # [numbers, size, size, 3] uint8, memory-mapped; None: decoded at every use
+    decode: object  # image bytes -> square [size, size, 3] uint8; None: there are features instead
+    squares: list  # of all numbers, memory-mapped; []: decoded at every use
     source: str  # fingerprint of the files
     synthetic: bool
     same: np.ndarray = None  # [N] int: rows that share a picture or a caption carry the same number
     image: Pieces = None  # of a frozen encoder
     text: Pieces = None
-    held: dict = field(default_factory=collections.OrderedDict)  # row group -> encoded images, when there are no pixels
+    held: dict = field(default_factory=collections.OrderedDict)  # row group -> encoded images, without squares
 
     def __len__(self):
         return len(self.number)
@@ -958,20 +908,23 @@ def make_batch(data, indices, split="train", epoch=None, share=slice(None)):
 
 def crops(data, split, rows, draw):
     """[B, 3, S, S] float: stored squares cut, flipped and normalised on the device; draw: None for centre crops."""
-    size, n = data.facts["image_size"], len(rows)
-    images = torch.from_numpy(gather_images(split, rows, data.each)).to(data.device)
-    margin = split.size - size
-    top = left = np.full(n, margin // 2)
-    flip = np.zeros(n, dtype=bool)
+    squares, size = gather_images(split, rows, data.each).to(data.device), data.facts["image_size"]
+    margin = squares.shape[1] - size
+    top = left = np.full(len(rows), margin // 2)
+    flip = np.zeros(len(rows), dtype=bool)
     if draw:
         top, left = (np.floor(draw(side) * (margin + 1)).astype(np.int64) for side in ("top", "left"))
         flip = draw("flip") < data.flip
-    span = np.arange(size)
-    down = torch.from_numpy(top[:, None] + span).to(data.device)  # [B, S]
-    across = torch.from_numpy(left[:, None] + np.where(flip[:, None], span[::-1], span)).to(data.device)
-    images = images[torch.arange(n, device=data.device)[:, None, None], down[:, :, None], across[:, None]]
+    images = torch.stack([square[y:y + size, x:x + size] for square, y, x in zip(squares, top, left, strict=True)])
+    images = torch.where(torch.from_numpy(flip).to(data.device)[:, None, None, None], images.flip(2), images)
     mean, std = (255 * torch.tensor(data.facts[name], device=data.device) for name in ("mean", "std"))
     return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+def ranges(length):
+    """(i, place) of every item of ranges of length[i] items, one range after the other: [sum of length] int each."""
+    i = np.repeat(np.arange(len(length)), length)
+    return i, np.arange(len(i)) - (np.cumsum(length) - length)[i]
 
 
 def gather(data, pieces, rows, dropped, draw):
@@ -980,70 +933,58 @@ def gather(data, pieces, rows, dropped, draw):
     draw: None takes all pieces (the first, with `pieces.one`); else a random one, and beside it each with probability
     .5 (not with `pieces.one`). dropped [B]: rows that get the empty piece instead.
     """
-    count = pieces.first[rows + 1] - pieces.first[rows]  # [B]
-    of_row = np.repeat(np.arange(len(rows)), count)
-    place = np.arange(len(of_row)) - np.repeat(np.cumsum(count) - count, count)  # of a piece in its row
-    piece = pieces.first[rows][of_row] + place
-    chosen = place == 0
+    count = pieces.count[rows]  # [B]
+    row, place = ranges(count)
+    piece = pieces.first[rows][row] + place
+    chosen, beside = place == 0, np.ones(len(place), dtype=bool)
     if draw:
-        chosen = place == np.floor(draw("caption") * count).astype(np.int64)[of_row]
-    taken = chosen.copy()
-    if not pieces.one:
-        taken |= draw("beside", piece) < 0.5 if draw else True
-    taken = np.where(dropped[of_row], chosen, taken)
-    piece = np.where(dropped[of_row], len(pieces.start) - 1, piece)[taken]
-    length = pieces.length[piece]
-    of_token = np.repeat(of_row[taken], length)  # [V]
-    source = np.repeat(pieces.start[piece] - np.cumsum(length) + length, length) + np.arange(length.sum())
-    n_tokens = np.bincount(of_token, minlength=len(rows))
-    column = np.arange(len(of_token)) - (np.cumsum(n_tokens) - n_tokens)[of_token]
-    source, of_token, column = (torch.from_numpy(x) for x in (source, of_token, column))
-    values = pieces.values[source.to(pieces.values.device)].to(data.device)
+        chosen = place == np.floor(draw("caption") * count).astype(np.int64)[row]
+        beside = draw("beside", piece) < 0.5
+    taken = chosen if pieces.one else chosen | (beside & ~dropped[row])
+    piece, row = np.where(dropped[row], len(pieces.values) - 1, piece)[taken], row[taken]
+    values = torch.cat([pieces.values[p] for p in piece.tolist()]).to(data.device)
+    n_tokens = np.bincount(row, pieces.length[piece], len(rows)).astype(np.int64)  # [B]
+    row, column = (torch.from_numpy(x).to(data.device) for x in ranges(n_tokens))
     shape = len(rows), max(1, int(n_tokens.max()))
-    of_token, column = of_token.to(data.device), column.to(data.device)
     out = torch.zeros(*shape, *values.shape[1:], dtype=values.dtype, device=data.device)
     mask = torch.zeros(shape, dtype=torch.bool, device=data.device)
-    out[of_token, column] = values
-    mask[of_token, column] = True
+    out[row, column] = values
+    mask[row, column] = True
     return out, mask
 
 
 def prefetched(work, items, depth=2):
-    """work(item) of every item in order, computed in a thread up to `depth` items ahead."""
+    """work(item) of every item of an iterator in order, computed in a thread up to `depth` items ahead."""
     with ThreadPoolExecutor(1) as thread:
-        queue = collections.deque()
-        for item in items:
-            queue.append(thread.submit(work, item))
-            if len(queue) > depth:
-                yield queue.popleft().result()
+        queue = collections.deque(thread.submit(work, item) for item in itertools.islice(items, depth))
         while queue:
+            queue.extend(thread.submit(work, item) for item in itertools.islice(items, 1))
             yield queue.popleft().result()
 
 
+@functools.lru_cache(maxsize=1)  # a step asks for it anew
 def epoch_order(split, seed, epoch):
     """[N] rows in the order of an epoch: row groups shuffled, then rows within windows of whole row groups."""
     rng = np.random.default_rng([seed, epoch])
     groups = np.split(np.arange(len(split)), np.flatnonzero(np.diff(split.place[:, :2], axis=0).any(1)) + 1)
     order, window = [], []
-    for g in rng.permutation(len(groups)):
-        window.append(groups[g])
-        if sum(map(len, window)) >= SHUFFLE_ROWS:
+    for i, group in enumerate(rng.permutation(len(groups)), 1):
+        window.append(groups[group])
+        if sum(map(len, window)) >= SHUFFLE_ROWS or i == len(groups):
             order.append(rng.permutation(np.concatenate(window)))
             window = []
-    rest = [rng.permutation(np.concatenate(window))] if window else []
-    return np.concatenate([*order, *rest])
+    return np.concatenate(order)
 
 
 def training_batches(cfg, data, first):
-    """Batches of the steps from `first` (counted from 0), each a pure function of seed, epoch and place."""
+    """Batches of the steps from `first` (counted from 0), each a pure function of seed and step."""
     n, size = steps_per_epoch(cfg, data), cfg.dataset.batch_size
 
-    def items():
-        for epoch in range(first // n, cfg.optimization.num_epochs):
-            order = epoch_order(data.sets["train"], cfg.seed, epoch)
-            for place in range(max(0, first - epoch * n), n):
-                yield epoch, order[place * size:(place + 1) * size]
-    return prefetched(lambda item: make_batch(data, item[1], "train", item[0], common.share(len(item[1]))), items())
+    def batch(step):
+        epoch, place = divmod(step, n)
+        rows = epoch_order(data.sets["train"], cfg.seed, epoch)[place * size:(place + 1) * size]
+        return make_batch(data, rows, "train", epoch, common.share(len(rows)))
+    return prefetched(batch, iter(range(first, total_steps(cfg, data))))
 
 
 def parquet_files(pattern, key):
@@ -1051,8 +992,6 @@ def parquet_files(pattern, key):
     if not pattern:
         raise UserError(f"{key} is empty; name a parquet file, a folder or a glob, or try --demo")
     path = Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
     files = sorted(path.glob("**/*.parquet") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))
     if not files:
         raise UserError(f"{key}={pattern}: no parquet files there; download allenai/pixmo-cap with its images, point "
@@ -1060,243 +999,179 @@ def parquet_files(pattern, key):
     return files
 
 
-def open_parquet(path, with_images=True):
+def open_parquet(path, with_images):
     """(pyarrow ParquetFile, image column or None, caption column, id column or None). Raises: UserError naming file and
     columns; without with_images a file of captions alone will do."""
     import pyarrow
-    import pyarrow.parquet as pq
-    try:  # by default a row group is read whole, however few rows are asked for
-        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-    kinds = {f.name: f.type for f in file.schema_arrow}
-
-    def is_binary(kind):
-        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    import pyarrow.parquet
+    options = {"pre_buffer": False, "buffer_size": 1 << 20}  # else a row group is read whole for its first rows
+    file = common.guarded(lambda p: pyarrow.parquet.ParquetFile(p, **options), path)
+    kinds = {column.name: column.type for column in file.schema_arrow}
 
     def holds_bytes(kind):
         if pyarrow.types.is_struct(kind):
-            return any(f.name == "bytes" and is_binary(f.type) for f in kind)
-        return is_binary(kind)
-    image = next((c for c in IMAGE_COLUMNS if c in kinds and holds_bytes(kinds[c])), None) if with_images else None
-    caption = next((c for c in CAPTION_COLUMNS if c in kinds), None)
+            return any(part.name == "bytes" and holds_bytes(part.type) for part in kind)
+        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    image = next((c for c in IMAGE_COLUMNS if with_images and c in kinds and holds_bytes(kinds[c])), None)
+    caption, key = (next((c for c in columns if c in kinds), None) for columns in (CAPTION_COLUMNS, ID_COLUMNS))
     if with_images and image is None:
-        urls = [f". {c} only says where the images are: use a release that embeds them" for c in kinds
-                if "url" in c.lower()]
         raise UserError(f"{path}: holds no image bytes (columns {', '.join(kinds)}); expected one of "
-                        f"{', '.join(IMAGE_COLUMNS)}, binary or a struct with `bytes`{''.join(urls[:1])}")
+                        f"{', '.join(IMAGE_COLUMNS)}: take a release that embeds the images, not their URLs alone")
     if caption is None:
-        raise UserError(f"{path}: no captions (columns {', '.join(kinds)}); expected one of "
-                        f"{', '.join(CAPTION_COLUMNS)}")
-    return file, image, caption, next((c for c in ID_COLUMNS if c in kinds), None)
+        raise UserError(f"{path}: no captions among {', '.join(kinds)}; expected one of {', '.join(CAPTION_COLUMNS)}")
+    return file, image, caption, key
 
 
-def read_group(path, group, with_images=True):
-    """Yields (image bytes or None, list of captions, id or None) of each row of a row group, 64 rows in memory at once.
-
-    Raises: UserError naming file and row group.
-    """
+def read_group(path, group, with_images):
+    """Yields (image bytes or None, caption, id) of each row of a row group, the last two as pyarrow scalars, with
+    READ_ROWS rows in memory. Raises: UserError naming file and row group."""
     import pyarrow
-
-    def plain(scalar):
-        try:
-            return scalar.as_py()
-        except UnicodeDecodeError:  # some writers do not check that a string is UTF-8
-            return None
-    file, image, caption, key = open_parquet(path, with_images)
-    columns = [c for c in (image, caption, key) if c]
+    file, *columns = open_parquet(path, with_images)
     with file:
-        try:
-            for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=columns, use_threads=False):
-                nothing = [pyarrow.scalar(None)] * len(batch)
-                images = batch.column(image) if image else nothing
-                if image and pyarrow.types.is_struct(images.type):
-                    images = images.field("bytes")
-                keys = batch.column(key) if key else nothing
-                for data, text, name in zip(images, batch.column(caption), keys, strict=True):
-                    texts = plain(text)
-                    texts = texts if isinstance(texts, list) else [texts]
-                    texts = [t.strip() for t in texts if isinstance(t, str) and t.strip()]
-                    yield data.as_py(), texts, plain(name)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path}: row group {group} cannot be read ({str(error).splitlines()[0]}); download the "
-                            "file again") from None
+        batches = file.iter_batches(READ_ROWS, [group], [c for c in columns if c], use_threads=False)
+        while batch := common.guarded(lambda _: next(batches, None), f"{path}, row group {group}"):
+            images, captions, ids = (batch.column(c) if c else pyarrow.nulls(len(batch)) for c in columns)
+            if isinstance(images, pyarrow.StructArray):
+                images = images.field("bytes")
+            yield from zip((image.as_py() for image in images), captions, ids, strict=True)
 
 
-def block_cache(stem, n_blocks, make, n_bytes, label):
-    """(memory-mapped uint8 [bytes], index entries [n_blocks]) of a file that is made block by block, once.
+def block_cache(cache_dir, name, recipe, n_blocks, make, label):
+    """[n_blocks] dicts of tensors, memory-mapped, and plain types, in files that are made one by one, once a recipe.
 
-    make(i, write) passes the bytes of block i to write, in parts, and returns its entry, plain types. {stem}.jsonl has
-    a line a block, with its length and checksum; work that a kill interrupts goes on at the next block; a second
-    process waits for the first. n_bytes(): what the whole will take. Raises: UserError (no room, a damaged file).
+    make(first) yields those from `first` on. Work that a kill interrupts goes on at the next block; a second process
+    waits for the first. Raises: UserError (no room, a damaged file).
     """
-    data_file, index_file = Path(f"{stem}.bin"), Path(f"{stem}.jsonl")
-    damaged = UserError(f"{data_file} is damaged; delete it and {index_file.name} to make them again")
+    folder = Path(cache_dir) / f"{name}_{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]}"
     try:
-        data_file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(f"{stem}.lock", "ab")  # noqa: SIM115, closed below
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"dataset.cache_dir={data_file.parent} cannot be written ({error.strerror}); set "
-                        "another") from None
-    with lock, open(data_file, "ab") as data, open(index_file, "ab+") as index:
+        raise UserError(f"dataset.cache_dir={cache_dir} cannot be written ({error.strerror}); set another") from None
+    paths = [folder / f"{i}.pt" for i in range(n_blocks)]
+    with open(folder / ".lock", "ab") as lock:
         if common.fcntl:
             common.fcntl.flock(lock, common.fcntl.LOCK_EX)
-        index.seek(0)
-        lines = index.read().split(b"\n")
-        entries = []
-        for line in lines[:-1]:  # what a kill cut short has no end
-            checksum, _, content = line.partition(b" ")
-            if checksum != b"%08x" % zlib.crc32(content):
-                raise damaged
-            entries.append(json.loads(content))
-        index.truncate(sum(len(line) + 1 for line in lines[:-1]))
-        ends = np.cumsum([0, *(entry["bytes"] for entry in entries)])
-        if data_file.stat().st_size < ends[-1]:
-            raise damaged
-        data.truncate(ends[-1])
-        stored = np.memmap(data_file, mode="r") if ends[-1] else np.empty(0, np.uint8)
-        if any(zlib.crc32(stored[a:b]) != entry["crc"] for a, b, entry in zip(ends, ends[1:], entries, strict=False)):
-            raise damaged
-        if len(entries) < n_blocks:
-            missing = n_bytes() * (1 - len(entries) / n_blocks) - shutil.disk_usage(data_file.parent).free
-            if missing > 0:
-                raise UserError(f"{data_file}: {n_bytes() / 1e9:.2g} GB do not fit, {missing / 1e9:.2g} GB are missing;"
-                                " set dataset.cache_dir= (decoded images: or dataset.cache=false)")
-        started = time.time()
-        for i in common.progress(range(len(entries), n_blocks), label):
-            entries.append(write_block(data, index, functools.partial(make, i)))
-            if not sys.stderr.isatty() and time.time() - started > 30:
-                started = time.time()
-                print(f"{label}: {i + 1} of {n_blocks} blocks", flush=True)
-    n = sum(entry["bytes"] for entry in entries)
-    return np.memmap(data_file, mode="c", shape=(n,)) if n else np.empty(0, np.uint8), entries
-
-
-def write_block(data, index, make):
-    """Write one block and its line; returns its entry. Raises: OSError that says what to do."""
-    size = checksum = 0
-
-    def write(part):
-        nonlocal size, checksum
-        data.write(part)
-        size, checksum = size + len(part), zlib.crc32(part, checksum)
-    try:
-        entry = {**make(write), "bytes": size, "crc": checksum}
-        data.flush()
-        os.fsync(data.fileno())
-        content = json.dumps(entry).encode()
-        index.write(b"%08x %s\n" % (zlib.crc32(content), content))
-        index.flush()
-    except OSError as error:
-        raise OSError(f"{data.name} could not be written ({error.strerror}); what is made is kept, and the same "
-                      "command goes on once there is room") from None
-    return entry
-
-
-def index_group(path, group, cfg, size, each, write):
-    """The index entry of a row group, {good: [(row, captions, id, hash)], bad: [(row, cause)]}; writes good squares.
-
-    size: None reads no images; their features will tell equal ones.
-    """
-    entry = {"good": [], "bad": []}
-
-    def work(item):
-        row, (data, texts, name) = item
+        first = next((i for i, path in enumerate(paths) if not path.exists()), n_blocks)
+        if first < n_blocks:
+            print(f"{label}: {n_blocks - first:,} of {n_blocks:,} blocks are to be made", flush=True)
+            for path, block in zip(common.progress(paths[first:], label), make(first), strict=True):
+                common.save_checkpoint(path, block, keep_previous=False)
+                needed = (n_blocks - first) * path.stat().st_size
+                if path == paths[first] and needed > shutil.disk_usage(folder).free:
+                    raise UserError(f"{folder}: {needed / 1e9:.2g} GB do not fit there; set dataset.cache_dir= (or, of "
+                                    "decoded images, dataset.cache=false)")
+    for path in paths:
         try:
-            image = common.decode_image(data, size, max_pixels=cfg.dataset.max_pixels) if size else np.empty(0)
+            common.check_crc(path)
+        except UserError:
+            raise UserError(f"{path} is damaged; delete it to make it again") from None
+    return [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
+
+
+def index_rows(rows, decode, keep, each):
+    """{rows: [(row, cause or None, captions, id, hash)], squares: those of the good rows, to `keep`} of [(row, what
+    `read_group` yields)]. decode: None reads no images; their features will tell equal ones."""
+    def work(item):
+        row, (data, caption, name) = item
+        try:
+            texts, name = caption.as_py(), name.as_py()  # ValueError, too, if they are no UTF-8
+            texts = texts if isinstance(texts, list) else [texts]
+            texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+            square = decode(data) if decode else None
             if not texts:
                 raise ValueError("no caption")
         except ValueError as error:
-            return None, (row, str(error))
+            return (row, str(error), [], None, 0), None
         name = str(name) if isinstance(name, (int, str)) else None
-        return image, (row, texts, name, int(hashlib.sha256(data or b"").hexdigest()[:15], 16))
-    rows = enumerate(read_group(path, group, size is not None))
-    while chunk := list(itertools.islice(rows, 64)):  # so that a pool never holds a whole row group
-        for image, result in each(work, chunk):
-            entry["bad" if image is None else "good"].append(result)
-            if image is not None and cfg.dataset.cache:
-                write(image.tobytes())
-    return entry
+        return (row, None, texts, name, int(hashlib.sha256(data or b"").hexdigest()[:15], 16)), square
+    indexed, squares = zip(*each(work, rows), strict=True)
+    squares = [square for square in squares if keep and square is not None]
+    return {"rows": [*indexed], "squares": torch.from_numpy(np.array(squares))}
 
 
 def read_split(pattern, key, cfg, size, each):
     """Split of a parquet file, folder or glob. Every row is read once, to index the good ones and, with dataset.cache,
     to keep their pictures. size: of the stored squares (None: images are not read). Raises: UserError."""
-    files, groups, n, synthetic = parquet_files(pattern, key), [], 0, False
+    d, files, synthetic = cfg.dataset, parquet_files(pattern, key), False
+    decode = functools.partial(common.decode_image, size=size, max_pixels=d.max_pixels) if size else None
+    blocks = []  # (file, row group, row of the file that the group begins with, row of the group that the block does)
     for number, path in enumerate(files):
-        metadata, start = open_parquet(path, size is not None)[0].metadata, 0
+        metadata, start = open_parquet(path, bool(size))[0].metadata, 0
         synthetic = synthetic or b"synthetic" in (metadata.metadata or {})
         for group in range(metadata.num_row_groups):
-            groups.append((number, group, start))
-            start += metadata.row_group(group).num_rows
-        n += start
-    source, keeps = common.fingerprint(files, whole=1 << 26, blocks=16), bool(size) and cfg.dataset.cache
-    recipe = json.dumps([source, size, cfg.dataset.max_pixels, keeps, "centre square, bicubic, 2"])
-    stem = Path(cfg.dataset.cache_dir) / f"images_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-    stored, entries = block_cache(
-        stem, len(groups), lambda i, write: index_group(files[groups[i][0]], groups[i][1], cfg, size, each, write),
-        lambda: n * size**2 * 3 if keeps else 0, f"reading {key}")
-    good, bad = [], []
-    for (number, group, start), entry in zip(groups, entries, strict=True):
-        file = files[number].name
-        good += [(number, group, start + row, row, f"{file}:{start + row}" if own is None else own, texts, picture)
-                 for row, texts, own, picture in entry["good"]]
-        bad += [(file, start + row, cause) for row, cause in entry["bad"]]
+            n_rows = metadata.row_group(group).num_rows
+            blocks += [(number, group, start, row) for row in range(0, n_rows, READ_ROWS)]
+            start += n_rows
+
+    def make(first):
+        for (number, group), of_group in itertools.groupby(blocks[first:], key=lambda block: block[:2]):
+            of_group = [*of_group]
+            rows = enumerate(read_group(files[number], group, bool(size)))
+            rows = itertools.islice(rows, of_group[0][3], None)  # behind what a kill left of the group
+            for _ in of_group:
+                yield index_rows([*itertools.islice(rows, READ_ROWS)], decode, d.cache, each)
+    source = common.fingerprint(files, whole=1 << 26, blocks=16)
+    recipe = [source, size, d.max_pixels, d.cache, "centre square, bicubic, 2"]
+    made = block_cache(d.cache_dir, f"images{READ_ROWS}", recipe, len(blocks), make, f"reading {key}")
+    good, bad, squares = [], [], []
+    for (number, group, start, _), block in zip(blocks, made, strict=True):
+        squares += block["squares"].unbind(0)
+        for row, cause, texts, own, picture in block["rows"]:
+            if cause:
+                bad.append((files[number].name, start + row, cause))
+            else:
+                name = own or f"{files[number].name}:{start + row}"
+                good.append((number, group, start + row, row, name, texts, picture))
     if not good:
         why = bad[0][2] if bad else "no rows"
-        raise UserError(f"{key}={pattern}: none of {n:,} rows holds an image and a caption (the first: {why})")
+        raise UserError(f"{key}={pattern}: none of {len(bad):,} rows holds an image and a caption (the first: {why})")
     *places, ids, texts, picture = zip(*good, strict=True)
     captions = np.empty(len(good), dtype=object)
     captions[:] = texts
-    pixels = stored.reshape(-1, size, size, 3) if keeps else None
-    return Split(files, np.arange(len(good)), np.array(places).T, np.array(ids), captions, np.array(picture), bad, size,
-                 cfg.dataset.max_pixels, pixels, source, synthetic)
+    return Split(files, np.arange(len(good)), np.array(places).T, np.array(ids), captions, np.array(picture), bad,
+                 decode, squares, source, synthetic)
 
 
 def gather_images(split, rows, each=map):
     """uint8 [B, size, size, 3] of rows of a split: from the cache, or decoded from the row groups, of which those of a
     window are held."""
-    if split.pixels is not None:
-        return split.pixels[split.number[rows]]
+    if split.squares:
+        return torch.stack([split.squares[number] for number in split.number[rows]])
     places = [(file, group) for file, group, _, _ in split.place[rows].tolist()]
     for file, group in dict.fromkeys(places):
         if (file, group) not in split.held:
-            split.held[file, group] = [data for data, _, _ in read_group(split.files[file], group)]
+            split.held[file, group] = [data for data, _, _ in read_group(split.files[file], group, True)]
         split.held.move_to_end((file, group))
     data = [split.held[place][row] for place, row in zip(places, split.place[rows, 3], strict=True)]
     while len(split.held) > len({*places}) and sum(map(len, split.held.values())) > 2 * SHUFFLE_ROWS:
         split.held.popitem(last=False)
-    return np.stack(list(each(lambda x: common.decode_image(x, split.size, max_pixels=split.max_pixels), data)))
+    return torch.from_numpy(np.stack([*each(split.decode, data)]))
 
 
 def group_equal(*keys):
     """[N] int: the smallest index of a row's connected component; an equal key joins rows. keys: [N] lists of them."""
-    parent = list(range(len(keys[0])))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-    for column in keys:
-        seen = {}
-        for i, values in enumerate(column):
-            for value in values:
-                a, b = root(i), root(seen.setdefault(value, i))
-                parent[max(a, b)] = min(a, b)
-    return np.array([root(i) for i in range(len(parent))], dtype=np.int64)
+    number, pairs = {}, []  # of a key; (row, number of a key that it has)
+    for i, column in enumerate(keys):
+        for row, values in enumerate(column):
+            pairs += [(row, number.setdefault((i, value), len(number))) for value in values]
+    row, key = np.array(pairs).T
+    same, before = np.arange(len(keys[0])), None
+    while not np.array_equal(same, before):
+        before, smallest = same.copy(), np.full(len(number), len(same))
+        np.minimum.at(smallest, key, same[row])
+        np.minimum.at(same, row, smallest[key])
+    return same
 
 
 def leave_out_overlap(sets):
     """Take the rows out of train whose picture is in val or test, and out of val those in test: a split is by image."""
-    for name, later in (("train", ("val", "test")), ("val", ("test",))):
-        for other in later:
-            if name not in sets or other not in sets:
-                continue
-            new = ~np.isin(sets[name].picture, sets[other].picture)
+    for name, later in (("train", "val"), ("train", "test"), ("val", "test")):
+        if name in sets and later in sets:
+            new = ~np.isin(sets[name].picture, sets[later].picture)
             if not new.any():
-                raise UserError(f"dataset.{name}_parquet and dataset.{other}_parquet hold the same images; a split "
+                raise UserError(f"dataset.{name}_parquet and dataset.{later}_parquet hold the same images; a split "
                                 "needs images of its own")
-            sets[name].keep(new, f"its image is also in {other}")
+            sets[name].keep(new, f"its image is also in {later}")
 
 
 # ------------------------------------------------------------------------------- captions and frozen encoders
@@ -1324,7 +1199,7 @@ def build_vocabulary(captions, size):
 
 
 def tokenise(texts, vocabulary, max_length):
-    """[int array of at most max_length ids, ...] of texts: START, then each word's longest pieces from the left."""
+    """[int64 tensor of at most max_length ids, ...] of texts: START, then each word's longest pieces from the left."""
     number, known, out = {piece: i for i, piece in enumerate(vocabulary)}, {}, []
 
     def spell(word):
@@ -1342,62 +1217,42 @@ def tokenise(texts, vocabulary, max_length):
             if word not in known:
                 known[word] = spell(word)
             ids += known[word]
-        out.append(np.array(ids[:max_length]))
+        out.append(torch.tensor(ids[:max_length]))
     return out
 
 
-def pieces_of(values, length, counts, one):
-    """Pieces of values [V, ..] that lie one after the other: length [P + 1], the empty piece's last; counts [N], pieces
-    of each row."""
-    length = np.asarray(length)
-    return Pieces(values, np.cumsum(length) - length, length, np.cumsum([0, *counts]), one)
-
-
-def read_features(path, key):
-    """(feats [R, T, W], length [R]: tokens that are there, {id: rows}, whether synthetic) of a file of features.
-
-    A dict of `feats` [R, W] or [R, T, W] float, `ids` [R], which may repeat (captions of a picture), and where tokens
-    are padded, at the end, a `mask` [R, T]. Raises: UserError.
-    """
+def read_features(path):
+    """({id: [features of tokens [T, W], ...]}, whether they are synthetic) of a file: a dict of `feats` [R, W] or
+    [R, T, W] float, `ids` [R], which may repeat (captions of a picture), and where tokens are padded, at the end, a
+    `mask` [R, T]. Raises: whatever `common.guarded` tells in a line."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; make it with encode.py pixmo, set {key}=, or try --demo")
-    content = common.guarded(lambda p: torch.load(p, map_location="cpu", mmap=True, weights_only=True), path)
-    feats, ids = (content.get("feats"), content.get("ids", ())) if isinstance(content, dict) else (None, ())
-    is_right = isinstance(feats, torch.Tensor) and feats.is_floating_point() and feats.ndim in (2, 3)
-    if not is_right or len(ids) != len(feats) or not len(ids):
-        raise UserError(f"{path}: expected a dict of feats [N, D] or [N, T, D] and ids [N]; make it with encode.py "
-                        "pixmo")
-    feats, rows_of = feats if feats.ndim == 3 else feats[:, None], collections.defaultdict(list)
-    mask = content.get("mask", torch.ones(feats.shape[:2], dtype=torch.bool)).bool()
+        raise UserError(f"{path}: no such file; make it with encode.py pixmo, set features_file=, or try --demo")
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    feats, ids, of_id = content["feats"], content["ids"], collections.defaultdict(list)
+    if not feats.is_floating_point() or feats.ndim not in (2, 3) or len(ids) != len(feats) or not len(ids):
+        raise ValueError("expected feats [N, D] or [N, T, D] and ids [N]; make it with encode.py pixmo")
+    feats = feats if feats.ndim == 3 else feats[:, None]
+    mask = content.get("mask", torch.ones(feats.shape[:2])).bool()
     length = mask.sum(1)
     if not torch.equal(mask, torch.arange(feats.shape[1]) < length[:, None]):
-        raise UserError(f"{path}: padding must be at the end of a row")
-    for row, name in enumerate(ids):
-        rows_of[str(int(name) if isinstance(name, torch.Tensor) else name)].append(row)
+        raise ValueError("padding must be at the end of a row")
+    for row, (name, n) in enumerate(zip(ids, length.tolist(), strict=True)):
         if not torch.isfinite(feats[row]).all():
-            raise UserError(f"{path}: NaN or infinite features in row {row}; encode it again")
-    return feats, length.numpy(), rows_of, bool(content.get("synthetic"))
+            raise ValueError(f"NaN or infinite features in row {row}; encode it again")
+        of_id[str(int(name) if isinstance(name, torch.Tensor) else name)].append(feats[row, :n])
+    return dict(of_id), bool(content.get("synthetic"))
 
 
-def leave_out_unencoded(split, side, path, feats, rows_of):
+def leave_out_unencoded(split, side, path, features):
     """Rows of a split without features of their id go, like broken ones; the pictures' features tell equal pictures."""
-    here = np.array([name in rows_of for name in split.ids])
+    here = np.array([name in features for name in split.ids])
     if not here.any():
         raise UserError(f"{path}: has no features of {split.files[0].name}, ids such as {split.ids[0]}; its own are "
-                        f"such as {next(iter(rows_of))}")
+                        f"such as {next(iter(features))}")
     split.keep(here, f"no features in {Path(path).name}")
     if side == "image":
-        contents = (feats[rows_of[name][0]].numpy().tobytes() for name in split.ids)
+        contents = (features[name][0].numpy().tobytes() for name in split.ids)
         split.picture = np.array([int(hashlib.sha256(content).hexdigest()[:15], 16) for content in contents])
-
-
-def feature_pieces(split, feats, length, rows_of):
-    """Pieces of a split's rows, of what `read_features` returned."""
-    rows = [rows_of[name] for name in split.ids]
-    piece = np.array([*itertools.chain.from_iterable(rows)])
-    first = np.cumsum([0, *map(len, rows)])
-    start, lengths = np.append(piece * feats.shape[1], 0), np.append(length[piece], 0)  # the empty piece has no token
-    return Pieces(feats.flatten(0, 1), start, lengths, first, False)
 
 
 def pretrained(name, side):
@@ -1424,136 +1279,117 @@ def pretrained(name, side):
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(name).glob("*"))]
     facts = {"key": [name, getattr(config, "_commit_hash", None), files]}
     config = getattr(config, f"{part}_config", config)
-    if side == "image":
-        read = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict
-        processor, size = common.guarded(read, name)[0], getattr(config, "image_size", None) or 224
-        facts |= {"mean": processor.get("image_mean") or [0.5] * 3, "std": processor.get("image_std") or [0.5] * 3}
-        shortest = (processor.get("size") or {}).get("shortest_edge")
-        crop = (processor.get("crop_size") or {}).get("height")
-        facts["resize"] = shortest / crop if shortest and crop else 1.0
-        return {**facts, "image_size": size[0] if isinstance(size, (list, tuple)) else size}, load
-    tokenizer = common.guarded(transformers.AutoTokenizer.from_pretrained, name)
-    limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf
-    return {**facts, "tokenizer": tokenizer, "max_length": min(limits)}, load
+    if side == "text":
+        tokenizer = common.guarded(transformers.AutoTokenizer.from_pretrained, name)
+        limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf
+        return {**facts, "tokenizer": tokenizer, "max_length": min(limits)}, load
+    read = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict
+    processor, size = common.guarded(read, name)[0], getattr(config, "image_size", None) or 224
+    shortest = (processor.get("size") or {}).get("shortest_edge")
+    crop = (processor.get("crop_size") or {}).get("height")
+    return {**facts, "mean": processor.get("image_mean") or [0.5] * 3, "std": processor.get("image_std") or [0.5] * 3,
+            "resize": shortest / crop if shortest and crop else 1.0,
+            "image_size": size[0] if isinstance(size, (list, tuple)) else size}, load
 
 
 def encoded(cfg, data, split, side, encoder):
-    """Pieces of the tokens that a frozen encoder (facts, load) makes of a split's pictures or captions.
-
-    It runs once: the tokens, float16, are a `block_cache` of ENCODED_ROWS pictures or captions a block.
-    """
+    """[P + 1] tokens [T, W], float16, that a frozen encoder (facts, load) makes of a split's pictures, or captions and
+    an empty one. It runs once: they are a `block_cache` of ENCODED_ROWS a block."""
     facts, load = encoder
     name, max_length, image_size = facts["key"][0], data.facts["max_length"], data.facts["image_size"]
     texts = [*itertools.chain.from_iterable(split.captions), ""]
-    counts = [1] * len(split) if side == "image" else [len(captions) for captions in split.captions]
-    n, module = len(split) if side == "image" else len(texts), functools.cache(lambda: load().to(data.device))
+    n = len(split) if side == "image" else len(texts)
 
     @torch.no_grad()
-    def forward(rows):
-        """(tokens [V, W] float16 of some pictures or captions, one after the other, length [n])."""
-        mask = None
-        try:
-            if side == "image":
-                hidden = module()(pixel_values=crops(data, split, rows, None)).last_hidden_state
-                hidden = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden  # a map of a CNN
-            else:
-                inputs = facts["tokenizer"]([texts[i] for i in rows], truncation=True, max_length=max_length,
-                                            padding=True, return_tensors="pt").to(data.device)
-                mask = inputs["attention_mask"]
-                hidden = module()(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise UserError(f"{name} does not take dataset.image_size={image_size}, max_text_length={max_length} "
-                            f"({common.reason_of(error)})") from None
-        mask = torch.ones(hidden.shape[:2]) if mask is None else mask
-        tokens = hidden[mask.bool()].half().cpu()
-        if not torch.isfinite(tokens).all():
-            raise UserError(f"{name}: its features are beyond what float16 holds; take another encoder")
-        return tokens, mask.sum(1).int().tolist()
-
-    def make(i, write):
-        lengths = []
-        for rows in torch.arange(n).split(ENCODED_ROWS)[i].split(ENCODED_BATCH):
-            tokens, length = forward(rows.numpy())
-            write(tokens.numpy().tobytes())
-            lengths += length
-        return {"lengths": lengths, "width": tokens.shape[1]}
-
-    def n_bytes():
-        tokens, length = forward(np.arange(min(n, ENCODED_BATCH)))
-        return 2 * tokens.numel() / len(length) * n
-    recipe = json.dumps([facts["key"], split.source, split.place.tolist(), side, split.size, image_size, max_length])
-    stem = Path(cfg.dataset.cache_dir) / f"tokens_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-    stored, entries = block_cache(stem, -(-n // ENCODED_ROWS), make, n_bytes, f"{name} on {split.files[0].name}")
-    length = [*itertools.chain.from_iterable(entry["lengths"] for entry in entries), *([0] if side == "image" else [])]
-    values = torch.from_numpy(stored.view(np.float16).reshape(-1, entries[0]["width"]))
-    return pieces_of(values, length, counts, False)
+    def make(first):
+        model = load().to(data.device)
+        for rows in torch.arange(n).split(ENCODED_ROWS)[first:]:
+            try:
+                if side == "image":
+                    hidden = model(pixel_values=crops(data, split, rows.numpy(), None)).last_hidden_state
+                    hidden = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden  # a map of a CNN
+                    mask = torch.ones(hidden.shape[:2])
+                else:
+                    inputs = facts["tokenizer"]([texts[i] for i in rows], truncation=True, max_length=max_length,
+                                                padding=True, return_tensors="pt").to(data.device)
+                    mask = inputs["attention_mask"]
+                    hidden = model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise UserError(f"{name} does not take dataset.image_size={image_size}, max_text_length={max_length} "
+                                f"({common.reason_of(error)})") from None
+            tokens = hidden[mask.bool()].half().cpu()  # [V, W], one picture or caption after the other
+            if not torch.isfinite(tokens).all():
+                raise UserError(f"{name}: its features are beyond what float16 holds; take another encoder")
+            yield {"tokens": tokens, "length": mask.sum(1).int().tolist()}
+    recipe = [facts["key"], split.source, split.place.tolist(), side, data.facts["resize"], image_size, max_length]
+    label = f"{name} on {split.files[0].name}"
+    made = block_cache(cfg.dataset.cache_dir, f"tokens{ENCODED_ROWS}", recipe, -(-n // ENCODED_ROWS), make, label)
+    tokens = [piece for block in made for piece in block["tokens"].split(block["length"])]
+    return tokens + [tokens[0][:0]] * (side == "image")
 
 
 def load_data(cfg, facts=None, only=None):
     """Data of cfg: train, val and, if there is one, test. Raises: UserError naming file or key.
 
-    facts: of a finished run (else the vocabulary is built from the training captions). only: (pattern, config key), to
-    load nothing but that, as `embed`.
+    facts: of a finished run (else the vocabulary is built from the training captions). only: parquet files to load
+    instead, as `embed`.
     """
     check(cfg)
     d, device = cfg.dataset, common.pick_device(cfg.device)
     sections = {"image": cfg.vision_encoder, "text": cfg.text_encoder}
-    names = {side: section.name for side, section in sections.items()}
-    patterns = {name: (getattr(d, f"{name}_parquet"), f"dataset.{name}_parquet") for name in ("train", "val", "test")
-                if name != "test" or d.test_parquet}
-    patterns = {"embed": only} if only else patterns
-    models = {side: pretrained(name, side) for side, name in names.items() if name not in ("scratch", "cached")}
-    own = {key: value for of_model, _ in models.values() for key, value in of_model.items()}
-    defaults = {"image_size": 224, "resize": 1 / CROP, "mean": [0.5] * 3, "std": [0.5] * 3, "max_length": math.inf,
-                "widths": {}, "vocabulary": None}
+    names = ("train", "val", "test") if d.test_parquet else ("train", "val")
+    patterns = {name: (getattr(d, f"{name}_parquet"), f"dataset.{name}_parquet") for name in names}
+    patterns = {"embed": (only, "parquet")} if only else patterns
+    models = {side: pretrained(section.name, side) for side, section in sections.items()
+              if section.name not in ("scratch", "cached")}
     if facts is None:
-        facts = {key: own.get(key, value) for key, value in defaults.items()}
+        facts = {"image_size": 224, "resize": 1 / CROP, "mean": [0.5] * 3, "std": [0.5] * 3, "max_length": math.inf,
+                 "widths": {}, "vocabulary": None}
+        for of_model, _ in models.values():
+            facts |= {key: value for key, value in of_model.items() if key in facts}
         facts["image_size"] = d.image_size or facts["image_size"]
         facts["max_length"] = min(d.max_text_length, facts["max_length"])
-    size = None if names["image"] == "cached" else round(facts["image_size"] * facts["resize"])
+    size = None if cfg.vision_encoder.name == "cached" else round(facts["image_size"] * facts["resize"])
     for pattern, key in patterns.values():  # what is missing is said before minutes of decoding
         for path in parquet_files(pattern, key):
-            open_parquet(path, size is not None)
-    keys = {"image": "vision_encoder.features_file", "text": "text_encoder.features_file"}
-    features = {side: read_features(section.features_file, keys[side]) for side, section in sections.items()
+            open_parquet(path, bool(size))
+    features = {side: common.guarded(read_features, section.features_file) for side, section in sections.items()
                 if section.name == "cached"}
     each = ThreadPoolExecutor(cfg.num_workers).map if cfg.num_workers else map
     sets = {name: read_split(pattern, key, cfg, size, each) for name, (pattern, key) in patterns.items()}
-    for split, (side, (feats, _, rows_of, _)) in itertools.product(sets.values(), features.items()):
-        leave_out_unencoded(split, side, sections[side].features_file, feats, rows_of)
+    for split, (side, (of_id, _)) in itertools.product(sets.values(), features.items()):
+        leave_out_unencoded(split, side, sections[side].features_file, of_id)
     leave_out_overlap(sets)
     for split in sets.values():
         split.same = group_equal(split.picture[:, None].tolist(), split.captions)
-    small = [name for name, split in sets.items() if len(split) < 2 and not only]
-    if small:
-        raise UserError(f"dataset.{small[0]}_parquet: one pair is no data to tell apart; give at least two")
-    if names["text"] == "scratch" and facts["vocabulary"] is None:
-        captions = [*itertools.chain.from_iterable(sets["train"].captions)]
-        sample = captions[::-(-len(captions) // VOCABULARY_CAPTIONS)]
-        facts["vocabulary"] = build_vocabulary(sample, cfg.text_encoder.vocab_size)
+    if cfg.text_encoder.name == "scratch" and facts["vocabulary"] is None:
+        captions = itertools.chain.from_iterable(sets["train"].captions)
+        facts["vocabulary"] = build_vocabulary(captions, cfg.text_encoder.vocab_size)
     digest = " ".join([common.fingerprint([sections[side].features_file for side in features]),
                        *(f"{name}={split.source}" for name, split in sets.items())])
-    synthetic = any(split.synthetic for split in sets.values()) or any(content[3] for content in features.values())
+    synthetic = any(split.synthetic for split in sets.values()) or any(made_up for _, made_up in features.values())
     rows = {name: torch.arange(len(split)) for name, split in sets.items()}
     data = Data(sets, rows, facts, each, d.text_dropout_prob, d.horizontal_flip_prob, cfg.seed, device,
                 hashlib.sha256(digest.encode()).hexdigest()[:16], synthetic)
     room = max(RESIDENT_BYTES, torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 0)
     for split, side in itertools.product(sets.values(), sections):
-        pieces = None
+        values, count = None, [1] * len(split) if side == "image" else [*map(len, split.captions)]
         if side in models:
-            pieces = encoded(cfg, data, split, side, models[side])
+            values = encoded(cfg, data, split, side, models[side])
         elif side in features:
-            pieces = feature_pieces(split, *features[side][:3])
+            of_rows = [features[side][0][name] for name in split.ids]
+            values, count = [*itertools.chain.from_iterable(of_rows)], [*map(len, of_rows)]
+            values.append(values[0][:0])
         elif side == "text":
             texts = [*itertools.chain.from_iterable(split.captions), ""]
-            ids = tokenise(texts, facts["vocabulary"], facts["max_length"])
-            values = torch.from_numpy(np.concatenate(ids))
-            pieces = pieces_of(values, [*map(len, ids)], [*map(len, split.captions)], one=True)
-        if pieces and pieces.values.numel() * pieces.values.element_size() <= room:
-            pieces.values = pieces.values.to(device)
-        if pieces and pieces.values.ndim == 2:
-            facts["widths"]["vision" if side == "image" else "text"] = pieces.values.shape[1]
-        setattr(split, side, pieces)
+            values = tokenise(texts, facts["vocabulary"], facts["max_length"])
+        if values is None:
+            continue
+        if values[0].ndim == 2:
+            facts["widths"]["vision" if side == "image" else "text"] = values[0].shape[1]
+        if device.type != "cpu" and sum(x.nbytes for x in values) <= room:
+            values = torch.cat(values).to(device).split([*map(len, values)])
+        setattr(split, side, Pieces(values, np.array(count), one=sections[side].name == "scratch"))
     return data
 
 
@@ -1566,7 +1402,7 @@ def random_data(cfg):
 
 # -------------------------------------------------------------------------------------------------------------- plots
 
-def plot_sizes(path, panels, xlabel, title="", synthetic=False):
+def plot_sizes(path, panels, xlabel, title):
     """Panels {ylabel: {label: {"x", "y"[, "low", "high"]}}} over a doubling x, with bands; "chance" grey and dotted."""
     figure, axes = common.new_figure(len(panels), width=5.4, height=4)
     ticks = sorted({x for lines in panels.values() for line in lines.values() for x in line["x"]})
@@ -1581,22 +1417,21 @@ def plot_sizes(path, panels, xlabel, title="", synthetic=False):
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8)
-    figure.suptitle(" ".join([title, "(synthetic data)" if synthetic else ""]).strip(), fontsize=10)
+    figure.suptitle(title, fontsize=10)
     common.save_figure(figure, path)
 
 
 def draw_pictures(folder, cfg, data, curves, codes, whole, split, n=200):
     """mrl_performance.png (`size_curves`), bytes.png (`bytes_table`), embedding_space.png, similarity_matrix.png (the
     first n pairs)."""
-    title, mark = f"{len(whole[0]):,} {split} pairs", " (synthetic data)" if data.synthetic else ""
-    plot_sizes(folder / "mrl_performance.png", curves, "dimensions kept", title, data.synthetic)
-    lines = {kind: {"x": [], "y": []} for kind in ("float32", "int8", "one bit")}
-    for row, values in codes.items():
-        line = lines[row.partition(",")[0]]
-        line["x"].append(values["bytes"])
-        line["y"].append(values["mean R@5"])
-    plot_sizes(folder / "bytes.png", {"mean R@5": lines}, "bytes of a gallery item", title, data.synthetic)
-    first = [x[:n] for x in whole]
+    mark, first = " (synthetic data)" if data.synthetic else "", [x[:n] for x in whole]
+    title = f"{len(whole[0]):,} {split} pairs{mark}"
+    plot_sizes(folder / "mrl_performance.png", curves, "dimensions kept", title)
+    lines = {}
+    for kind in ("float32", "int8", "one bit"):
+        of_kind = [values for row, values in codes.items() if row.startswith(kind)]
+        lines[kind] = {"x": [v["bytes"] for v in of_kind], "y": [v["mean R@5"] for v in of_kind]}
+    plot_sizes(folder / "bytes.png", {"mean R@5": lines}, "bytes of a gallery item", title)
     common.plot_embedding_space(folder / "embedding_space.png", {"images": first[0], "captions": first[1]},
                                 f"{len(first[0])} pairs of {split}{mark}", cfg.evaluation.projection)
     common.plot_similarity_matrix(folder / "similarity_matrix.png", first[0] @ first[1].T, f"{split}{mark}", "captions",
@@ -1615,7 +1450,7 @@ def load_model(folder):
     """
     cfg = common.load_config(Config, Path(folder) / "config.yaml")
     facts = common.guarded(common.load_checkpoint, Path(folder) / "best_model.pt")["facts"]
-    model = MatryoshkaModel(cfg, facts, torch.device("cpu"))
+    model = MatryoshkaModel(cfg, facts)
     common.load_best(folder, model)
     model.facts = facts
     return model, cfg
@@ -1628,10 +1463,9 @@ def write_embeddings(cfg):
     dim, d = cfg.dim or largest, cfg.dataset
     if dim > largest:
         raise UserError(f"dim={dim} is more than vision_encoder.projection_dim={largest}")
-    sources = (cfg.parquet, "parquet"), (d.test_parquet, "dataset.test_parquet"), (d.val_parquet, "dataset.val_parquet")
-    pattern, key = next(source for source in sources if source[0])
+    pattern = cfg.parquet or d.test_parquet or d.val_parquet
     facts = common.guarded(common.load_checkpoint, folder / "best_model.pt")["facts"]
-    data = load_data(cfg, facts, (pattern, key))
+    data = load_data(cfg, facts, pattern)
     model = build_model(cfg, data)
     common.load_best(folder, model)
     image, text = (F.normalize(x, dim=1).cpu() for x in embed(cfg, model, data, "embed", dim=dim))
@@ -1646,19 +1480,15 @@ def write_left_out(folder, data):
     lines = [f"{name},{file},{row},{json.dumps(cause)}" for name, split in data.sets.items()
              for file, row, cause in split.bad]
     common.write_text(folder / "left_out.csv", "\n".join(["split,file,row,cause", *lines, ""]))
-    if data.facts["vocabulary"]:  # of the scratch text encoder
-        common.write_json(folder / "tokenizer.json", {"vocabulary": data.facts["vocabulary"]})
 
 
 def print_splits(data):
     """One line a split: rows, and what was left out and why."""
     for name, split in data.sets.items():
-        causes = collections.Counter(re.sub(r"\d+ x \d+|\d+", "..", cause) for _, _, cause in split.bad)
-        total, why = len(split) + len(split.bad), ""
-        if split.bad:
-            most = "; ".join(f"{n} {cause}" for cause, n in causes.most_common(4))
-            why = f", {len(split.bad):,} of {total:,} rows left out ({100 * len(split.bad) / total:.2f}%): {most}"
-        print(f"{name}: {len(split):,} pairs{why}")
+        causes = collections.Counter(cause for *_, cause in split.bad).most_common(4)
+        share = 100 * len(split.bad) / (len(split) + len(split.bad))
+        print(f"{name}: {len(split):,} pairs, {len(split.bad):,} rows left out ({share:.2f}%)",
+              *(f"{n} {cause}" for cause, n in causes), sep="; ")
 
 
 def use_demo(cfg):

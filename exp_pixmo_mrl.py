@@ -153,6 +153,7 @@ class Config:
     experiment: str = Path(__file__).stem.removeprefix("exp_")  # the script that a YAML belongs to
     seed: int = ranged(42, ">= 0", "< 4294967296")  # weights, data order, crops, dropped captions, drawn sizes
     device: str = "auto"  # auto | cuda | mps | cpu
+    cuda_graphs: bool = True  # a GPU replays a recorded training step (false: kernel by kernel, to debug it)
     num_workers: int = ranged(4, ">= 0")  # threads that decode images (0: the main one)
     output_dir: str = ""  # run folder (empty: results/<config name>[,overrides])
     wandb: bool = False  # mirror metrics.csv, tables and pictures to Weights & Biases
@@ -483,6 +484,7 @@ def train(cfg, data):
     warmup_steps = round(o.warmup_ratio * last_step)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: common.warmup_cosine(step, last_step, warmup_steps))
+    take_step = common.GraphedStep(train_step, model, optimizer, cfg.cuda_graphs)
     folder = common.open_run(cfg, data.fingerprint)  # after what can fail for its settings
     write_left_out(folder, data)
     with common.Run(folder, cfg, model, optimizer, scheduler, None, per_epoch) as run:
@@ -490,7 +492,8 @@ def train(cfg, data):
         batches = training_batches(cfg, data, first=run.step)
         for step in run.steps(last_step):
             set_train_mode(cfg, model, step)
-            run.add(train_step(model, next(batches), optimizer))  # stays on the device; run.means() waits for it
+            drawn = model.drawn and tuple(model.drawn)  # a recorded step is of these sizes
+            run.add(take_step(next(batches), drawn))  # stays on the device; run.means() waits for it
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             ends, saves = step % per_epoch == 0, step % o.save_every_steps == 0
@@ -810,8 +813,9 @@ IMAGE_COLUMNS = ("image_bytes", "image", "jpg", "bytes")  # in the order of pref
 CAPTION_COLUMNS = ("caption", "text", "captions", "transcripts")
 ID_COLUMNS = ("image_id", "id", "key", "image_url", "url")
 SHUFFLE_ROWS = 2048  # row groups are shuffled, then rows within windows of at least so many
-READ_ROWS = 64  # rows of a parquet file in memory at once, and of a file of the cache
-ENCODED_ROWS = 32  # pictures or captions of a frozen encoder's batch, which fixes the bits, and of a file of the cache
+READ_ROWS, BLOCK_ROWS = 64, 512  # rows of a parquet file in memory at once; rows of a file of the cache
+ENCODED_ROWS = 32  # pictures or captions of a frozen encoder's batch, which fixes the bits
+BLOCK_BATCHES = 16  # of those in a file of the cache
 RESIDENT_BYTES = 2**31  # features up to this size, or a quarter of a GPU's free memory, are moved to the device whole
 
 
@@ -945,7 +949,10 @@ def gather(data, pieces, rows, dropped, draw):
     values = torch.cat([pieces.values[p] for p in piece.tolist()]).to(data.device)
     n_tokens = np.bincount(row, pieces.length[piece], len(rows)).astype(np.int64)  # [B]
     row, column = (torch.from_numpy(x).to(data.device) for x in ranges(n_tokens))
-    shape = len(rows), max(1, int(n_tokens.max()))
+    longest = max(1, int(n_tokens.max()))
+    if data.device.type == "cuda":  # few shapes: a step is recorded for each
+        longest = max(longest, min(-(-longest // 16) * 16, data.facts["max_length"]))
+    shape = len(rows), longest
     out = torch.zeros(*shape, *values.shape[1:], dtype=values.dtype, device=data.device)
     mask = torch.zeros(shape, dtype=torch.bool, device=data.device)
     out[row, column] = values
@@ -1036,8 +1043,8 @@ def read_group(path, group, with_images):
             yield from zip((image.as_py() for image in images), captions, ids, strict=True)
 
 
-def block_cache(cache_dir, name, recipe, n_blocks, make, label):
-    """[n_blocks] dicts of tensors, memory-mapped, and plain types, in files that are made one by one, once a recipe.
+def block_cache(cache_dir, name, recipe, n_blocks, make, unpack, label):
+    """[n_blocks] unpack(dict) of dicts of memory-mapped tensors, in files that are made one by one, once a recipe.
 
     make(first) yields those from `first` on. Work that a kill interrupts goes on at the next block; a second process
     waits for the first. Raises: UserError (no room, a damaged file).
@@ -1060,12 +1067,16 @@ def block_cache(cache_dir, name, recipe, n_blocks, make, label):
                 if path == paths[first] and needed > shutil.disk_usage(folder).free:
                     raise UserError(f"{folder}: {needed / 1e9:.2g} GB do not fit there; set dataset.cache_dir= (or, of "
                                     "decoded images, dataset.cache=false)")
+    def read(path):
+        common.check_crc(path)
+        return unpack(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    unpacked = []
     for path in paths:
         try:
-            common.check_crc(path)
+            unpacked.append(common.guarded(read, path))
         except UserError:
             raise UserError(f"{path} is damaged; delete it to make it again") from None
-    return [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
+    return unpacked
 
 
 def index_rows(rows, decode, keep, each):
@@ -1100,7 +1111,7 @@ def read_split(pattern, key, cfg, size, each):
         synthetic = synthetic or b"synthetic" in (metadata.metadata or {})
         for group in range(metadata.num_row_groups):
             n_rows = metadata.row_group(group).num_rows
-            blocks += [(number, group, start, row) for row in range(0, n_rows, READ_ROWS)]
+            blocks += [(number, group, start, row) for row in range(0, n_rows, BLOCK_ROWS)]
             start += n_rows
 
     def make(first):
@@ -1109,14 +1120,22 @@ def read_split(pattern, key, cfg, size, each):
             rows = enumerate(read_group(files[number], group, bool(size)))
             rows = itertools.islice(rows, of_group[0][3], None)  # behind what a kill left of the group
             for _ in of_group:
-                yield index_rows([*itertools.islice(rows, READ_ROWS)], decode, d.cache, each)
+                yield index_rows([*itertools.islice(rows, BLOCK_ROWS)], decode, d.cache, each)
+
+    def unpack(block):
+        """(its squares, its rows) of `index_rows`."""
+        rows = [(int(row), cause, [*texts], own, int(picture)) for row, cause, texts, own, picture in block["rows"]]
+        squares = block["squares"].unbind(0)
+        if len(squares) != sum(not cause for _, cause, *_ in rows) * bool(size and d.cache):
+            raise ValueError("rows without a square")
+        return squares, rows
     source = common.fingerprint(files, whole=1 << 26, blocks=16)
     recipe = [source, size, d.max_pixels, d.cache, "centre square, bicubic, 2"]
-    made = block_cache(d.cache_dir, f"images{READ_ROWS}", recipe, len(blocks), make, f"reading {key}")
+    made = block_cache(d.cache_dir, f"images{BLOCK_ROWS}", recipe, len(blocks), make, unpack, f"reading {key}")
     good, bad, squares = [], [], []
-    for (number, group, start, _), block in zip(blocks, made, strict=True):
-        squares += block["squares"].unbind(0)
-        for row, cause, texts, own, picture in block["rows"]:
+    for (number, group, start, _), (of_block, rows) in zip(blocks, made, strict=True):
+        squares += of_block
+        for row, cause, texts, own, picture in rows:
             if cause:
                 bad.append((files[number].name, start + row, cause))
             else:
@@ -1227,7 +1246,7 @@ def read_features(path):
     `mask` [R, T]. Raises: whatever `common.guarded` tells in a line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; make it with encode.py pixmo, set features_file=, or try --demo")
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    content = common.load_tensors(path)
     feats, ids, of_id = content["feats"], content["ids"], collections.defaultdict(list)
     if not feats.is_floating_point() or feats.ndim not in (2, 3) or len(ids) != len(feats) or not len(ids):
         raise ValueError("expected feats [N, D] or [N, T, D] and ids [N]; make it with encode.py pixmo")
@@ -1294,37 +1313,43 @@ def pretrained(name, side):
 
 def encoded(cfg, data, split, side, encoder):
     """[P + 1] tokens [T, W], float16, that a frozen encoder (facts, load) makes of a split's pictures, or captions and
-    an empty one. It runs once: they are a `block_cache` of ENCODED_ROWS a block."""
+    an empty one. It runs once: they are a `block_cache` of BLOCK_BATCHES batches a block."""
     facts, load = encoder
     name, max_length, image_size = facts["key"][0], data.facts["max_length"], data.facts["image_size"]
     texts = [*itertools.chain.from_iterable(split.captions), ""]
-    n = len(split) if side == "image" else len(texts)
+    n, size = len(split) if side == "image" else len(texts), ENCODED_ROWS * BLOCK_BATCHES
 
     @torch.no_grad()
+    def run(model, rows):
+        """(tokens [V, W], one picture or caption after the other; [B] how many each has) of rows [B]."""
+        try:
+            if side == "image":
+                hidden = model(pixel_values=crops(data, split, rows.numpy(), None)).last_hidden_state
+                hidden = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden  # a map of a CNN
+                mask = torch.ones(hidden.shape[:2])
+            else:
+                inputs = facts["tokenizer"]([texts[i] for i in rows], truncation=True, max_length=max_length,
+                                            padding=True, return_tensors="pt").to(data.device)
+                mask = inputs["attention_mask"]
+                hidden = model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(f"{name} does not take dataset.image_size={image_size}, max_text_length={max_length} "
+                            f"({common.reason_of(error)})") from None
+        tokens = hidden[mask.bool()].half().cpu()
+        if not torch.isfinite(tokens).all():
+            raise UserError(f"{name}: its features are beyond what float16 holds; take another encoder")
+        return tokens, mask.sum(1).int().cpu()
+
     def make(first):
         model = load().to(data.device)
-        for rows in torch.arange(n).split(ENCODED_ROWS)[first:]:
-            try:
-                if side == "image":
-                    hidden = model(pixel_values=crops(data, split, rows.numpy(), None)).last_hidden_state
-                    hidden = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden  # a map of a CNN
-                    mask = torch.ones(hidden.shape[:2])
-                else:
-                    inputs = facts["tokenizer"]([texts[i] for i in rows], truncation=True, max_length=max_length,
-                                                padding=True, return_tensors="pt").to(data.device)
-                    mask = inputs["attention_mask"]
-                    hidden = model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise UserError(f"{name} does not take dataset.image_size={image_size}, max_text_length={max_length} "
-                                f"({common.reason_of(error)})") from None
-            tokens = hidden[mask.bool()].half().cpu()  # [V, W], one picture or caption after the other
-            if not torch.isfinite(tokens).all():
-                raise UserError(f"{name}: its features are beyond what float16 holds; take another encoder")
-            yield {"tokens": tokens, "length": mask.sum(1).int().tolist()}
+        for block in torch.arange(n).split(size)[first:]:
+            tokens, length = zip(*(run(model, rows) for rows in block.split(ENCODED_ROWS)), strict=True)
+            yield {"tokens": torch.cat(tokens), "length": torch.cat(length).tolist()}
     recipe = [facts["key"], split.source, split.place.tolist(), side, data.facts["resize"], image_size, max_length]
     label = f"{name} on {split.files[0].name}"
-    made = block_cache(cfg.dataset.cache_dir, f"tokens{ENCODED_ROWS}", recipe, -(-n // ENCODED_ROWS), make, label)
-    tokens = [piece for block in made for piece in block["tokens"].split(block["length"])]
+    made = block_cache(cfg.dataset.cache_dir, f"tokens{size}", recipe, -(-n // size), make,
+                       lambda block: block["tokens"].split(block["length"]), label)
+    tokens = [*itertools.chain.from_iterable(made)]
     return tokens + [tokens[0][:0]] * (side == "image")
 
 

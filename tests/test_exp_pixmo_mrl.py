@@ -323,7 +323,7 @@ def test_a_cache_cut_short_goes_on_where_it_was(tmp_path, scenes, monkeypatch):
     monkeypatch.setattr(exp, "index_rows", stopped)
     with pytest.raises(KeyboardInterrupt):
         prepared(tmp_path / "b", path)
-    folder, = (tmp_path / "b/cache").glob("images64_*")
+    folder, = (tmp_path / "b/cache").glob("images512_*")
     (folder / "2.pt").rename(folder / ".2.pt.tmp")  # the third was not yet whole
     seen = []
     monkeypatch.setattr(exp, "index_rows", lambda *args: (seen.append(0), real(*args))[1])
@@ -345,7 +345,7 @@ def test_a_cache_cut_short_goes_on_where_it_was(tmp_path, scenes, monkeypatch):
 def test_a_damaged_cache_is_refused(tmp_path, scenes, damage):
     path = f"{scenes}/pixmo_val.parquet"
     expected = exp.gather_images(prepared(tmp_path, path), np.arange(23))
-    file, = (tmp_path / "cache").glob("images64_*/1.pt")
+    file, = (tmp_path / "cache").glob("images512_*/1.pt")
     content = bytearray(file.read_bytes())
     with zipfile.ZipFile(file) as archive:
         member = archive.getinfo("archive/data/0" if "picture" in damage else "archive/data.pkl")
@@ -1281,7 +1281,8 @@ def test_frozen_encoders_run_once_over_their_own_pictures(scenes, tmp_path, monk
 
 def test_a_token_cache_goes_on_after_a_kill_and_a_flipped_byte_is_refused(scenes, tmp_path, monkeypatch, capsys):
     folder = tiny_clip(tmp_path / "clip")
-    monkeypatch.setattr(exp, "ENCODED_ROWS", 16)
+    monkeypatch.setattr(exp, "ENCODED_ROWS", 8)
+    monkeypatch.setattr(exp, "BLOCK_BATCHES", 2)
     whole, run = (config(tmp_path / name, scenes, *clip_overrides(folder)) for name in "ab")
     exp.load_data(whole)
     real, calls = common.save_checkpoint, itertools.count()
@@ -1308,6 +1309,7 @@ def test_a_token_cache_goes_on_after_a_kill_and_a_flipped_byte_is_refused(scenes
 
 def test_no_room_for_the_tokens_is_said_first(scenes, tmp_path, monkeypatch, capsys):
     folder = tiny_clip(tmp_path / "clip")
+    monkeypatch.setattr(exp, "BLOCK_BATCHES", 1)
     monkeypatch.setattr(exp.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 60_000})())
     err = failing(tmp_path, scenes, capsys, *clip_overrides(folder), "dataset.cache=false")
     assert re.search(r"tokens32_[0-9a-f]{16}: .*do not fit", err)

@@ -26,9 +26,8 @@ Deviations from the recipe this follows:
 - memories attend by cosine and learned temperature: nn.MultiheadAttention over small slots gives every slot 1 / M;
 - the latent is the mean of the encodings that are there, weighed by learned confidences, plus the fusion's output;
 - the gallery holds unique photos, captions of one photo are no negatives, text <-> audio is strict (the caption read);
-- the recipe's TENT cannot work: backward under no_grad has no graph, its entropy head is untrained, it picks every
-  parameter with 'memory' in its name, and p log p of an underflowed p is NaN. Here the entropy is that of
-  softmax(query . gallery / temperature), and only LayerNorm affines of the query's encoder adapt;
+- the recipe's TENT cannot work (no graph under no_grad, an untrained entropy head, parameters chosen by 'memory' in
+  their names, NaN of p log p): here softmax(query . gallery / temperature) has the entropy, LayerNorm affines adapt;
 - a batch's writes to a slot are averaged (summed, they diverge); a random half of training's encodings is adapted;
 - every parameter gets gradient: fusion and presence bits are trained by fused pairs of modalities against the third;
 - encodings are standardised (BatchNorm): else the modality that is harder to match shrinks to one point.
@@ -42,7 +41,7 @@ if __name__ == "__main__":  # Ctrl-C while the modules load ends in one line, to
 
 import concurrent.futures
 import contextlib
-import csv
+import copy
 import functools
 import hashlib
 import io
@@ -50,9 +49,8 @@ import itertools
 import json
 import math
 import re
-import struct
 import sys
-import tempfile
+import uuid
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -79,6 +77,10 @@ GATE_RATE = 5e-3  # learning rate of the modalities' confidences
 SPELL = 0.02  # share of training words read by their characters, as unknown ones are
 BUCKET = 8  # batches sorted by length of speech together, in epochs of many more
 EMBED_ROWS = 128  # embedded at once
+N_DIRECTIONS = 6  # of `directions` that count in dev_recall and in the test-time protocol, as far as they are there
+CCA_RIDGES, CCA_DIMS = (0.3, 1.0, 3.0), (32, 128)  # of the baseline, among which dev chooses
+PHOTO_FOLDERS = ("Flickr8k_Dataset", "Flicker8k_Dataset", "Images")
+STAGES = ("all", "cache", "train", "evaluate", "ttt")
 
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -156,14 +158,10 @@ class Config:
 
 # -------------------------------------------------------------------------------------------------------------- model
 
-def gelu(x):
-    """F.gelu under its own name: for F.gelu itself the layers below have a fast path in eval mode, of other bits."""
-    return F.gelu(x)
-
-
 def transformer(dim, n_heads, n_layers, dropout):
     """Pre-norm transformer layers [N, L, D] -> [N, L, D]."""
-    return nn.ModuleList(nn.TransformerEncoderLayer(dim, n_heads, 4 * dim, dropout, gelu, batch_first=True,
+    activation = lambda x: F.gelu(x)  # noqa: E731, F.gelu itself has a fast path in eval mode, of other bits
+    return nn.ModuleList(nn.TransformerEncoderLayer(dim, n_heads, 4 * dim, dropout, activation, batch_first=True,
                                                     norm_first=True) for _ in range(n_layers))
 
 
@@ -205,7 +203,8 @@ class ImageEncoder(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Log mels [B, 80, T], of which `frames` [B] are there -> [B, D]: stride-2 convolutions, then the mean over time.
+    """Log mels [B, 80, T] or [B, 1, 80, T], of which `frames` [B] (None: all) are there -> [B, D]: stride-2
+    convolutions, then the mean over time.
 
     The input and each layer, normalised over its channels alone, are zeroed past the end: what lies there changes
     nothing. `pitch`, which mel a feature is of (convolutions cannot tell), starts at the scale of what it is added to.
@@ -219,8 +218,10 @@ class AudioEncoder(nn.Module):
         self.pitch = nn.Parameter(0.5 * torch.randn(N_MELS // 2, channels[0]))
         self.project = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels[-1], dim), nn.LayerNorm(dim))
 
-    def forward(self, audio, frames):
+    def forward(self, audio, frames=None):
+        audio = audio.squeeze(1)
         times = torch.arange(audio.shape[2], device=audio.device)
+        frames = times.new_full((len(audio),), len(times)) if frames is None else frames
         x = (audio * (times < frames[:, None, None]))[:, None]  # [B, 1, 80, T]
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x, frames = conv(x), (frames + 1) // 2
@@ -257,12 +258,9 @@ class FeatureEncoder(nn.Module):
 
 
 def slot_weights(slots, x, topk):
-    """(a, chosen), both [B, M], of slots [M, D] and x [B, D]: a is the softmax of x . slots / sqrt(D) over a row's
-    top-k slots, chosen is 1 there."""
+    """a [B, M] of slots [M, D] and x [B, D]: the softmax of x . slots / sqrt(D) over a row's top-k slots, else 0."""
     top = (x @ slots.T / slots.shape[1] ** 0.5).topk(topk, dim=1)
-    weights = torch.zeros(len(x), len(slots), device=x.device, dtype=top.values.dtype)
-    weights = weights.scatter(1, top.indices, top.values.softmax(1))
-    return weights, torch.zeros_like(weights).scatter(1, top.indices, 1.0)
+    return x.new_zeros(len(x), len(slots)).scatter(1, top.indices, top.values.softmax(1))
 
 
 def memory_write(slots, x, topk, lr):
@@ -274,8 +272,8 @@ def memory_write(slots, x, topk, lr):
     Returns: new slots [M, D]; those that no row chose keep their bits.
     """
     x = x.detach().to(slots.dtype)
-    a, chosen = slot_weights(slots, x, topk)
-    n = chosen.sum(0)[:, None]  # [M, 1]
+    a = slot_weights(slots, x, topk)
+    n = (a > 0).sum(0)[:, None]  # [M, 1]
     return torch.where(n > 0, slots + lr * (a.T @ x - a.sum(0)[:, None] * slots) / n.clamp(min=1), slots)
 
 
@@ -306,7 +304,7 @@ class SlotMemory(nn.Module):
         """(w [B, M], x [B, D]): row b's own slots are m_k + w_bk (x_b - m_k)."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.detach().to(self.slots.dtype)
-            return self.ttt_lr * slot_weights(self.slots, x, self.ttt_topk)[0], x
+            return self.ttt_lr * slot_weights(self.slots, x, self.ttt_topk), x
 
     def attention(self, x, adapted=None):
         """Weights [B, n_heads, M] of a read. adapted: (w, x) of `adapt`.
@@ -323,8 +321,7 @@ class SlotMemory(nn.Module):
         cosines = dots * (squares + 1e-6).rsqrt()
         if self.linear:  # linear in q and k: their feature map is (1, x / |x|)
             return (1 + cosines) / (1 + cosines).sum(2, keepdim=True)
-        logits = self.log_scale.exp()[:, None] * cosines
-        return logits.softmax(2)
+        return (self.log_scale.exp()[:, None] * cosines).softmax(2)
 
     def read(self, x, adapted=None, order=slice(None)):
         """[B, D]: the weighed values of the slots (in another `order` than the keys); `adapted`: of a row's own."""
@@ -362,9 +359,9 @@ class MultiModalMemoryNetwork(nn.Module):
     """Text, image and audio, any of them, into one latent: model(text, image, audio, audio_frames, episodic) -> dict
     with `central_latent` [B, D], not normalised, and `encodings` {modality: [B, D]}.
 
-    text: [B, L <= 77] int64, 0 is padding. image: [B, 3, S, S] normalised pixels. audio: [B, 80, T] or [B, 1, 80, T]
-    standardised log mels; audio_frames: [B] int64, how many of the T are there (default: all). Of a modality in
-    `features` instead [B, *features[modality]], of a frozen encoder. episodic: every row reads slots of its own.
+    text: [B, L <= 77] int64, 0 is padding. image: [B, 3, S, S] normalised pixels. audio, audio_frames: as in
+    `AudioEncoder`, standardised. Of a modality in `features` instead [B, *features[modality]], of a frozen encoder.
+    episodic: every row reads slots of its own.
     Raises: ValueError if nothing is given, or a modality that the model was built without.
     """
 
@@ -373,16 +370,11 @@ class MultiModalMemoryNetwork(nn.Module):
                  memory="slots", dropout=0.1, input_dropout=0.3, enable_ttt_updates=False, ttt_topk=8, ttt_lr=0.1):
         super().__init__()
         dim, features = latent_dim, features or {}
-        self.encoders = nn.ModuleDict()
-        for modality in modalities:
-            if modality in features:
-                self.encoders[modality] = FeatureEncoder(features[modality], dim, input_dropout)
-            elif modality == "text":
-                self.encoders[modality] = TextEncoder(vocab_size, dim, num_heads, num_layers, dropout)
-            elif modality == "image":
-                self.encoders[modality] = ImageEncoder(image_size, patch_size, dim, num_heads, num_layers, dropout)
-            else:
-                self.encoders[modality] = AudioEncoder(audio_channels, dim, dropout)
+        encoders = {"text": lambda: TextEncoder(vocab_size, dim, num_heads, num_layers, dropout),
+                    "image": lambda: ImageEncoder(image_size, patch_size, dim, num_heads, num_layers, dropout),
+                    "audio": lambda: AudioEncoder(audio_channels, dim, dropout)}
+        self.encoders = nn.ModuleDict({m: FeatureEncoder(features[m], dim, input_dropout) if m in features
+                                       else encoders[m]() for m in modalities})
 
         def make_memory(n_slots, topk):
             if memory == "none":
@@ -403,20 +395,19 @@ class MultiModalMemoryNetwork(nn.Module):
         self.temperature, self.fused = 0.07, 0.5  # of the objective; build_model sets the config's
         self.through_update, self.use_amp = True, True
 
-    def encode(self, modality, *inputs, episodic=False):
-        """[B, D] of one modality after its memory, from the input of its encoder (audio: mels and frames).
-
-        Raises: ValueError if the model has none.
-        """
+    def encode(self, modality, x, frames=None, episodic=False):
+        """[B, D] of one modality after its memory, from the input x of its encoder; frames: of mels."""
         if modality not in self.encoders:
             raise ValueError(f"this model was trained without {modality}; it has {', '.join(self.encoders)}")
-        return self.memories[modality](self.standardise[modality](self.encoders[modality](*inputs)), episodic)
+        encoder = self.encoders[modality]
+        encoding = encoder(x) if frames is None else encoder(x, frames)
+        return self.memories[modality](self.standardise[modality](encoding), episodic)
 
     def fuse_modalities(self, encodings, episodic=False):
         """Latent [B, D] of {modality: [B, D]}: their mean, weighed by learned confidences, plus the fusion's output,
-        through the central memory.
+        through the central memory. One that is not there is its type embedding alone, presence bit 0.
 
-        One that is not there is its type embedding alone, presence bit 0. Raises: ValueError if {}.
+        Raises: ValueError if {}.
         """
         if not encodings:
             raise ValueError("nothing to fuse: give at least one of text, image and audio")
@@ -435,56 +426,49 @@ class MultiModalMemoryNetwork(nn.Module):
         return z
 
     def forward(self, text=None, image=None, audio=None, audio_frames=None, episodic=False):
-        given = {"text": (text,), "image": (image,), "audio": (audio,)}
-        if audio is not None and isinstance(dict(self.encoders.items()).get("audio"), AudioEncoder):
-            audio = audio.flatten(0, 1) if audio.ndim == 4 else audio
-            if audio_frames is None:
-                audio_frames = torch.full((len(audio),), audio.shape[2], device=audio.device)
-            given["audio"] = (audio, audio_frames)
-        encodings = {m: self.encode(m, *inputs, episodic=episodic) for m, inputs in given.items()
-                     if inputs[0] is not None}
+        given = {"text": (text, None), "image": (image, None), "audio": (audio, audio_frames)}
+        encodings = {m: self.encode(m, *x, episodic) for m, x in given.items() if x[0] is not None}
         return {"central_latent": self.fuse_modalities(encodings, episodic), "encodings": encodings}
 
 
-def model_arguments(cfg, data):
-    """Keyword arguments of MultiModalMemoryNetwork. Raises: UserError on sizes that do not fit."""
-    m = cfg.model
-    if not m.audio_channels:
-        raise UserError("model.audio_channels=[] leaves no convolution; give one number of channels or more")
-    if m.latent_dim % m.num_heads:
-        raise UserError(f"model.latent_dim={m.latent_dim} must be a multiple of model.num_heads={m.num_heads}")
-    if m.image_size % m.patch_size:
-        raise UserError(f"model.image_size={m.image_size} must be a multiple of model.patch_size={m.patch_size}")
-    if m.init == "cca" and len(data.features) < len(MODALITIES):
-        raise UserError("model.init=cca starts the maps of precomputed features; set model.{text,image,audio}_encoder="
-                        "cached, with speech, or model.init=random")
-    return {**{name: getattr(m, name) for name in (
-        "latent_dim", "memory_size", "num_heads", "num_layers", "image_size", "patch_size", "audio_channels", "memory",
-        "dropout", "input_dropout", "ttt_topk", "ttt_lr")}, "vocab_size": len(data.vocabulary),
-        "modalities": list(data.modalities), "features": {m: list(x.shape[1:]) for m, x in data.features.items()}}
+def all_memories(model):
+    """{"text", .., "central": memory}."""
+    return {**model.memories, "central": model.central}
 
 
 def build_model(cfg, data):
-    """MultiModalMemoryNetwork for the data's vocabulary, features and modalities, on their device."""
-    model = MultiModalMemoryNetwork(**model_arguments(cfg, data))
-    for modality, x in data.features.items():
-        rows = data.rows_of(modality, data.splits["train"])
-        mean, deviation = common.moments(x.flatten(1), rows.unique())
-        model.encoders[modality].mean.copy_(mean.view(model.encoders[modality].mean.shape))
-        model.encoders[modality].deviation.copy_(deviation.view(model.encoders[modality].mean.shape))
-    if cfg.model.init == "cca":
+    """MultiModalMemoryNetwork for the data, on their device. Raises: UserError on sizes that do not fit."""
+    m = cfg.model
+    for size, part in (("latent_dim", "num_heads"), ("image_size", "patch_size")):
+        if getattr(m, size) % getattr(m, part):
+            raise UserError(f"model.{size}={getattr(m, size)} must be a multiple of model.{part}={getattr(m, part)}")
+    if m.init == "cca" and len(data.features) < len(MODALITIES):
+        raise UserError("model.init=cca starts the maps of precomputed features; set model.{text,image,audio}_encoder="
+                        "cached, with speech, or model.init=random")
+    arguments = {name: getattr(m, name) for name in (
+        "latent_dim", "memory_size", "num_heads", "num_layers", "image_size", "patch_size", "audio_channels", "memory",
+        "dropout", "input_dropout", "ttt_topk", "ttt_lr")}
+    arguments |= {"vocab_size": len(data.vocabulary), "modalities": list(data.modalities),
+                  "features": {modality: list(x.shape[1:]) for modality, x in data.features.items()}}
+    model = MultiModalMemoryNetwork(**arguments)
+    model.arguments = arguments  # best_model.pt keeps them
+    for modality in data.features:
+        encoder, x = model.encoders[modality], raw_items(data, modality, data.items(modality, "train"))
+        mean, deviation = common.moments(x.flatten(1), torch.arange(len(x)))
+        encoder.mean.copy_(mean.view_as(encoder.mean))
+        encoder.deviation.copy_(deviation.view_as(encoder.mean))
+    if m.init == "cca":
         start_at_cca(model, data)
     model.temperature, model.fused = cfg.losses.temperature, cfg.losses.fused
     model.through_update, model.use_amp = cfg.training.through_update, cfg.training.use_amp
     return model.to(data.device)
 
 
-def svd(x):
-    return torch.linalg.svd(x, full_matrices=False)
+svd = functools.partial(torch.linalg.svd, full_matrices=False)
 
 
 def cca(svd_x, svd_y, ridge_x, ridge_y, n_dims):
-    """(A [F_x, n_dims], B [F_y, n_dims]), float64: canonical correlation analysis (Hotelling 1936) of paired centred
+    """[A [F_x, n_dims], B [F_y, n_dims]], float64: canonical correlation analysis (Hotelling 1936) of paired centred
     features [N, F] (their `svd`), ridges in units of the mean squared singular value, weighed by their correlation."""
     (u, s, v), (p, t, w) = svd_x, svd_y
     scale_x = (s.square() + ridge_x * s.square().mean()).rsqrt()
@@ -509,27 +493,31 @@ def start_at_cca(model, data):
     photos through words. The second is the CCA of captions and recordings; what a caption is there is regressed on its
     photo. Ridges were chosen on dev. The parts after the maps start small.
     """
-    rows, half = data.splits["train"], model.central.norm.normalized_shape[0] // 2
+    half = model.central.norm.normalized_shape[0] // 2
 
     def inputs(modality, captions):
-        x = data.features[modality][data.rows_of(modality, captions).to(data.device)]
-        x = model.encoders[modality].standard(x.cpu()).double()
+        x = raw_items(data, modality, data.items_of(modality, captions)).cpu()
+        x = model.encoders[modality].standard(x).double()
         return x - x.mean(0)
-    text, image = inputs("text", rows), inputs("image", rows)
-    to_text, to_image = cca(svd(text), svd(image), 1, 3, half)
-    to_text, to_image = to_text / rms(text @ to_text), to_image / rms(image @ to_image)
-    spoken = rows[data.speech[rows, 1] > 0]
-    said, audio = inputs("text", spoken), inputs("audio", spoken)
-    to_said, to_audio = cca(svd(said), svd(audio), 1, 1, half)
-    to_said, to_audio = to_said / rms(said @ to_said), to_audio / rms(audio @ to_audio)
-    maps = {"text": [to_text, to_said], "image": [to_image, ridge_regression(image, text @ to_said, 10)],
-            "audio": [ridge_regression(audio, said @ to_text, 0.3), to_audio]}
-    for modality, x in (("text", text), ("image", image), ("audio", audio)):
-        weight = (half ** 0.5 * torch.cat(maps[modality], dim=1)).T.float()
-        encoder, norm = model.encoders[modality], model.standardise[modality]
+
+    def solved(x, y, ridge_x, ridge_y):
+        """Both maps of the CCA of x and y, the rows' norms of what they give having a root mean square of 1."""
+        maps = cca(svd(x), svd(y), ridge_x, ridge_y, half)
+        return [to / (z @ to).square().sum(1).mean().sqrt() for z, to in zip((x, y), maps, strict=True)]
+    text, image = (inputs(m, data.splits["train"]) for m in ("text", "image"))
+    said, audio = (inputs(m, data.items("audio", "train")) for m in ("text", "audio"))
+    text_to_image, image_to_text = solved(text, image, 1, 3)
+    text_to_audio, audio_to_text = solved(said, audio, 1, 1)
+    maps = {"text": (text, text_to_image, text_to_audio),
+            "image": (image, image_to_text, ridge_regression(image, text @ text_to_audio, 10)),
+            "audio": (audio, ridge_regression(audio, said @ text_to_image, 0.3), audio_to_text)}
+    for modality, (x, *halves) in maps.items():
+        weight = (half ** 0.5 * torch.cat(halves, dim=1)).T.float()
+        encoder = model.encoders[modality]
         encoder.project.weight.copy_(weight)
         encoder.project.bias.zero_()
-        norm.weight.copy_((x.float() @ weight.T).std(0))  # BatchNorm would make all directions equally long
+        spread = (x.float() @ weight.T).std(0)  # BatchNorm would make all directions equally long
+        model.standardise[modality].weight.copy_(spread)
     memories = all_memories(model).values()
     lasts = [memory.out if isinstance(memory, SlotMemory) else memory.mlp[-1] for memory in memories]
     for last in (model.fusion[-1], model.feedback[-1], *lasts):
@@ -537,22 +525,16 @@ def start_at_cca(model, data):
         last.bias.zero_()
 
 
-def rms(x):
-    """Root mean square of the rows' norms."""
-    return x.square().sum(1).mean().sqrt()
-
-
 def build_optimizer(cfg, model):
     """AdamW (Loshchilov & Hutter 2019); what Adam would hardly move, by its rate a step, has rates of its own: learned
     scalars ten times the others', confidences GATE_RATE."""
-    rate = cfg.training.learning_rate
-    groups = [{"params": [], "weight_decay": cfg.training.weight_decay},
-              {"params": [], "weight_decay": 0.0, "lr": 10 * rate},
-              {"params": [], "weight_decay": 0.0, "lr": GATE_RATE}]
-    for name, p in model.named_parameters():
-        is_scalar, is_gate = name.endswith(("log_scale", "layer_logits")), name.startswith("confidence.")
-        groups[1 if is_scalar else 2 if is_gate else 0]["params"].append(p)
-    groups = [group for group in groups if group["params"]]
+    rate, named = cfg.training.learning_rate, dict(model.named_parameters())
+    scalars = [name for name in named if name.endswith(("log_scale", "layer_logits"))]
+    gates = [name for name in named if name.startswith("confidence.")]
+    others = [name for name in named if name not in (*scalars, *gates)]
+    groups = ((others, {"weight_decay": cfg.training.weight_decay}),
+              (scalars, {"weight_decay": 0.0, "lr": 10 * rate}), (gates, {"weight_decay": 0.0, "lr": GATE_RATE}))
+    groups = [{"params": [named[name] for name in names], **settings} for names, settings in groups if names]
     return torch.optim.AdamW(groups, lr=rate, fused=next(model.parameters()).is_cuda)
 
 
@@ -570,11 +552,10 @@ def retrieval_losses(model, batch):
     *coins, third = common.agreed([*torch.rand(len(MODALITIES) + 1).tolist(), int(torch.randint(len(MODALITIES), ()))])
     adapted = {m: model.through_update and coin < 0.5 for m, coin in zip((*MODALITIES, "pair"), coins, strict=True)}
     spoken, photo, third = batch.get("audio_rows"), batch["photo"], MODALITIES[third]
-    given, n = {"text": (batch["text"],), "image": (batch["image"],)}, {"text": len(photo), "image": len(photo)}
+    n = {"text": len(photo), "image": len(photo)}
     if spoken is not None and len(spoken) > 1:
-        given["audio"] = (batch["audio"], batch["audio_frames"]) if "audio_frames" in batch else (batch["audio"],)
         n["audio"] = len(spoken)
-    encodings = {m: model.encode(m, *inputs, episodic=adapted[m]) for m, inputs in given.items()}
+    encodings = {m: model.encode(m, batch[m], batch.get(f"{m}_frames"), adapted[m]) for m in n}
     latents = {m: F.normalize(model.fuse_modalities({m: e}, adapted[m]).float(), dim=1) for m, e in encodings.items()}
     latents = {m: common.gathered(z, n[m]) for m, z in latents.items()}
     losses, scale = {}, 1 / model.temperature
@@ -610,8 +591,14 @@ def train_step(model, batch, optimizer):
 # -------------------------------------------------------------------------------------------------------------- train
 
 def steps_per_epoch(cfg, data):
-    """Batches of an epoch; the last rows are spread over all of them."""
-    n = data.epoch_size(cfg.data.captions)
+    """Batches of an epoch; the last rows are spread over all of them. With captions "one" it is of the mean number."""
+    rows = data.splits["train"]
+    n = len(rows)
+    if cfg.data.captions == "one":
+        n_captions = torch.bincount(data.photo_of[rows])
+        n_spoken = torch.bincount(data.photo_of[rows], (data.speech[rows, 1] > 0).double())
+        silent = (1 - n_spoken / n_captions)[n_spoken > 0]  # the chance that a second caption joins
+        n = int((n_captions > 0).sum()) + round(silent.sum().item())
     return max(1, min(-(-n // cfg.training.batch_size), n // 2))  # no batch of one row
 
 
@@ -636,22 +623,21 @@ def train(cfg, data):
             model.train()
             draws = np.random.default_rng([cfg.seed, epoch, place]) if cfg.training.augment else None
             rows = epoch_batches(data, cfg.seed, cfg.data.captions, per_epoch, epoch)[place]
-            batch = make_batch(data, rows, draws, common.share)
-            losses = train_step(model, batch, optimizer)
-            run.add(losses)  # stays on the device; run.means() waits for it
+            run.add(train_step(model, make_batch(data, rows, draws, common.share), optimizer))
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             if step % per_epoch == 0:
                 row = {"epoch": epoch + 1, "step": step, **run.means(), **validate(model, data), "learning_rate": rate}
                 run.log(row, score=row["dev_recall"], val_loss=row["dev_loss"], show=("loss", "dev_loss", "dev_recall"),
-                        arguments=model_arguments(cfg, data), vocabulary=data.vocabulary,
+                        arguments=model.arguments, vocabulary=data.vocabulary,
                         mel_statistics=[x.cpu() for x in data.mel_statistics])
-    columns = list(dict.fromkeys(name for row in run.history for name in row))
-    panels = {"training loss": {n: n for n in ("loss", "text_image", "text_audio", "image_audio", "fused")
-                                if n in columns},
-              "dev R@10 (%)": {n.removeprefix("dev_R@10 "): n for n in columns if n.startswith("dev_R@10 ")},
-              "memories: entropy / ln M, dev": {n.removeprefix("entropy_"): n for n in columns
-                                                              if n.startswith("entropy_")}}
+
+    def columns(start):
+        return {name.removeprefix(start): name for name in run.history[-1] if name.startswith(start)}
+    losses = {name: name for name in ("loss", "text_image", "text_audio", "image_audio", "fused")
+              if name in run.history[-1]}
+    panels = {"training loss": losses, "dev R@10 (%)": columns("dev_R@10 "),
+              "memories: entropy / ln M, dev": columns("entropy_")}
     common.plot_history(folder / "training_curves.png", run.history, {n: p for n, p in panels.items() if p}, x="step",
                         mark=run.best_step, title=f"memory {cfg.model.memory}", synthetic=data.synthetic)
     return run.history
@@ -661,55 +647,43 @@ def validate(model, data):
     """Dev scores: `dev_loss`, InfoNCE over all pairs, `dev_recall`, the mean of R@1, 5 and 10 of all directions in %,
     each direction's R@10; and every memory's health: entropy of its attention / ln M, share of its slots in use."""
     tasks, recalls, row, loss = directions(data, "dev")[:N_DIRECTIONS], [], {}, 0.0
-    with memory_inputs(model) as asked:
-        items, z = embedded(model, data, tasks)
+    z, health, _ = dev_latents(model, data)
     for d in tasks:
         q = ranks(d, z(*d.query, d.items), z(d.gallery, d.gallery_items))
         recalls += [100 * q[f"hit@{k}"].mean().item() for k in (1, 5, 10)]
         row[f"dev_R@10 {d.name}"] = recalls[-1]
-    for a, b in itertools.combinations(items, 2):
-        rows = items["audio"] if "audio" in (a, b) else items["text"]
-        x, y = (z(m, data.photo_of[rows] if m == "image" else rows) for m in (a, b))
+    for a, b in itertools.combinations(dict.fromkeys(d.gallery for d in tasks), 2):
+        rows = data.items("audio" if "audio" in (a, b) else "text", "dev")
+        x, y = (z(m, data.items_of(m, rows)) for m in (a, b))
         loss += common.info_nce(x, y, 1 / model.temperature, data.photo_of[rows].to(data.device), "mask").item()
-    health = memory_health(model, asked)
     row |= {f"{column}_{name}": of[column] for column in ("entropy", "usage") for name, of in health.items()}
     return {"dev_loss": loss, "dev_recall": float(np.mean(recalls)), **row}
 
 
-def all_memories(model):
-    """{"text", .., "central": memory}."""
-    return {**model.memories, "central": model.central}
-
-
-@contextlib.contextmanager
-def memory_inputs(model):
-    """{memory: [x [B, D], ..]} of all that the memories are asked inside."""
-    asked, hooks = {}, []
-    for name, memory in all_memories(model).items():
-        keep = functools.partial(lambda name, module, args, output: asked.setdefault(name, []).append(args[0]), name)
-        hooks.append(memory.register_forward_hook(keep))
-    try:
-        yield asked
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.no_grad()
-def memory_health(model, asked):
-    """{memory: entropy / ln M of its attention, mean over heads and queries; usage, the share of slots that are some
-    query's first; scale, 1 / temperature; read_sd, sd of the read over queries / its root mean square}."""
-    health = {}
-    for name, memory in all_memories(model).items():
-        if isinstance(memory, SlotMemory) and name in asked:
-            x = torch.cat(asked[name])
+def dev_latents(model, data):
+    """(`embedded` of dev; {memory: its health while it was asked there}; {memory: its mean read [D]}).
+
+    Health: entropy / ln M of the attention, mean over heads and queries; usage, the share of slots that are some
+    query's first; scale, 1 / temperature; read_sd, sd of the read over queries / its root mean square.
+    """
+    asked = {name: [] for name, memory in all_memories(model).items() if isinstance(memory, SlotMemory)}
+    hooks = [all_memories(model)[name].register_forward_pre_hook(lambda module, args, xs=xs: xs.append(args[0]))
+             for name, xs in asked.items()]
+    z, health, mean_reads = embedded(model, data, "dev"), {}, {}
+    for hook in hooks:
+        hook.remove()
+    for name, xs in asked.items():
+        if xs:
+            memory, x = all_memories(model)[name], torch.cat(xs)
             weights, read = memory.attention(x), memory.read(x).float()
             entropy = torch.special.entr(weights).sum(2).mean() / math.log(weights.shape[2])
             health[name] = {"entropy": entropy.item(),
                             "usage": len(weights.argmax(2).unique()) / weights.shape[2],
                             "scale": memory.log_scale.exp().mean().item(),
                             "read_sd": (read.std(0, correction=0).norm() / read.square().mean(0).sum().sqrt()).item()}
-    return health
+            mean_reads[name] = read.mean(0)
+    return z, health, mean_reads
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluate
@@ -724,65 +698,65 @@ class Direction:
     gallery: str
     gallery_items: torch.Tensor  # [G]
     gallery_ids: torch.Tensor  # [G]
-
-
-N_DIRECTIONS = 6  # of `directions` that count in dev_recall and in the test-time protocol, as far as they are there
+    photo: torch.Tensor  # [Q] of each query
 
 
 def directions(data, split):
     """The six directions of a split (two without speech), then variants: other right answers, and fused queries."""
-    rows = data.splits[split]
-    photo, spoken = data.photo_of[rows], rows[data.speech[rows, 1] > 0]
-    photos, said = photo.unique(), data.photo_of[spoken]
-    heard = said.unique()
-    tasks = [Direction("text -> image", ("text",), rows, photo, "image", photos, photos),
-             Direction("image -> text", ("image",), photos, photos, "text", rows, photo)]
+    rows, photos, spoken = (data.items(m, split) for m in MODALITIES)
+    heard = data.photo_of[spoken].unique()
+    rows_heard = rows[torch.isin(data.photo_of[rows], heard)]
+    tasks = [("text", rows, "image", photos, "photo", ""), ("image", photos, "text", rows, "photo", "")]
     if len(spoken) > 1:
-        tasks += [Direction("audio -> image", ("audio",), spoken, said, "image", photos, photos),
-                  Direction("image -> audio", ("image",), heard, heard, "audio", spoken, said),
-                  Direction("text -> audio", ("text",), spoken, spoken, "audio", spoken, spoken),
-                  Direction("audio -> text", ("audio",), spoken, spoken, "text", rows, rows),
-                  Direction("audio -> text, spoken captions", ("audio",), spoken, spoken, "text", spoken, spoken),
-                  Direction("text -> audio, same photo", ("text",), rows[torch.isin(photo, heard)],
-                            photo[torch.isin(photo, heard)], "audio", spoken, said),
-                  Direction("audio -> text, same photo", ("audio",), spoken, said, "text", rows, photo),
-                  Direction("text + audio -> image", ("text", "audio"), spoken, said, "image", photos, photos),
-                  Direction("text + image -> audio", ("text", "image"), spoken, spoken, "audio", spoken, spoken),
-                  Direction("image + audio -> text", ("image", "audio"), spoken, spoken, "text", rows, rows)]
-    return tasks
+        tasks += [("audio", spoken, "image", photos, "photo", ""), ("image", heard, "audio", spoken, "photo", ""),
+                  ("text", spoken, "audio", spoken, "caption", ""), ("audio", spoken, "text", rows, "caption", ""),
+                  ("audio", spoken, "text", spoken, "caption", ", spoken captions"),
+                  ("text", rows_heard, "audio", spoken, "photo", ", same photo"),
+                  ("audio", spoken, "text", rows, "photo", ", same photo"),
+                  ("text + audio", spoken, "image", photos, "photo", ""),
+                  ("text + image", spoken, "audio", spoken, "caption", ""),
+                  ("image + audio", spoken, "text", rows, "caption", "")]
+
+    def photo_of(modality, items):
+        return items if modality == "image" else data.photo_of[items]
+    return [Direction(f"{query} -> {gallery}{variant}", tuple(query.split(" + ")),
+                      items, items if by == "caption" else photo_of(query, items),
+                      gallery, answers, answers if by == "caption" else photo_of(gallery, answers),
+                      photo_of(query, items)) for query, items, gallery, answers, by, variant in tasks]
+
+
+def latents(model, inputs, episodic=False):
+    """[B, D] float32, L2-normalised."""
+    with common.full_precision():
+        return F.normalize(model(**inputs, episodic=episodic)["central_latent"].float(), dim=1)
 
 
 @torch.no_grad()
-def embed(model, data, modalities, items, raw=None, episodic=False):
-    """[N, D] float32, L2-normalised latents of items [N] (photos if the modality is the image alone, else captions), or
-    of raw items given for them. Raises: FloatingPointError if they are not finite."""
+def embed(model, data, modalities, items, raw=None):
+    """[N, D] latents of items [N] (photos if the modality is the image alone, else captions), or of raw items given for
+    them. Raises: FloatingPointError if they are not finite."""
     model.eval()
     order = torch.arange(len(items))
     if "audio" in modalities and "audio" not in data.features:  # neighbours of similar length need little padding
-        lengths = data.speech[items, 1] if raw is None else torch.tensor([len(x) for x in raw])
-        order = lengths.argsort(stable=True)
+        order = data.speech[items, 1].argsort(stable=True)
     parts = []
     for part in order.split(EMBED_ROWS):
         inputs = {}
         for m in modalities:
-            rows = data.photo_of[items[part]] if m == "image" and len(modalities) > 1 else items[part]
+            rows = items[part] if len(modalities) == 1 else data.items_of(m, items[part])
             inputs |= as_input(data, m, raw_items(data, m, rows) if raw is None else take(raw, part))
-        with common.full_precision():
-            parts.append(F.normalize(model(**inputs, episodic=episodic)["central_latent"].float(), dim=1))
+        parts.append(latents(model, inputs))
     z = torch.cat(parts)[order.argsort().to(data.device)]
     if not torch.isfinite(z).all():
         raise FloatingPointError("non-finite embeddings: the weights have overflowed; lower training.learning_rate")
     return z
 
 
-def embedded(model, data, tasks):
-    """({modality: items}, function (modality, items) -> [n, D]) of all that the galleries of tasks hold, and of single
-    queries: each modality embedded once."""
-    items = {}
-    for d in tasks:
-        items[d.gallery] = torch.cat([items.get(d.gallery, d.gallery_items), d.gallery_items]).unique()
+def embedded(model, data, split):
+    """Function (modality, items of the split) -> [n, D]: each modality is embedded once."""
+    items = {d.gallery: data.items(d.gallery, split) for d in directions(data, split)}
     z = {m: embed(model, data, (m,), rows) for m, rows in items.items()}
-    return items, lambda m, rows: z[m][torch.searchsorted(items[m], rows).to(z[m].device)]
+    return lambda m, rows: z[m][torch.searchsorted(items[m], rows).to(data.device)]
 
 
 def take(raw, rows):
@@ -793,36 +767,27 @@ def ranks(direction, queries, gallery):
     return common.retrieval_per_query(queries, gallery, direction.ids, direction.gallery_ids, map_ks=())
 
 
-class ByPhoto:
-    """Sums of a direction's values over the queries of each test photo, which a bootstrap resamples together."""
-
-    def __init__(self, data):
-        photos = data.photo_of[data.splits["test"]].unique()
-        self.n, self.photos = len(photos), photos
-        self.names = [data.names["image"][i] for i in photos.tolist()]
-        self.photo_of = data.photo_of
-
-    def sums(self, direction, values):
-        """[2, n] float64: of values [Q] their sum over each photo's queries, and how many these are."""
-        photo = direction.items if direction.query == ("image",) else self.photo_of[direction.items]
-        place = torch.searchsorted(self.photos, photo)
-        totals = torch.bincount(place, torch.as_tensor(values, dtype=torch.float64), minlength=self.n)
-        return torch.stack([totals, torch.bincount(place, minlength=self.n).double()])
-
-    def row(self, direction, q, name="hit", ks=(1, 5, 10), prefix=""):
-        """{"R@k": sums} of the values of `ranks`; name "chance": of chance."""
-        return {f"{prefix}R@{k}": self.sums(direction, q[f"{name}@{k}"]) for k in ks}
+def by_photo(data, d, q, name="hit", ks=(1, 5, 10)):
+    """{"R@k": [2, n] float64} of the values of `ranks` (name "chance": of chance): their sum over the queries of each
+    test photo, and how many these are. A bootstrap resamples photos with all of their captions."""
+    photos = data.items("image", "test")
+    place, n = torch.searchsorted(photos, d.photo), len(photos)
+    counts = torch.bincount(place, minlength=n).double()
+    return {f"R@{k}": torch.stack([torch.bincount(place, q[f"{name}@{k}"], minlength=n), counts]) for k in ks}
 
 
 def percent(values, weights):
-    """{column: mean in %} of {column: [2, n] of ByPhoto}; with weights [R, n] of photos [R] each. `mean R@k` comes from
-    the columns "<direction> R@k"."""
+    """{column: mean in %} of {column: [2, n] of `by_photo`}; with weights [R, n] of photos [R] each. `mean R@10` is of
+    the columns "<direction> R@10"."""
     columns = {}
     for name, sums in values.items():
-        totals, counts = (np.asarray(x) if weights is None else weights @ np.asarray(x) for x in sums)
-        columns[name] = 100 * totals.sum() / counts.sum() if weights is None else 100 * totals / np.maximum(counts, 1)
+        totals, counts = np.asarray(sums)
+        if weights is None:
+            columns[name] = 100 * totals.sum() / counts.sum()
+        else:
+            columns[name] = 100 * (weights @ totals) / np.maximum(weights @ counts, 1)
     of_directions = [value for name, value in columns.items() if "->" in name]
-    return {**({"mean R@10": np.mean(of_directions, axis=0)} if of_directions else {}), **columns}
+    return {"mean R@10": np.mean(of_directions, axis=0), **columns} if of_directions else columns
 
 
 def evaluate(cfg, data, test_time=True):
@@ -832,64 +797,57 @@ def evaluate(cfg, data, test_time=True):
     common.seed_everything(cfg.seed)
     model = build_model(cfg, data)
     step = common.load_best(folder, model)["step"]
-    photos, n = ByPhoto(data), {split: len(data.photo_of[rows].unique()) for split, rows in data.splits.items()}
+    n = {split: len(data.items("image", split)) for split in data.splits}
     print(f"evaluating: {n['test']:,} test photos", flush=True)
-    retrieval, recall_pairs, chosen_baselines = retrieval_rows(model, data, photos)
-    fused, fused_pairs, chosen_singles = fusion_rows(model, data, photos)
-    parts, health = part_rows(model, data, photos)
-    part_pairs = [("as trained", name) for name in parts if name not in ("as trained", "chance")]
-    tables, items = {}, {}
-    for title, rows, pairs in (("retrieval", retrieval, recall_pairs), ("fused queries", fused, fused_pairs),
-                               ("parts of the trained model", parts, part_pairs)):
-        if rows:
-            tables[title], tables[f"{title}, paired difference"], kept = common.interval_tables(
-                rows, pairs, photos.n, percent)
-            for kind, values in kept.items():
-                items.setdefault(kind, {}).update({f"{title}: {name}": x for name, x in values.items()})
-    if health:
-        tables["memories, dev"] = health
     results = {
         **common.run_facts(cfg, data), "n": n["test"],
         "headline": f"{n['test']:,} test photos, recalls in %; memory {cfg.model.memory}, step {step}, seed {cfg.seed}",
-        "chosen": {"step": step, **chosen_baselines, **chosen_singles}, "n_photos": n, "counts": data.counts,
+        "chosen": {"step": step}, "n_photos": n, "counts": data.counts,
         "parameters": sum(p.numel() for p in model.parameters()),
         "notes": ["Intervals: 95%, bootstrap over the test photos with all of their captions; the model as it is."],
-        "tables": tables, "curves": {}}
+        "tables": {}, "curves": {}, "test_time": test_time,
+        "per_item": {"ids": [data.names["image"][i] for i in data.items("image", "test").tolist()]}}
+    _, health, mean_reads = dev_latents(model, data)
+    for title, (rows, pairs, chosen) in (("retrieval", retrieval_rows(model, data)),
+                                         ("fused queries", fusion_rows(model, data)),
+                                         ("parts of the trained model", part_rows(model, data, mean_reads))):
+        results["chosen"] |= chosen
+        if rows:
+            add_tables(results, title, rows, pairs)
+    if health:
+        results["tables"]["memories, dev"] = health
     if test_time:
-        protocol = run_protocol(cfg, model, data, photos, folder)
-        for key in ("tables", "chosen", "curves"):
-            results[key] |= protocol[key]
-        results["notes"] += protocol["notes"]
-        for kind, values in protocol["items"].items():
-            items.setdefault(kind, {}).update({f"test time: {name}": x for name, x in values.items()})
-        results["gallery_sha256"] = protocol["gallery_sha256"]
-        common.plot_lines(folder / "ttt_R10.png", protocol["curves"], "corrupted queries", data.synthetic)
-        plot_changes(folder / "ttt_changes.png", protocol["changes"], data.synthetic)
-    return {**results, "test_time": test_time, "per_item": {"ids": photos.names, **items}}
+        run_protocol(cfg, model, data, folder, results)
+    return results
 
 
-def retrieval_rows(model, data, photos):
+def add_tables(results, title, rows, pairs):
+    """The table of rows {row: {column: `by_photo`}}, and of differences of pairs of them, into the results."""
+    table, differences, items = common.interval_tables(rows, pairs, results["n"], percent)
+    results["tables"] |= {title: table, f"{title}, paired difference": differences}
+    for kind, values in items.items():
+        results["per_item"].setdefault(kind, {}).update({f"{title}: {name}": x for name, x in values.items()})
+
+
+def retrieval_rows(model, data):
     """({row: values}, pairs, what dev chose) of every direction: the model, chance, CCA and, for speech and photos,
     what the model does with the true transcripts."""
-    rows, pairs = {}, []
-    tasks = [d for d in directions(data, "test") if len(d.query) == 1]
-    _, z = embedded(model, data, tasks)
-    solved = {pair: fit_cca(data, *pair) for pair in PAIRS if set(pair) <= set(data.modalities)}
-    for d in tasks:
-        gallery = z(d.gallery, d.gallery_items)
-        q = ranks(d, z(*d.query, d.items), gallery)
-        rows[d.name], rows[f"{d.name}, chance"] = photos.row(d, q), photos.row(d, q, "chance")
-        pair = tuple(sorted((*d.query, d.gallery), key=MODALITIES.index))
-        project = solved[pair][0]
-        q = ranks(d, project(*d.query, d.items), project(d.gallery, d.gallery_items))
-        rows[f"{d.name}, CCA"] = photos.row(d, q)
+    rows, pairs, chosen = {}, [], {}
+    z, fitted = embedded(model, data, "test"), functools.cache(functools.partial(fit_cca, data))
+    for d in directions(data, "test"):
+        if len(d.query) > 1:
+            continue
+        sides = (*d.query, d.items), (d.gallery, d.gallery_items)
+        q = ranks(d, *(z(*side) for side in sides))
+        rows[d.name], rows[f"{d.name}, chance"] = by_photo(data, d, q), by_photo(data, d, q, "chance")
+        pair = [m for m in MODALITIES if m in (*d.query, d.gallery)]
+        project, chosen[f"CCA {', '.join(pair)}"] = fitted(*pair)
+        rows[f"{d.name}, CCA"] = by_photo(data, d, ranks(d, *(project(*side) for side in sides)))
         pairs.append((d.name, f"{d.name}, CCA"))
-        if d.name == "audio -> image":
-            rows[f"{d.name}, true transcript"] = photos.row(d, ranks(d, z("text", d.items), gallery))
-        if d.name == "image -> audio":
-            spoken = z("text", d.gallery_items)
-            rows[f"{d.name}, true transcript"] = photos.row(d, ranks(d, z("image", d.items), spoken))
-    return rows, pairs, {f"CCA {a}, {b}": settings for (a, b), (_, settings) in solved.items()}
+        if pair == ["image", "audio"]:
+            written = (z("text" if m == "audio" else m, items) for m, items in sides)
+            rows[f"{d.name}, true transcript"] = by_photo(data, d, ranks(d, *written))
+    return rows, pairs, chosen
 
 
 def simple_features(data, modality, raw):
@@ -905,109 +863,91 @@ def simple_features(data, modality, raw):
     return torch.zeros(len(raw), min(len(data.vocabulary), 1001)).scatter_add(1, ids, (ids > 0).float())
 
 
-CCA_RIDGES = (0.3, 1.0, 3.0)
-CCA_DIMS = (32, 128)
-
-
 def fit_cca(data, a, b):
     """(function (modality, items) -> [n, D], its settings): CCA of two modalities on the training pairs; the ridges and
     the size by dev's recall."""
     def features(m, items):
         parts = [simple_features(data, m, raw_items(data, m, part)) for part in items.split(256)]  # photos are large
         return torch.cat(parts).double()
-    rows = data.splits["train"]
-    rows = rows[data.speech[rows, 1] > 0] if "audio" in (a, b) else rows
-    x = {m: features(m, data.photo_of[rows] if m == "image" else rows) for m in (a, b)}
+    rows = data.items("audio" if "audio" in (a, b) else "text", "train")
+    x = {m: features(m, data.items_of(m, rows)) for m in (a, b)}
     mean = {m: values.mean(0) for m, values in x.items()}
     deviation = {m: values.std(0).clamp(min=1e-3) for m, values in x.items()}
     parts = {m: svd((values - mean[m]) / deviation[m]) for m, values in x.items()}
+
+    def projected(maps, m, items):
+        return F.normalize(((features(m, items) - mean[m]) / deviation[m] @ maps[m]).float(), dim=1)
     tasks = [d for d in directions(data, "dev")[:N_DIRECTIONS] if {*d.query, d.gallery} == {a, b}]
     best_recall, best = -1.0, None
     for ridges in itertools.product(CCA_RIDGES, CCA_RIDGES):
         maps = dict(zip((a, b), cca(parts[a], parts[b], *ridges, max(CCA_DIMS)), strict=True))
         for n_dims in CCA_DIMS:
-            def project(m, items, maps=maps, n_dims=n_dims):
-                z = (features(m, items) - mean[m]) / deviation[m] @ maps[m][:, :n_dims]
-                return F.normalize(z.float(), dim=1)
-            recall = np.mean([ranks(d, project(*d.query, d.items), project(d.gallery, d.gallery_items))["hit@10"].mean()
+            z = functools.partial(projected, {m: to[:, :n_dims] for m, to in maps.items()})
+            recall = np.mean([ranks(d, z(*d.query, d.items), z(d.gallery, d.gallery_items))["hit@10"].mean()
                               for d in tasks])
             if recall > best_recall:
-                best_recall, best = recall, (project, {"ridges": list(ridges), "dims": n_dims})
+                best_recall, best = recall, (z, {"ridges": list(ridges), "dims": n_dims})
     return best
 
 
-def fusion_rows(model, data, photos):
+def fusion_rows(model, data):
     """({row: values}, pairs, what dev chose): fused queries, the better of the two alone (by dev), and the sum of both
     latents."""
     rows, pairs, chosen = {}, [], {}
-    answers = {}
     for split in ("dev", "test"):
-        tasks = [d for d in directions(data, split) if len(d.query) == 2]
-        _, z = embedded(model, data, directions(data, split)[:N_DIRECTIONS])
-        for d in tasks:
-            single = {m: z(m, data.photo_of[d.items] if m == "image" else d.items) for m in d.query}
-            queries = {"": embed(model, data, d.query, d.items),
-                       ", sum of the latents": F.normalize(sum(single.values()), dim=1),
-                       **{f", {m} alone": x for m, x in single.items()}}
-            answers[split, d.name] = {name: ranks(d, x, z(d.gallery, d.gallery_items)) for name, x in queries.items()}
-            if split == "dev":
+        z = embedded(model, data, split)
+        for d in directions(data, split):
+            if len(d.query) == 1:
                 continue
-            alone = [name for name in queries if name.endswith("alone")]
-            best = max(alone, key=lambda name: (1 / answers["dev", d.name][name]["rank"]).mean())
-            chosen[f"{d.name}, best single"] = best.removeprefix(", ").removesuffix(" alone")
-            for name in ("", best, ", sum of the latents"):
-                rows[d.name + name] = photos.row(d, answers[split, d.name][name])
-            rows[f"{d.name}, chance"] = photos.row(d, answers[split, d.name][""], "chance")
-            pairs += [(d.name, d.name + best), (d.name, f"{d.name}, sum of the latents")]
+            single = {m: z(m, data.items_of(m, d.items)) for m in d.query}
+            total = f"{d.name}, sum of the latents"
+            queries = {d.name: embed(model, data, d.query, d.items), total: F.normalize(sum(single.values()), dim=1),
+                       **{f"{d.name}, {m} alone": x for m, x in single.items()}}
+            answers = {name: ranks(d, x, z(d.gallery, d.gallery_items)) for name, x in queries.items()}
+            if split == "dev":
+                mrr = {m: (1 / answers[f"{d.name}, {m} alone"]["rank"]).mean() for m in d.query}
+                chosen[f"{d.name}, best single"] = max(mrr, key=mrr.get)
+                continue
+            best = f"{d.name}, {chosen[f'{d.name}, best single']} alone"
+            rows |= {name: by_photo(data, d, answers[name]) for name in (d.name, best, total)}
+            rows[f"{d.name}, chance"] = by_photo(data, d, answers[d.name], "chance")
+            pairs += [(d.name, best), (d.name, total)]
     return rows, pairs, chosen
 
 
-def part_rows(model, data, photos):
-    """({row: values}, {memory: health on dev}): recalls as trained, and with one part at a time taken away."""
-    tasks = directions(data, "test")[:N_DIRECTIONS]
-    with memory_inputs(model) as asked:
-        embedded(model, data, directions(data, "dev")[:N_DIRECTIONS])
-    health = memory_health(model, asked)
-    memories = {name: memory for name, memory in all_memories(model).items() if name in health}
-    with torch.no_grad():
-        means = {name: memory.read(torch.cat(asked[name])).mean(0) for name, memory in memories.items()}
-
-    def constant(names):
+def part_rows(model, data, mean_reads):
+    """({row: values}, pairs, {}): recalls as trained, and with one part at a time taken away."""
+    def constant(model, names):
         for name in names:
-            memories[name].read = lambda x, adapted=None, mean=means[name]: mean.to(x.dtype).expand_as(x)
+            all_memories(model)[name].read = lambda x, adapted=None, mean=mean_reads[name]: mean.expand_as(x)
 
-    def shuffled():
-        for memory in memories.values():
+    def shuffled(model):
+        for memory in all_memories(model).values():
             order = torch.randperm(len(memory.slots), generator=torch.Generator().manual_seed(0))
             memory.read = functools.partial(memory.read, order=order.to(data.device))
-    single = [name for name in memories if name != "central"]
-    changes = {"as trained": lambda: None}
-    if memories:
-        changes |= {"all reads replaced by their means": lambda: constant(memories),
-                    "reads of the modalities' memories replaced": lambda: constant(single),
-                    "reads of the central memory replaced": lambda: constant(["central"]),
+    changes = {"as trained": lambda model: None}
+    if mean_reads:
+        changes |= {"all reads replaced by their means": lambda model: constant(model, mean_reads),
+                    "reads of the modalities' memories replaced": lambda model: constant(model, [*mean_reads][:-1]),
+                    "reads of the central memory replaced": lambda model: constant(model, ["central"]),
                     "values shuffled among slots": shuffled}
-    changes |= {"one feedback step": lambda: setattr(model, "feedback_steps", 1),
-                "no type embeddings": model.modality_type_embeddings.data.zero_,
-                "no presence bits": lambda: setattr(model, "presence_scale", 0.0)}
-    for modality, name in (("text", "position"), ("image", "position"), ("audio", "pitch")):
-        part = getattr(dict(model.encoders.items()).get(modality), name, None)
-        if part is not None:
-            changes[f"no {modality} {name}"] = part.data.zero_
-    saved = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = {name: getattr(model, name) for name in ("feedback_steps", "presence_scale")}
-    rows = {}
+    changes |= {"one feedback step": lambda model: setattr(model, "feedback_steps", 1),
+                "no type embeddings": lambda model: model.modality_type_embeddings.data.zero_(),
+                "no presence bits": lambda model: setattr(model, "presence_scale", 0.0)}
+    for name in dict(model.named_parameters()):  # encoders.text.position
+        if name.endswith((".position", ".pitch")):
+            zeroed = functools.partial(lambda name, model: model.get_parameter(name).data.zero_(), name)
+            changes[f"no {' '.join(name.split('.')[1:])}"] = zeroed
+    tasks, rows = directions(data, "test")[:N_DIRECTIONS], {}
     for name, change in changes.items():
-        change()
-        _, z = embedded(model, data, tasks)
-        answers = {d.name: ranks(d, z(*d.query, d.items), z(d.gallery, d.gallery_items)) for d in tasks}
-        rows[name] = {f"{d.name} R@10": photos.sums(d, answers[d.name]["hit@10"]) for d in tasks}
-        for memory in memories.values():
-            vars(memory).pop("read", None)
-        vars(model).update(settings)
-        model.load_state_dict(saved)
-    rows["chance"] = {f"{d.name} R@10": photos.sums(d, answers[d.name]["chance@10"]) for d in tasks}
-    return rows, health
+        changed = copy.deepcopy(model)
+        change(changed)
+        z = embedded(changed, data, "test")
+        q = {d.name: ranks(d, z(*d.query, d.items), z(d.gallery, d.gallery_items)) for d in tasks}
+        rows[name] = {f"{d.name} R@10": by_photo(data, d, q[d.name])["R@10"] for d in tasks}
+    pairs = [("as trained", name) for name in rows if name != "as trained"]
+    rows["chance"] = {f"{d.name} R@10": by_photo(data, d, q[d.name], "chance")["R@10"] for d in tasks}
+    return rows, pairs, {}
 
 
 # -------------------------------------------------------------------------------------------------- test-time methods
@@ -1099,34 +1039,24 @@ def corrupted_items(data, modality, items, kind, amount):
 
 
 class Method(NamedTuple):
-    """A way to adapt. `answer_stream` calls configure once, adapt after each batch's answers, and restores the model.
+    """A way to adapt: `answer_stream` calls configure on a copy of the model, and adapt after each batch's answers.
 
-    choices: settings among which dev chooses by query modality, beside "off". configure(model, modality, choice) ->
-    what is kept between batches, with the model set up. adapt(model, kept, z [b, D], gallery [G, D], inputs) -> share
-    of the batch that adapted something.
+    choices: settings among which dev chooses by query modality, beside "off". configure(kept, model, modality, choice)
+    sets up the copy and what is kept between batches. adapt(model, kept, z [b, D], gallery [G, D], inputs) -> share of
+    the batch that adapted something.
     """
     choices: tuple
     configure: callable
     adapt: callable
 
 
-def collect(model, modality):
-    """The parameters that tent, eata, tcr and random adapt: the LayerNorm affines of the query's encoder."""
-    norms = [m for m in model.encoders[modality].modules() if isinstance(m, nn.LayerNorm)]
-    return [p for norm in norms for p in norm.parameters()]
-
-
-def configure_nothing(model, modality, choice):
-    return SimpleNamespace(hooks=[], parameters=[], episodic=False)
-
-
-def configure_memories(model, modality, choice, episodic):
+def configure_memories(kept, model, modality, choice, episodic):
+    kept.episodic = episodic
     for memory in all_memories(model).values():
         memory.ttt_lr, memory.enable_ttt_updates = choice, not episodic
-    return SimpleNamespace(hooks=[], parameters=[], episodic=episodic)
 
 
-def configure_statistics(model, modality, choice):
+def configure_statistics(kept, model, modality, choice):
     """The BatchNorm of the query's modality takes its statistics from the queries seen so far and a prior of `choice`
     training queries (after Nado et al. 2020, Schneider et al. 2020): no labels, no gradient."""
     norm = model.standardise[modality]
@@ -1139,23 +1069,33 @@ def configure_statistics(model, modality, choice):
         n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
         norm.running_mean.copy_(total / n)
         norm.running_var.copy_(squares / n - (total / n).square())
-    return SimpleNamespace(hooks=[norm.register_forward_pre_hook(see)], parameters=[], episodic=False)
+    norm.register_forward_pre_hook(see)
 
 
-def configure_gradient(model, modality, choice):
-    lr, margin = choice if isinstance(choice, tuple) else (choice, None)
-    parameters = collect(model, modality)
+def collect(model, modality):
+    """The parameters that tent, eata, tcr and random adapt: the LayerNorm affines of the query's encoder."""
+    norms = [m for m in model.encoders[modality].modules() if isinstance(m, nn.LayerNorm)]
+    return [p for norm in norms for p in norm.parameters()]
+
+
+def configure_gradient(kept, model, modality, choice, is_random=False):
+    lr, kept.margin = choice if isinstance(choice, tuple) else (choice, None)
+    kept.parameters = collect(model, modality)
     model.requires_grad_(False)
-    for p in parameters:
+    for p in kept.parameters:
         p.requires_grad_(True)
-    return SimpleNamespace(hooks=[], parameters=parameters, episodic=False, margin=margin, seen=None, n_batches=0,
-                           queue=None, optimizer=torch.optim.Adam(parameters, lr=lr),
-                           generator=torch.Generator().manual_seed(0))
+    kept.optimizer = torch.optim.Adam(kept.parameters, lr=lr)
+    kept.generator = torch.Generator().manual_seed(0) if is_random else None
+    kept.seen, kept.queue, kept.n_batches = None, None, 0  # of eata, of tcr
 
 
 def step_down(kept, loss):
+    """One step; with a generator along random gradients of the same norms: the control."""
     kept.optimizer.zero_grad()
     loss.backward()
+    for p in kept.parameters if kept.generator else ():
+        direction = torch.randn(p.shape, generator=kept.generator).to(p.device)
+        p.grad = direction * (p.grad.norm() / direction.norm())
     kept.optimizer.step()
 
 
@@ -1165,24 +1105,9 @@ def entropies(z, gallery, temperature):
     return -(log_p.exp() * log_p).sum(1), log_p.exp()
 
 
-def adapt_nothing(model, kept, z, gallery, inputs):
-    return 1.0 if kept.episodic or kept.hooks else 0.0
-
-
 def adapt_tent(model, kept, z, gallery, inputs):
     """TENT (Wang et al. 2021) over a gallery in place of classes: one step down the mean entropy."""
     step_down(kept, entropies(z, gallery, model.temperature)[0].mean())
-    return 1.0
-
-
-def adapt_random(model, kept, z, gallery, inputs):
-    """tent's step with every gradient replaced by a random one of the same norm: the control."""
-    kept.optimizer.zero_grad()
-    entropies(z, gallery, model.temperature)[0].mean().backward()
-    for p in kept.parameters:
-        direction = torch.randn(p.shape, generator=kept.generator).to(p.device)
-        p.grad = direction * (p.grad.norm() / direction.norm())
-    kept.optimizer.step()
     return 1.0
 
 
@@ -1231,48 +1156,65 @@ def adapt_tcr(model, kept, z, gallery, inputs):
 
 RATES = (1e-4, 1e-3, 1e-2)
 METHODS = {
-    "none": Method((), configure_nothing, adapt_nothing),
-    "memory-episodic": Method((0.1, 0.3, 1.0), functools.partial(configure_memories, episodic=True), adapt_nothing),
-    "memory-online": Method((0.1, 0.3, 1.0), functools.partial(configure_memories, episodic=False), adapt_nothing),
-    "statistics": Method((16, 64, 256), configure_statistics, adapt_nothing),
+    "none": Method((None,), lambda *_: None, lambda *_: 0.0),
+    "memory-episodic": Method((0.1, 0.3, 1.0), functools.partial(configure_memories, episodic=True), lambda *_: 1.0),
+    "memory-online": Method((0.1, 0.3, 1.0), functools.partial(configure_memories, episodic=False), lambda *_: 1.0),
+    "statistics": Method((16, 64, 256), configure_statistics, lambda *_: 1.0),
     "tent": Method(RATES, configure_gradient, adapt_tent),
     "eata": Method(tuple(itertools.product(RATES, (0.05, 0.2, 0.5))), configure_gradient, adapt_eata),
     "tcr": Method(RATES, configure_gradient, adapt_tcr),
-    "random": Method((), configure_gradient, adapt_random)}  # with tent's step
-
-
-def latents(model, inputs, episodic=False):
-    with common.full_precision():
-        return F.normalize(model(**inputs, episodic=episodic)["central_latent"].float(), dim=1)
+    "random": Method((), functools.partial(configure_gradient, is_random=True), adapt_tent)}  # with tent's step
 
 
 def answer_stream(model, data, modality, raw, gallery, method, choice, order, batch):
     """(embeddings [N, D] of N raw queries of a modality that arrive in `order`, `batch` at a time, each answered before
-    the step that it causes; share that adapted something). Afterwards the model is what it was, to the bit.
+    the step that it causes; share that adapted something). A copy adapts: the model stays what it is, to the bit.
 
     gallery: [G, D], read only. choice: of the method's, None is off. Raises: FloatingPointError.
     """
-    if choice is None:
-        method = "none"
-    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    method, model = "none" if choice is None else method, copy.deepcopy(model).eval()
     z, share = torch.empty(len(raw), gallery.shape[1], device=data.device), 0.0
-    model.eval()
-    kept = METHODS[method].configure(model, modality, choice)
+    kept = SimpleNamespace(parameters=[], episodic=False)
+    METHODS[method].configure(kept, model, modality, choice)
     for part in order.split(EMBED_ROWS if method in ("none", "memory-episodic") else batch):
         inputs = as_input(data, modality, take(raw, part))
         with torch.set_grad_enabled(bool(kept.parameters)):
             answers = latents(model, inputs, kept.episodic)
             z[part.to(z.device)] = answers.detach()
             share += METHODS[method].adapt(model, kept, answers, gallery, inputs) * len(part) / len(raw)
-    for hook in kept.hooks:
-        hook.remove()
-    for memory in all_memories(model).values():
-        memory.ttt_lr, memory.enable_ttt_updates = model.ttt_lr, False
-    model.requires_grad_(True)
-    model.load_state_dict(saved)
     if not torch.isfinite(z).all():
         raise FloatingPointError(f"non-finite embeddings in the test-time method {method}, step {choice}")
     return z, share
+
+
+# -------------------------------------------------------------------------------------------------- test-time protocol
+
+class Stream(NamedTuple):
+    """How queries arrive: under which conditions (kind, amount), `batch` at a time, in how many orders."""
+    conditions: list
+    batch: int
+    n_orders: int = 1
+    severity: int | None = None  # 0 clean, 1 the mildest; None: a stream beside the protocol's main ones
+    is_mixed: bool = False  # conditions alternate from query to query; else all queries under one, then the next
+    with_gallery: bool = False  # the gallery is corrupted too, and then frozen
+
+
+def streams_of(modality, settings):
+    """{name: Stream} of a modality's test queries: clean, every corruption, and with more_streams others. settings: of
+    EvaluationConfig."""
+    batch, n_orders = settings.stream_batch, settings.n_orders
+    streams = {"clean": Stream([CLEAN], batch, n_orders, 0)}
+    for kind, amounts in CORRUPTIONS[modality].items():
+        for i, amount in enumerate(amounts[:settings.n_severities]):
+            streams[f"{kind} {amount:g}"] = Stream([(kind, amount)], batch, n_orders, i + 1)
+    if settings.more_streams:
+        kinds = [(kind, amounts[1]) for kind, amounts in CORRUPTIONS[modality].items()]
+        if len(kinds) == 1:
+            kinds = [(kind, amount) for kind, amounts in CORRUPTIONS[modality].items() for amount in amounts]
+        streams |= {"mixed": Stream(kinds, batch, is_mixed=True), "continual": Stream(kinds, batch),
+                    "batch 1": Stream(kinds[:1], 1), "batch 64": Stream(kinds[:1], 64),
+                    "gallery too": Stream(kinds[:1], batch, with_gallery=True)}
+    return streams
 
 
 def digest(x):
@@ -1298,119 +1240,47 @@ def kept_file(path, signature, compute):
 
 def choose_settings(cfg, model, data, modality, methods):
     """{method: its choice of best mean MRR on dev under the held-out corruption, None if off is best}."""
-    tasks = [d for d in directions(data, "dev")[:N_DIRECTIONS] if d.query == (modality,)]
-    scores = {}
-    for d in tasks:
+    scores, chosen = Counter(), {}
+    for d in (d for d in directions(data, "dev")[:N_DIRECTIONS] if d.query == (modality,)):
         raw = corrupted_items(data, modality, d.items, *HELD_OUT[modality])
         gallery, order = embed(model, data, (d.gallery,), d.gallery_items), stream_order(len(d.items), cfg.seed)
         for method in methods:
-            for choice in METHODS[method].choices if method != "none" else (None,):
+            for choice in METHODS[method].choices:
                 z, _ = answer_stream(model, data, modality, raw, gallery, method, choice, order,
                                      cfg.evaluation.stream_batch)
-                mrr = (1 / ranks(d, z, gallery)["rank"]).mean().item()
-                scores.setdefault(f"{method} {choice}", []).append(mrr)
-    scores = {name: float(np.mean(values)) for name, values in scores.items()}
-    chosen = {"none": None}
+                scores[method, choice] += (1 / ranks(d, z, gallery)["rank"]).mean().item()
     for method in methods:
-        choices = METHODS[method].choices
-        if choices:
-            best = max(choices, key=lambda choice: scores[f"{method} {choice}"])
-            chosen[method] = best if scores[f"{method} {best}"] > scores["none None"] else None
-    chosen["random"] = max(RATES, key=lambda choice: scores[f"tent {choice}"])  # also where tent is off
+        if METHODS[method].choices:
+            best = max(METHODS[method].choices, key=lambda choice: scores[method, choice])
+            chosen[method] = best if scores[method, best] > scores["none", None] else None
+    chosen["random"] = max(RATES, key=lambda choice: scores["tent", choice])  # also where tent is off
     return chosen
 
 
-def condition_answers(cfg, model, data, photos, tasks, galleries, condition, chosen, methods):
-    """{direction: {method: {"R@1" | "R@10": sums by photo, "share"}}} of queries under a condition, over orders."""
-    raw_all = corrupted_items(data, *tasks[0].query, tasks[0].items, *condition)  # the first has all items
+def stream_answers(cfg, model, data, tasks, galleries, chosen, stream):
+    """{"direction, method": {"R@1", "R@10": sums by photo, "share" that adapted}} of a stream, mean over its orders."""
     answers = {}
     for d in tasks:
-        raw, answers[d.name] = take(raw_all, torch.searchsorted(tasks[0].items, d.items)), {}
-        for method in methods:
-            fixed = method in ("none", "memory-episodic") or chosen[method] is None
-            runs, shares = [], []
-            for i in range(1 if fixed else cfg.evaluation.n_orders):
-                order = stream_order(len(d.items), cfg.seed + i)
-                z, share = answer_stream(model, data, *d.query, raw, galleries[d.name], method, chosen[method], order,
-                                         cfg.evaluation.stream_batch)
-                runs.append(photos.row(d, ranks(d, z, galleries[d.name]), ks=(1, 10)))
-                shares.append(share)
-            answers[d.name][method] = {**{k: torch.stack([run[k] for run in runs]).mean(0) for k in runs[0]},
-                                       "share": float(np.mean(shares))}
+        n, gallery = len(d.items), galleries[d.name]
+        raws = [corrupted_items(data, *d.query, d.items, *condition) for condition in stream.conditions]
+        raw = torch.cat(raws) if isinstance(raws[0], torch.Tensor) else [item for items in raws for item in items]
+        starts = n * torch.arange(len(raws))
+        if stream.is_mixed:
+            raw, starts = take(raw, torch.arange(n) + starts.repeat(n)[:n]), starts[:1]
+        if stream.with_gallery:
+            kind, amounts = next(iter(CORRUPTIONS[d.gallery].items()))
+            answered = corrupted_items(data, d.gallery, d.gallery_items, kind, amounts[1])
+            gallery = embed(model, data, (d.gallery,), d.gallery_items, answered)
+        for method, choice in chosen.items():
+            is_fixed, runs = choice is None or method == "memory-episodic", []  # whatever the order
+            for i in range(1 if is_fixed else stream.n_orders):
+                order = (starts[:, None] + stream_order(n, cfg.seed + i)).flatten()
+                z, share = answer_stream(model, data, *d.query, raw, gallery, method, choice, order, stream.batch)
+                parts = [by_photo(data, d, ranks(d, part, gallery), ks=(1, 10)) for part in z.split(n)]
+                runs.append({k: sum(part[k] for part in parts) for k in parts[0]})
+                runs[-1]["share"] = torch.tensor(share, dtype=torch.float64)
+            answers[f"{d.name}, {method}"] = {k: torch.stack([run[k] for run in runs]).mean(0) for k in runs[0]}
     return answers
-
-
-def stream_answers(cfg, model, data, photos, tasks, galleries, chosen, methods):
-    """{direction: {method: {column: sums by photo}}} of the other streams: one severity, one order."""
-    (modality,), answers = tasks[0].query, {}
-    kinds = [(kind, amounts[min(1, len(amounts) - 1)]) for kind, amounts in CORRUPTIONS[modality].items()]
-    if len(kinds) == 1:
-        kinds = [(kind, amount) for kind, amounts in CORRUPTIONS[modality].items() for amount in amounts]
-    raw_of = [corrupted_items(data, modality, tasks[0].items, *kind) for kind in kinds]
-    for d in tasks:
-        places = torch.searchsorted(tasks[0].items, d.items)
-        raws, n, gallery = [take(raw, places) for raw in raw_of], len(d.items), galleries[d.name]
-        shifted = corrupted_items(data, d.gallery, d.gallery_items, *second_severity(d.gallery))
-        shifted = embed(model, data, (d.gallery,), d.gallery_items, shifted)
-        order = stream_order(n, cfg.seed)
-        kind_of = torch.arange(n) % len(kinds)
-        together = torch.cat(raws) if isinstance(raws[0], torch.Tensor) else [x for raw in raws for x in raw]
-        continual = torch.cat([order + i * n for i in range(len(kinds))])
-        mixed, batch = take(together, kind_of * n + torch.arange(n)), cfg.evaluation.stream_batch
-        streams = {"mixed": (mixed, gallery, order, batch), "continual": (together, gallery, continual, batch),
-                   "batch 1": (raws[0], gallery, order, 1), "batch 64": (raws[0], gallery, order, 64),
-                   "gallery too": (raws[0], shifted, order, batch)}
-        answers[d.name] = {method: {} for method in methods}
-        for method, (name, (raw, gallery, order, batch)) in itertools.product(methods, streams.items()):
-            z, _ = answer_stream(model, data, modality, raw, gallery, method, chosen[method], order, batch)
-            sums = [photos.row(d, ranks(d, part, gallery), ks=(10,))["R@10"] for part in z.split(n)]
-            answers[d.name][method][f"{name} R@10"] = torch.stack(sums).sum(0)
-    return answers
-
-
-def second_severity(modality):
-    kind, amounts = next(iter(CORRUPTIONS[modality].items()))
-    return kind, amounts[1]
-
-
-def run_protocol(cfg, model, data, photos, folder):
-    """Frozen galleries, corrupted queries, every method in every direction -> {"tables", "chosen", "curves", ..}."""
-    e, before = cfg.evaluation, {name: value.clone() for name, value in model.state_dict().items()}
-    tasks = directions(data, "test")[:N_DIRECTIONS]
-    galleries = {d.name: embed(model, data, (d.gallery,), d.gallery_items) for d in tasks}
-    frozen = {name: digest(gallery) for name, gallery in galleries.items()}
-    has_slots = isinstance(model.central, SlotMemory)
-    methods = [method for method in METHODS if has_slots or not method.startswith("memory")]
-    weights = digest(torch.cat([value.double().flatten().cpu() for value in before.values()]))
-    signature = [common.run_facts(cfg, data)["source"], data.fingerprint, weights, cfg.seed]
-    chosen, answers, others = {}, {}, {}  # answers: {(modality, condition): answers}
-    modalities = [m for m in MODALITIES if any(d.query == (m,) for d in tasks)]
-    conditions = {m: [CLEAN, *((kind, amount) for kind, amounts in CORRUPTIONS[m].items()
-                               for amount in amounts[:e.n_severities])] for m in modalities}
-    without = [m for m in modalities if not has_corrupted(data, m, conditions[m])]
-    for m in modalities:
-        own = sorted((d for d in tasks if d.query == (m,)), key=lambda d: -len(d.items))
-        if m in without:
-            chosen[m] = dict.fromkeys(methods)
-            conditions[m] = [CLEAN]
-            continue
-        chosen[m] = kept_file(folder / f"ttt/{m},settings.pt", signature, functools.partial(
-            choose_settings, cfg, model, data, m, methods))
-        for condition in common.progress(conditions[m], f"test time, {m}"):
-            print(f"test time: {m}, {' '.join(map(str, condition)).strip() if condition[0] else 'clean'}", flush=True)
-            path = folder / f"ttt/{m}{condition_suffix(*condition) or ',clean'}.pt"
-            answers[m, condition] = kept_file(path, signature, functools.partial(
-                condition_answers, cfg, model, data, photos, own, galleries, condition, chosen[m], methods))
-        if e.more_streams:
-            others |= kept_file(folder / f"ttt/{m},streams.pt", signature, functools.partial(
-                stream_answers, cfg, model, data, photos, own, galleries, chosen[m], methods))
-    for d in tasks:
-        again = digest(embed(model, data, (d.gallery,), d.gallery_items))
-        assert digest(galleries[d.name]) == frozen[d.name] == again
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    tasks = [d for d in tasks if d.query[0] not in without]
-    return {**protocol_results(photos, tasks, conditions, answers, others, chosen, methods, without),
-            "gallery_sha256": frozen}
 
 
 def has_corrupted(data, modality, conditions):
@@ -1420,50 +1290,75 @@ def has_corrupted(data, modality, conditions):
         feature_file(data.features_dir, modality, condition_suffix(*condition)).exists() for condition in wanted)
 
 
-def protocol_results(photos, tasks, conditions, answers, others, chosen, methods, without):
-    """Tables, curves, notes and verdicts of what `run_protocol` measured."""
-    rows, pairs, curves, chances, changes = {}, [], {}, {}, {}
+def run_protocol(cfg, model, data, folder, results):
+    """Frozen galleries, queries in streams, every method in every direction; what comes of it goes into the results."""
+    tasks, answers = directions(data, "test")[:N_DIRECTIONS], {}  # answers: {(modality, stream): `stream_answers`}
+    galleries = {d.name: embed(model, data, (d.gallery,), d.gallery_items) for d in tasks}
+    frozen = results["gallery_sha256"] = {name: digest(gallery) for name, gallery in galleries.items()}
+    methods = [name for name in METHODS if isinstance(model.central, SlotMemory) or not name.startswith("memory")]
+    weights = digest(torch.cat([value.double().flatten().cpu() for value in model.state_dict().values()]))
+    signature, notes = [results["source"], data.fingerprint, weights, cfg.seed], results["notes"]
+    for m in dict.fromkeys(d.query[0] for d in tasks):
+        own, streams = [d for d in tasks if d.query == (m,)], streams_of(m, cfg.evaluation)
+        if not has_corrupted(data, m, [condition for stream in streams.values() for condition in stream.conditions]):
+            notes.append(f"No features of corrupted {m} queries: encode.py flickr8k --corruptions makes them.")
+            tasks = [d for d in tasks if d.query != (m,)]
+            continue
+        compute = functools.partial(choose_settings, cfg, model, data, m, methods)
+        chosen = results["chosen"][f"test time, {m}"] = kept_file(folder / f"ttt/{m},settings.pt", signature, compute)
+        settings = (f"{method} {'off' if chosen[method] is None else chosen[method]}" for method in methods[1:])
+        notes.append(f"Chosen on dev ({m}, {HELD_OUT[m][0]}): {', '.join(settings)}.")
+        for name, stream in streams.items():
+            print(f"test time: {m}, {name}", flush=True)
+            compute = functools.partial(stream_answers, cfg, model, data, own, galleries, chosen, stream)
+            answers[m, name] = kept_file(folder / f"ttt/{m},{name}.pt", signature, compute)
     for d in tasks:
-        (m,), corrupted = d.query, [condition for condition in conditions[d.query[0]] if condition != CLEAN]
-        chance = ranks(d, torch.ones(len(d.ids), 1), torch.ones(len(d.gallery_ids), 1))
-        chances[d.name] = {k: 100 * chance[f"chance@{k}"].mean().item() for k in (1, 10)}
-        levels = {condition: CORRUPTIONS[m][condition[0]].index(condition[1]) + 1 for condition in corrupted}
-        lines = {}
-        for method in methods:
-            of = {condition: answers[m, condition][d.name][method] for condition in conditions[m]}
-            row = {f"clean R@{k}": of[CLEAN][f"R@{k}"] for k in (1, 10)}
-            row |= {f"corrupted R@{k}": torch.stack([of[c][f"R@{k}"] for c in corrupted]).sum(0) for k in (1, 10)}
-            rows[f"{d.name}, {method}"] = row
-            xs = [0, *sorted(set(levels.values()))]
-            sums = [sum(of[c]["R@10"].sum(1) for c in conditions[m] if levels.get(c, 0) == x) for x in xs]
-            lines[method] = {"x": xs, "y": [100 * (total / count).item() for total, count in sums]}
-            if method != "none":
-                pairs.append((f"{d.name}, {method}", f"{d.name}, none"))
-        lines["chance"] = {"x": xs, "y": [chances[d.name][10]] * len(xs)}
-        curves[f"{d.name} R@10 (%)"] = {"xlabel": "severity of the query's corruption", "lines": lines}
-    table, differences, items = common.interval_tables(rows, pairs, photos.n, percent)
+        unmoved = digest(embed(model, data, (d.gallery,), d.gallery_items))
+        assert digest(galleries[d.name]) == frozen[d.name] == unmoved
+    if tasks:
+        changes = protocol_tables(cfg, tasks, methods, answers, results)
+        notes += verdicts(changes)
+        common.plot_lines(folder / "ttt_R10.png", results["curves"], "corrupted queries", data.synthetic)
+        plot_changes(folder / "ttt_changes.png", changes, data.synthetic)
+
+
+def protocol_tables(cfg, tasks, methods, answers, results):
+    """Tables and curves of what `run_protocol` measured, into the results. Returns {(direction, method): its row of
+    differences to none}."""
+    rows, rows_beside, shares, chances, keys = {}, {}, {}, {}, []
     for d in tasks:
-        table[f"{d.name}, chance"] = {column: chances[d.name][int(column.split("@")[1])] for column in row}
+        q = ranks(d, torch.ones(len(d.ids), 1), torch.ones(len(d.gallery_ids), 1))
+        chances[d.name] = {k: 100 * q[f"chance@{k}"].mean().item() for k in (1, 10)}
+        streams, lines = streams_of(*d.query, cfg.evaluation), {}
+        severities = sorted({stream.severity for stream in streams.values()} - {None})
+        corrupted = [name for name, stream in streams.items() if stream.severity]
+        beside = [name for name, stream in streams.items() if stream.severity is None]
         for method in methods:
-            shares = [answers[d.query[0], c][d.name][method]["share"] for c in conditions[d.query[0]]]
-            table[f"{d.name}, {method}"]["adapted share"] = float(np.mean(shares))
-    tables = {"test time": table, "test time, paired difference": differences}
-    if others:
-        of_streams = {f"{d}, {method}": row for d, of in others.items() for method, row in of.items()}
-        stream_pairs = [(name, f"{name.rpartition(',')[0]}, none") for name in of_streams if ", none" not in name]
-        tables["other streams"], tables["other streams, paired difference"], _ = common.interval_tables(
-            of_streams, stream_pairs, photos.n, percent)
-        for d in tasks:
-            tables["other streams"][f"{d.name}, chance"] = dict.fromkeys(others[d.name]["none"], chances[d.name][10])
-    for name, row in differences.items():
-        direction, method = name.split(" - ")[0].rsplit(", ", 1)
-        changes[direction, method] = row
-    said = {m: ", ".join(f"{method} {choice if choice is not None else 'off'}" for method, choice in of.items()
-                         if method != "none") for m, of in chosen.items() if m not in without}
-    notes = [f"Chosen on dev ({m}, {HELD_OUT[m][0]}): {text}." for m, text in said.items()] + verdicts(changes)
-    notes += [f"No features of corrupted {m} queries: encode.py flickr8k --corruptions makes them." for m in without]
-    return {"tables": tables, "chosen": {f"test time, {m}": of for m, of in chosen.items()}, "curves": curves,
-            "notes": notes, "items": items, "changes": changes}
+            row = f"{d.name}, {method}"
+            values = {name: answers[(*d.query, name)][row] for name in streams}
+            rows[row] = {f"clean R@{k}": values["clean"][f"R@{k}"] for k in (1, 10)}
+            rows[row] |= {f"corrupted R@{k}": sum(values[name][f"R@{k}"] for name in corrupted) for k in (1, 10)}
+            shares[row] = float(np.mean([values[name]["share"] for name in ("clean", *corrupted)]))
+            if beside:
+                rows_beside[row] = {f"{name} R@10": values[name]["R@10"] for name in beside}
+            lines[method] = {"x": severities, "y": []}
+            for severity in severities:
+                sums = sum(values[name]["R@10"] for name, stream in streams.items() if stream.severity == severity)
+                lines[method]["y"].append(float(percent({"R@10": sums}, None)["R@10"]))
+        lines["chance"] = {"x": severities, "y": [chances[d.name][10]] * len(severities)}
+        results["curves"][f"{d.name} R@10 (%)"] = {"xlabel": "severity of the query's corruption", "lines": lines}
+        keys += [(d.name, method) for method in methods if method != "none"]
+    pairs = [(f"{direction}, {method}", f"{direction}, none") for direction, method in keys]
+    for title, of_title in (("test time", rows), ("other streams", rows_beside)):
+        if not of_title:
+            continue
+        add_tables(results, title, of_title, pairs)
+        for name, chance in chances.items():
+            columns = of_title[f"{name}, none"]
+            results["tables"][title][f"{name}, chance"] = {c: chance[int(c.rpartition("@")[2])] for c in columns}
+    for row, share in shares.items():
+        results["tables"]["test time"][row]["adapted share"] = share
+    return dict(zip(keys, results["tables"]["test time, paired difference"].values(), strict=True))
 
 
 def verdicts(changes):
@@ -1472,8 +1367,7 @@ def verdicts(changes):
         return [f"{method}, {direction}" for (direction, method), row in changes.items()
                 if (method == "random") == control
                 and min(side * row[f"{column} R@10 low"], side * row[f"{column} R@10 high"]) > 0]
-    n = sum(method != "random" for _, method in changes)
-    helped = names("corrupted", 1)
+    helped, n = names("corrupted", 1), sum(method != "random" for _, method in changes)
     found = "; ".join(helped) or "NULL RESULT: no test-time method helps here"
     return [f"Corrupted R@10: {len(helped)} of {n} intervals lie above 0 (by chance about {n * 0.025:.1f}): {found}.",
             f"Below 0: {'; '.join(names('corrupted', -1)) or 'none'}. "
@@ -1516,27 +1410,12 @@ def log_mel(waveform):
 def read_wav(raw):
     """[n] float32 at 16 kHz of a file's bytes: stereo is mixed down, other rates are resampled.
 
-    A 16-bit file is read here, since a header may state a wrong length: then the samples go to the end of the file.
-    soundfile reads all others. Raises: ValueError on less than 25 ms, or NaN; what soundfile raises.
+    Raises: ValueError on less than 25 ms, or NaN; what soundfile raises.
     """
-    at, kind, data = 12, None, None
-    while raw[:4] == b"RIFF" and at + 8 <= len(raw):
-        name, size = raw[at:at + 4], int.from_bytes(raw[at + 4:at + 8], "little")
-        if name == b"fmt ":
-            kind = struct.unpack("<HHIIHH", raw[at + 8:at + 24])  # format, channels, rate, .., bits
-        if name == b"data":
-            following = raw[at + 8 + size + size % 2:][:4]  # the name of another chunk, if the length is right
-            is_right = size and (not following or (len(following) == 4 and following.replace(b" ", b"").isalnum()))
-            data = raw[at + 8:at + 8 + size] if is_right else raw[at + 8:]
-            break
-        at += 8 + size + size % 2
-    if kind and data is not None and kind[0] == 1 and kind[5] == 16:
-        channels, rate = kind[1], kind[2]
-        samples = np.frombuffer(data[:len(data) // (2 * channels) * 2 * channels], "<i2")
-        wave = samples.reshape(-1, channels).astype(np.float32) / 32768
-    else:
-        import soundfile
-        wave, rate = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)
+    import soundfile
+    if raw[36:44] == b"data" + bytes(4):  # the corpus has such a header, of length 0: read on to the end of the file
+        raw = raw[:40] + b"\xff" * 4 + raw[44:]
+    wave, rate = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)
     wave = torch.from_numpy(wave.mean(1))
     if len(wave) * RATE < 400 * rate:
         raise ValueError(f"{len(wave)} samples at {rate} Hz, less than 25 ms")
@@ -1548,15 +1427,13 @@ def read_wav(raw):
     return wave
 
 
-def words_of(caption):
-    """Lower-cased words and punctuation marks."""
-    return re.findall(r"\w+|[^\w\s]", caption.lower())
+words_of = functools.partial(re.findall, r"\w+|[^\w\s]")  # words and punctuation marks
 
 
 def build_vocabulary(captions):
     """{token: id}: padding 0, unknown character 1, characters (as '##a'), and the words that occur at least twice, most
     frequent first."""
-    counts = Counter(word for caption in captions for word in words_of(caption))
+    counts = Counter(word for caption in captions for word in words_of(caption.lower()))
     characters = sorted({c for word in counts for c in word})
     words = sorted((word for word, n in counts.items() if n >= 2), key=lambda word: (-counts[word], word))
     return {token: i for i, token in enumerate(["<pad>", "<unk>", *(f"##{c}" for c in characters), *words])}
@@ -1570,13 +1447,11 @@ def tokenise(captions, vocabulary, spell=0.0, draws=None):
     """
     rows = []
     for caption in captions:
-        words, ids = words_of(caption), []
-        by_characters = draws.random(len(words)) < spell if draws is not None else [False] * len(words)
-        for word, is_spelled in zip(words, by_characters, strict=True):
-            if word in vocabulary and not is_spelled:
-                ids.append(vocabulary[word])
-            else:
-                ids += [vocabulary.get(f"##{c}", 1) for c in word]
+        words, ids = words_of(caption.lower()), []
+        spelled = draws.random(len(words)) < spell if draws is not None else [False] * len(words)
+        for word, is_spelled in zip(words, spelled, strict=True):
+            known = word in vocabulary and not is_spelled
+            ids += [vocabulary[word]] if known else [vocabulary.get(f"##{c}", 1) for c in word]
         rows.append(torch.tensor(ids[:MAX_TOKENS] or [1]))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
@@ -1607,25 +1482,17 @@ class Data:
 
     @property
     def modalities(self):
-        return MODALITIES if (self.speech[:, 1] > 0).any() else MODALITIES[:2]
+        return MODALITIES if self.speech[:, 1].any() else MODALITIES[:2]
 
-    def rows_of(self, modality, captions):
-        """Rows of the modality's features that caption rows go with; captions that are not spoken have none."""
-        if modality == "text":
-            return captions
+    def items_of(self, modality, captions):
+        """What goes with caption rows [n]: rows of their photos, they themselves, or those of them that are spoken."""
         if modality == "image":
             return self.photo_of[captions]
-        return self.speech[captions[self.speech[captions, 1] > 0], 0]
+        return captions[self.speech[captions, 1] > 0] if modality == "audio" else captions
 
-    def epoch_size(self, captions):
-        """Rows of an epoch with data.captions=`captions`; "one" is the mean, rounded, of what is drawn."""
-        rows = self.splits["train"]
-        if captions == "all":
-            return len(rows)
-        n_photos = len(self.photo_of[rows].unique())
-        spoken = torch.bincount(self.photo_of[rows], self.speech[rows, 1] > 0)
-        share = (spoken / torch.bincount(self.photo_of[rows]).clamp(min=1))[spoken > 0]
-        return n_photos + round((1 - share).sum().item())
+    def items(self, modality, split):
+        """A split's photos, captions or spoken captions, each once."""
+        return self.items_of(modality, self.splits[split]).unique()
 
 
 def decoded(folder, name, paths, decode, shape, dtype, workers):
@@ -1639,61 +1506,51 @@ def decoded(folder, name, paths, decode, shape, dtype, workers):
         return (path.name, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (path.name,)
 
     def read(path):
-        nothing = np.empty((0, *shape), dtype), b""
         try:
             raw = path.read_bytes()
         except FileNotFoundError:  # any other OSError ends the run: it may pass, and the cache would keep it
-            return *nothing, "no such file"
+            return [], b"-", "no such file"
         try:
             return decode(raw), hashlib.sha256(raw).digest(), None
         except (MemoryError, torch.OutOfMemoryError, ImportError):
             raise
         except Exception as error:  # PIL and soundfile raise kinds of their own
-            return *nothing, common.reason_of(error)
+            return [], b"-", common.reason_of(error)
     key = json.dumps([name, shape, str(np.dtype(dtype)), [about(path) for path in paths]])
     stem = Path(folder) / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     data_file, index_file = stem.with_suffix(".bin"), stem.with_suffix(".json")
     blocks = [slice(start, start + 256) for start in range(0, len(paths), 256)]  # some at a time: they wait in memory
     if not index_file.exists():  # written last
-        try:
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            own = tempfile.TemporaryDirectory(dir=stem.parent)
-        except OSError as error:
-            raise UserError(f"data.cache_dir={folder} cannot be written ({error.strerror}); choose another") from None
+        stem.parent.mkdir(parents=True, exist_ok=True)
         counts, checksums, problems, contents = [], [], {}, hashlib.sha256()
 
         def write(file):
             with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
                 for block in common.progress(blocks, f"decoding {name}"):
-                    checksum = 0
+                    checksums.append(0)
                     for path, (rows, content, problem) in zip(paths[block], pool.map(read, paths[block]), strict=True):
                         counts.append(len(rows))
-                        contents.update(content or b"-")
+                        contents.update(content)
                         if problem:
                             problems[path.name] = problem
                         raw = np.ascontiguousarray(rows, dtype).tobytes()
-                        checksum = zlib.crc32(raw, checksum)
+                        checksums[-1] = zlib.crc32(raw, checksums[-1])
                         file.write(raw)
-                    checksums.append(checksum)
-        with own:  # runs that start together decode twice, but never into one file
-            common.atomic_write(Path(own.name, data_file.name), write)
-            os.replace(Path(own.name, data_file.name), data_file)
+        own = stem.with_suffix(f".{uuid.uuid4().hex}")  # runs that start together decode twice, never into one file
+        common.atomic_write(own, write)
+        os.replace(own, data_file)
         common.write_json(index_file, {"counts": counts, "checksums": checksums, "problems": problems,
                                        "fingerprint": contents.hexdigest()[:16]})
-    damaged = UserError(f"{data_file} is damaged; delete it and {index_file.name} to decode the files again")
-    index = common.read_json(index_file)
-    if {"counts", "checksums", "problems", "fingerprint"} - index.keys():
-        raise damaged
-    n = sum(index["counts"])
-    if not data_file.is_file() or data_file.stat().st_size != n * math.prod(shape) * np.dtype(dtype).itemsize:
-        raise damaged
-    rows = np.memmap(data_file, dtype, mode="c", shape=(n, *shape)) if n else np.empty((0, *shape), dtype)
-    ends = np.cumsum([0, *(sum(index["counts"][block]) for block in blocks)])
-    found = [zlib.crc32(rows[start:end]) for start, end in itertools.pairwise(ends.tolist())]
-    if found != index["checksums"]:
-        raise damaged
-    counts = torch.tensor(index["counts"], dtype=torch.int64)
-    return torch.from_numpy(rows), counts, index["problems"], index["fingerprint"]
+    try:
+        index = common.read_json(index_file)
+        counts, n = index["counts"], sum(index["counts"])
+        rows = np.memmap(data_file, dtype, mode="c", shape=(n, *shape)) if n else np.empty((0, *shape), dtype)
+        ends = np.cumsum([0, *(sum(counts[block]) for block in blocks)]).tolist()
+        if [zlib.crc32(rows[start:end]) for start, end in itertools.pairwise(ends)] != index["checksums"]:
+            raise ValueError
+        return torch.from_numpy(rows), torch.tensor(counts, dtype=torch.int64), index["problems"], index["fingerprint"]
+    except (KeyError, OSError, ValueError):
+        raise UserError(f"{data_file} is damaged; delete it and {index_file.name} to decode the files again") from None
 
 
 def decode_photo(raw, size):
@@ -1716,46 +1573,48 @@ def find(root, *names):
                     "(sls.csail.mit.edu/downloads/flickraudio), set data.dir=, or try --demo")
 
 
+LINES = {  # file -> (what a line is, as a pattern; in words)
+    "Flickr8k.token.txt": (r"(.+)#(\d{1,9})\t(.*)", "name.jpg#k<TAB>caption"),
+    "captions.txt": (r'([^,]+),(?:"((?:[^"]|"")*)"|([^",][^,]*|))', 'image,caption or image,"caption, with commas"'),
+    "wav2capt.txt": (r"(\S+)\s+(\S+)\s+#?(\d{1,9})", "<wav> <photo> #k"),
+    "Images.txt": (r"(.+)", "the name of a photo")}
+
+
 def read_lines(path):
-    """[(number from 1, line)] of a text file, blank lines left out. Raises: UserError if it cannot be read."""
+    """The parts of each line that is not blank, by `LINES`. Raises: UserError naming the file and the line."""
     text = common.guarded(lambda p: p.read_text(encoding="utf-8-sig"), path)  # without the mark that some editors put
-    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    pattern, expected = next(line for name, line in LINES.items() if path.name.endswith(name))
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        parts = re.fullmatch(pattern, line.strip())
+        if parts:
+            lines.append(parts.groups())
+        elif line.strip():
+            raise UserError(f"{path}: line {number}: expected {expected}, found {line.strip()[:60]!r}")
+    return lines
 
 
 def read_captions(root):
-    """({photo: {number: caption}}, file) of Flickr8k.token.txt (`name.jpg#k<TAB>caption`), or of Kaggle's captions.txt
-    (CSV: image,caption)."""
-    names = ("Flickr8k.token.txt", "captions.txt")
-    path = find(root, *(f"{folder}{name}" for name in names for folder in ("Flickr8k_text/", "")))
-    captions, is_csv = {}, path.name == "captions.txt"
-    for number, line in read_lines(path):
-        if is_csv:
-            row = [] if line.count('"') % 2 else next(csv.reader([line]))  # an open quote would hide the lines after it
-            if len(row) != 2:
-                raise UserError(f"{path}: line {number}: expected image,caption or image,\"caption, with commas\", "
-                                f"found {line[:60]!r}")
-            if number > 1 or row[0] != "image":
-                of_photo = captions.setdefault(row[0].strip(), {})
-                of_photo[len(of_photo)] = row[1].strip()
+    """({photo: {number: caption}}, file) of Flickr8k.token.txt, or of Kaggle's captions.txt (CSV: image,caption)."""
+    path = find(root, *(f"{folder}{name}" for name in [*LINES][:2] for folder in ("Flickr8k_text/", "")))
+    captions = {}
+    for photo, *parts in read_lines(path):
+        of_photo = captions.setdefault(photo.strip(), {})
+        if path.name == "captions.txt":
+            quoted, plain = parts
+            of_photo[len(of_photo)] = (plain if quoted is None else quoted.replace('""', '"')).strip()
         else:
-            parts = re.fullmatch(r"(.+)#(\d{1,9})\t(.*)", line)
-            if not parts:
-                raise UserError(f"{path}: line {number}: expected name.jpg#k<TAB>caption, found {line[:60]!r}")
-            captions.setdefault(parts[1], {})[int(parts[2])] = parts[3].strip()
+            k, caption = parts
+            of_photo[int(k)] = caption.strip()
     return captions, path
 
 
 def read_speech_list(root):
-    """({(photo, number): wav}, file) of flickr_audio/wav2capt.txt (`<wav> <photo> #k`); without it ({}, None)."""
+    """({(photo, number): wav}, file) of flickr_audio/wav2capt.txt; without that folder ({}, None)."""
     if not (root / "flickr_audio").is_dir():
         return {}, None
-    path, speech = find(root, "flickr_audio/wav2capt.txt"), {}
-    for number, line in read_lines(path):
-        words = line.split()
-        if len(words) != 3 or not re.fullmatch(r"#?\d{1,9}", words[2]):
-            raise UserError(f"{path}: line {number}: expected <wav> <photo> #k, found {line[:60]!r}")
-        speech[words[1], int(words[2].lstrip("#"))] = root / "flickr_audio/wavs" / words[0]
-    return speech, path
+    path = find(root, "flickr_audio/wav2capt.txt")
+    return {(photo, int(k)): root / "flickr_audio/wavs" / wav for wav, photo, k in read_lines(path)}, path
 
 
 def read_splits(root):
@@ -1763,15 +1622,12 @@ def read_splits(root):
     splits, files, seen = {}, [], {}
     for split in ("train", "dev", "test"):
         files.append(find(root, f"Flickr8k_text/Flickr_8k.{split}Images.txt", f"Flickr_8k.{split}Images.txt"))
-        splits[split] = [name for _, name in read_lines(files[-1])]
+        splits[split] = [name for (name,) in read_lines(files[-1])]
         for name in splits[split]:
             if name in seen:
                 raise UserError(f"{files[-1]}: {name} is in {seen[name]} too; a photo belongs to one split, once")
             seen[name] = split
     return splits, files
-
-
-PHOTO_FOLDERS = ("Flickr8k_Dataset", "Flicker8k_Dataset", "Images")
 
 
 def feature_file(folder, modality, suffix=""):
@@ -1789,18 +1645,17 @@ def read_features(folder, modality, suffix, names, model=None):
     if not path.exists():
         raise UserError(f"{path}: no such file; {remedy}, or set data.features_dir=")
     content = common.guarded(lambda p: torch.load(p, map_location="cpu", weights_only=True), path)
-    is_right = isinstance(content, dict) and isinstance(content.get("feats"), torch.Tensor) and isinstance(
-        content.get("ids"), list) and content["feats"].ndim in ((2, 3) if modality == "audio" else (2,))
-    if not is_right or len(content["feats"]) != len(content["ids"]) or len(set(content["ids"])) != len(content["ids"]):
+    content = content if isinstance(content, dict) else {}
+    feats, row_of = content.get("feats"), {name: row for row, name in enumerate(content.get("ids", ()))}
+    dims = (2, 3) if modality == "audio" else (2,)
+    if not isinstance(feats, torch.Tensor) or feats.ndim not in dims or len(feats) != len(row_of):
         raise UserError(f"{path}: expected a dict of feats [N, D] (or [N, layers, D]) and N different ids; {remedy}")
-    if model is not None and content.get("model") != model:
+    if model not in (None, content.get("model")):
         raise UserError(f"{path}: made by {content.get('model')}, the features of clean queries by {model}; {remedy}")
-    row_of = {name: i for i, name in enumerate(content["ids"])}
-    unreadable = set(content.get("unreadable", ()))
-    missing = [name for name in names if name not in row_of and name not in unreadable]
+    missing = [name for name in names if name not in row_of and name not in content.get("unreadable", ())]
     if missing:
         raise UserError(f"{path}: no features of {len(missing)} of {len(names)} items, such as {missing[0]}; {remedy}")
-    feats = content["feats"][[row_of[name] for name in names if name in row_of]].float()
+    feats = feats[[row_of[name] for name in names if name in row_of]].float()
     if not torch.isfinite(feats).all():
         raise UserError(f"{path}: NaN or infinite features; {remedy}")
     return feats, torch.tensor([name in row_of for name in names]), content.get("model")
@@ -1808,76 +1663,73 @@ def read_features(folder, modality, suffix, names, model=None):
 
 def load_data(cfg):
     """`Data` of cfg; photos and speech are decoded into the cache the first time, unless their encoder is cached.
-    Vocabulary and mel statistics come from the training split alone.
-
-    Raises: UserError naming the file, what was expected and found: missing or unreadable lists, a photo in two splits,
-    fewer than two photos with captions in a split, speech for fewer than two training captions, or other features.
-    """
+    Vocabulary and mel statistics come from the training split alone. Raises: UserError."""
     device, root, workers = common.pick_device(cfg.device), Path(cfg.data.dir), cfg.num_workers
-    features_dir = Path(cfg.data.features_dir or root)
-    cached = [m for m in MODALITIES if getattr(cfg.model, f"{m}_encoder") == "cached"]
+    features_dir, features, models = Path(cfg.data.features_dir or root), {}, {}
     captions, caption_file = read_captions(root)
     spoken, speech_file = read_speech_list(root)
     listed, files = read_splits(root)
-    files += [caption_file, *([speech_file] if speech_file else []), *(feature_file(features_dir, m) for m in cached
-                                                                     if m != "audio" or speech_file)]
+    modalities = MODALITIES if speech_file else MODALITIES[:2]
+    cached = [m for m in modalities if getattr(cfg.model, f"{m}_encoder") == "cached"]
+    files += [caption_file, *([speech_file] if speech_file else []), *(feature_file(features_dir, m) for m in cached)]
+
+    def read(modality, names):
+        """(rows of each of the names [N], {name: why it has none}) of precomputed features."""
+        features[modality], has_row, models[modality] = read_features(features_dir, modality, "", names)
+        return has_row.long(), dict.fromkeys(itertools.compress(names, (~has_row).tolist()), "no features")
     split_of = {name: split for split, names in listed.items() for name in names}
     names, size = list(split_of), -(-cfg.model.image_size * 8 // 7)
-    features, models, contents, photos = {}, {}, "", torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    photos, mels, contents = torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, N_MELS), ""
     if "image" in cached:
         folders = [root / name for name in PHOTO_FOLDERS if (root / name).is_dir()]
         names = [name for name in names if not folders or (folders[0] / name).exists()]
-        features["image"], readable, models["image"] = read_features(features_dir, "image", "", names)
-        problems = {name: "no features" for name in split_of.keys() - set(itertools.compress(names, readable.tolist()))}
+        has_photo, broken = read("image", names)
+        broken |= dict.fromkeys(split_of.keys() - set(names), "no such file")
     else:
         folder = find(root, *PHOTO_FOLDERS)
-        photos, readable, problems, contents = decoded(
+        photos, has_photo, broken, contents = decoded(
             cfg.data.cache_dir, f"photos{size}", [folder / name for name in names],
             lambda raw: decode_photo(raw, size), (3, size, size), np.uint8, workers)
-    names = list(itertools.compress(names, readable.tolist()))
+    names = list(itertools.compress(names, has_photo.tolist()))
+    row_of = {name: row for row, name in enumerate(names)}
     items = [(name, k) for name in names for k in sorted(captions.get(name, {}))]
-    splits = {split: torch.tensor([i for i, (name, _) in enumerate(items) if split_of[name] == split])
-              for split in listed}
-    for split, rows in splits.items():
-        n = len({items[i][0] for i in rows.tolist()})
+    splits = {}
+    for split in listed:
+        splits[split] = torch.tensor([i for i, (name, _) in enumerate(items) if split_of[name] == split])
+        n = len({items[i][0] for i in splits[split].tolist()})
         if n < 2:
-            why = f" (the first that cannot be read: {': '.join(next(iter(problems.items())))})" if problems else ""
             raise UserError(f"{root}: {n} of {len(listed[split])} listed {split} photos can be read and have captions"
-                            f"{why}; check the folders")
+                            f"{first_of(broken)}; check the folders")
     if "text" in cached:
-        ids = [f"{name}#{k}" for name, k in items]
-        features["text"], _, models["text"] = read_features(features_dir, "text", "", ids)
+        read("text", [f"{name}#{k}" for name, k in items])
     wavs = [spoken.get(item) for item in items]
-    read_out = [i for i, path in enumerate(wavs) if path]
-    speech, mels = torch.zeros(len(items), 2, dtype=torch.int64), torch.empty(0, N_MELS)
-    if "audio" in cached and speech_file:
-        features["audio"], has_features, models["audio"] = read_features(features_dir, "audio", "", [
-            wavs[i].name for i in read_out])
-        frames, n_broken, broken = has_features.long(), int((~has_features).sum()), {}
+    read_out, broken_wavs = [i for i, path in enumerate(wavs) if path], {}
+    if "audio" in cached:
+        frames, broken_wavs = read("audio", [wavs[i].name for i in read_out])
     else:
-        mels, frames, broken, digest_of_speech = decoded(
+        mels, frames, broken_wavs, digest_of_speech = decoded(
             cfg.data.cache_dir, "mels", [wavs[i] for i in read_out], lambda raw: decode_speech(raw, device), (N_MELS,),
             np.float16, workers if device.type == "cpu" else 1)
-        contents, n_broken = contents + digest_of_speech, len(broken)
+        contents += digest_of_speech
+    speech = torch.zeros(len(items), 2, dtype=torch.int64)
     speech[read_out] = torch.stack([frames.cumsum(0) - frames, frames], dim=1)
     if speech_file and (speech[splits["train"], 1] > 0).sum() < 2:
-        why = f" (the first that cannot be read: {': '.join(next(iter(broken.items())))})" if broken else ""
         raise UserError(f"{speech_file}: fewer than 2 of its {len(spoken)} recordings are readable and of a caption of "
-                        f"a training photo{why}; check flickr_audio, or move it away to run on image and text alone")
+                        f"a training photo{first_of(broken_wavs)}; check flickr_audio, or move it away to run on image "
+                        "and text alone")
     mean, deviation = torch.zeros(N_MELS), torch.ones(N_MELS)
     if len(mels):
         n_train = speech[splits["train"]].sum(1).max()  # train comes first
         sample = mels[:n_train][::max(1, int(n_train) // 2**18)].double()
         mean, deviation = sample.mean(0), sample.std(0).clamp(min=1e-3)
-    text = [captions[name][k] for name, k in items]
-    counts = {"photos missing or broken": len(problems),
-              "photos without captions": sum(name not in captions for name in names),
-              "captions not spoken": len(items) - len(read_out), "recordings missing or broken": n_broken}
     room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 0
-    photos = photos.to(device) if photos.numel() < room else photos
-    row_of = {name: i for i, name in enumerate(names)}
+    text = [captions[name][k] for name, k in items]
+    counts = {"photos missing or broken": len(broken),
+              "photos without captions": sum(name not in captions for name in names),
+              "captions not spoken": len(items) - len(read_out), "recordings missing or broken": len(broken_wavs)}
     return Data(
-        photos, text, torch.tensor([row_of[name] for name, _ in items]), mels, speech, wavs,
+        photos.to(device) if photos.numel() < room else photos, text,
+        torch.tensor([row_of[name] for name, _ in items]), mels, speech, wavs,
         {"text": [f"{name}#{k}" for name, k in items], "image": names, "audio": [path and path.name for path in wavs]},
         splits, build_vocabulary([text[i] for i in splits["train"].tolist()]),
         tuple(x.float()[:, None].to(device) for x in (mean, deviation)), cfg.model.image_size, counts, device,
@@ -1885,29 +1737,31 @@ def load_data(cfg):
         (root / "SYNTHETIC_DEMO").exists(), {m: x.to(device) for m, x in features.items()}, models, features_dir)
 
 
+def first_of(problems):
+    """Of {file: why it cannot be read}."""
+    return f" (the first that cannot be read: {': '.join(next(iter(problems.items())))})" if problems else ""
+
+
 def random_data(cfg):
     """Random photos, captions of 12 of 4,520 words and 5 s of speech, one batch: for profile_flops.py without data."""
-    device, n, size = common.pick_device(cfg.device), cfg.training.batch_size, -(-cfg.model.image_size * 8 // 7)
-    draws, words = np.random.default_rng(0), [f"w{i}" for i in range(4520)]
     if "cached" in (cfg.model.text_encoder, cfg.model.image_encoder, cfg.model.audio_encoder):
         raise UserError("the width of precomputed features is not known without data.features_dir=")
-    tokens = ["<pad>", "<unk>", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789.,!?-'\""), *words]
-    speech = torch.stack([torch.arange(n) * 500, torch.full((n,), 500)], dim=1)
-    captions = [" ".join(draws.choice(words, 12)) for _ in range(n)]
-    statistics = torch.zeros(N_MELS, 1, device=device), torch.ones(N_MELS, 1, device=device)
-    splits = dict.fromkeys(("train", "dev", "test"), torch.arange(n))
-    return Data(torch.randint(256, (n, 3, size, size), dtype=torch.uint8), captions, torch.arange(n),
-                torch.randn(500 * n, N_MELS).half(), speech, [None] * n, {}, splits,
-                {token: i for i, token in enumerate(tokens)}, statistics, cfg.model.image_size, {}, device, "", True)
+    device, n, size = common.pick_device(cfg.device), cfg.training.batch_size, -(-cfg.model.image_size * 8 // 7)
+    draws, words = np.random.default_rng(0), [f"w{i}" for i in range(4520)]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", *(f"##{i}" for i in range(43)), *words])}
+    return Data(torch.randint(256, (n, 3, size, size), dtype=torch.uint8),
+                [" ".join(draws.choice(words, 12)) for _ in range(n)], torch.arange(n),
+                torch.randn(500 * n, N_MELS).half(),
+                torch.stack([torch.arange(n) * 500, torch.full((n,), 500)], dim=1), [None] * n, {},
+                dict.fromkeys(("train", "dev", "test"), torch.arange(n)), vocabulary,
+                (torch.zeros(N_MELS, 1, device=device), torch.ones(N_MELS, 1, device=device)), cfg.model.image_size, {},
+                device, "", True)
 
 
 def raw_items(data, modality, items, draws=None, share=slice(None)):
-    """What is queried with, before it becomes the model's input: captions, photos [n, 3, S, S] uint8, log mels [T, 80]
-    each, or features [n, ..].
-
-    items: [n] rows of photos for modality image, else of captions. Photos are cropped in the middle, or with `draws` (a
-    NumPy generator) anywhere and half of them mirrored. share: those of the items that are wanted.
-    """
+    """A `share` of the items [n] (photos for modality image, else captions) before they are the model's input: texts,
+    photos [n, 3, S, S] uint8, log mels [T, 80] each, or features [n, ..]. Photos are cropped in the middle, or with
+    `draws` (a NumPy generator) anywhere and half of them mirrored."""
     n, items = len(items), items[share]
     if modality in data.features:
         rows = data.speech[items, 0] if modality == "audio" else items
@@ -1943,13 +1797,12 @@ def as_input(data, modality, raw):
     return {"audio": (padded.float().transpose(1, 2) - mean) / deviation, "audio_frames": frames}  # [A, 80, T]
 
 
-def spec_augment(audio, frames, draws, n=None, share=slice(None)):
+def spec_augment(audio, frames, draws, n, share):
     """Zeroes (the mean) in every row of audio [A, 80, T] two bands of up to 12 mels and two spans of up to 15% of its
-    frames (Park et al. 2019). The rows are a `share` of n (None: of A)."""
+    frames (Park et al. 2019). The rows are a `share` of n."""
     def in_spans(length, widest, places):
         """[A, places] bool: in one of two spans of up to `widest` places, anywhere in length [A, 1, 1] or a number."""
-        numbers = draws.random((2, n or len(audio), 2, 1))[:, share]
-        numbers = torch.from_numpy(numbers.astype(np.float32)).to(audio.device)
+        numbers = torch.from_numpy(draws.random((2, n, 2, 1))[:, share].astype(np.float32)).to(audio.device)
         start, width = (numbers[0] * length).floor(), (numbers[1] * widest).floor()
         place = torch.arange(places, device=audio.device)
         return ((place >= start) & (place < start + width)).any(1)
@@ -1962,17 +1815,17 @@ def make_batch(data, indices, draws=None, share=lambda n: slice(n)):
     """Model input of caption rows [B]: text [B, L], image [B, ...], photo [B] ids; and of the A spoken ones audio
     [A, 80, T], audio_frames [A], audio_rows [A] (their places in the batch). Cached modalities: features [B or A, ..].
 
-    draws: a NumPy generator for augmentation. share(n) -> which of n rows are to be encoded: text, image and audio are
-    of these alone.
+    draws: a NumPy generator for augmentation. share(n) -> which of n rows text, image and audio are of.
     """
     photos, spoken = data.photo_of[indices], data.speech[indices, 1].nonzero()[:, 0]
     own, own_spoken = share(len(indices)), share(len(spoken))
-    batch = as_input(data, "text", raw_items(data, "text", indices, share=own))
-    if draws is not None and "text" not in data.features:
+    batch = {"photo": photos.to(data.device, non_blocking=True)}
+    if draws is None or "text" in data.features:
+        batch |= as_input(data, "text", raw_items(data, "text", indices, share=own))
+    else:
         text = tokenise(raw_items(data, "text", indices), data.vocabulary, SPELL, draws)[own]
         batch["text"] = text.to(data.device)
-    batch |= {**as_input(data, "image", raw_items(data, "image", photos, draws, own)),
-              "photo": photos.to(data.device, non_blocking=True)}
+    batch |= as_input(data, "image", raw_items(data, "image", photos, draws, own))
     if len(spoken):
         batch |= as_input(data, "audio", raw_items(data, "audio", indices[spoken], share=own_spoken))
         batch["audio_rows"] = spoken.to(data.device, non_blocking=True)
@@ -2010,16 +1863,13 @@ def epoch_batches(data, seed, captions, n_batches, epoch):
 def plot_changes(path, changes, synthetic):
     """Change of R@10 by every method with its paired interval: clean and corrupted queries. changes: {(direction,
     method): row of differences}."""
-    names = list(dict.fromkeys(direction for direction, _ in changes))
-    methods = list(dict.fromkeys(method for _, method in changes))
+    names, methods = (list(dict.fromkeys(part)) for part in zip(*changes, strict=True))
     figure, axes = common.new_figure(2, width=5.4, height=0.9 + 0.75 * len(names))
     for axis, on in zip(axes, ("clean", "corrupted"), strict=True):
-        column = f"{on} R@10"
         for i, method in enumerate(methods):
-            rows = {direction: row for (direction, m), row in changes.items() if m == method}
-            place = [names.index(direction) + 0.11 * (i - len(methods) / 2) for direction in rows]
-            value = np.array([row[column] for row in rows.values()])
-            low, high = (np.array([row[f"{column} {side}"] for row in rows.values()]) for side in ("low", "high"))
+            rows = [changes[name, method] for name in names]
+            value, low, high = (np.array([row[f"{on} R@10{side}"] for row in rows]) for side in ("", " low", " high"))
+            place = np.arange(len(names)) + 0.11 * (i - len(methods) / 2)
             reach = np.maximum([value - low, high - value], 0)
             axis.errorbar(value, place, xerr=reach, fmt=".", capsize=2, label=method)
         axis.axvline(0, color="black", linewidth=0.8)
@@ -2029,9 +1879,6 @@ def plot_changes(path, changes, synthetic):
     axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle("test-time methods against none" + (" (synthetic data)" if synthetic else ""))
     common.save_figure(figure, path)
-
-
-STAGES = ("all", "cache", "train", "evaluate", "ttt")
 
 
 def load_model(folder):
@@ -2049,8 +1896,7 @@ def use_demo(cfg):
     """Write the stand-in tree and point the config at it."""
     torch.set_num_threads(1)  # for so small a model a second thread only waits
     cfg.data.dir, cfg.data.cache_dir = demo_data.write_flickr8k("data/demo/flickr8k"), "data/demo/cache"
-    cached = [m for m in MODALITIES if getattr(cfg.model, f"{m}_encoder") == "cached"]
-    if cached:
+    if any(getattr(cfg.model, f"{m}_encoder") == "cached" for m in MODALITIES):
         cfg.data.features_dir = "data/demo/flickr8k_features"
         write_demo_features(cfg.data)
 
@@ -2061,18 +1907,16 @@ def write_demo_features(data_cfg):
     if (folder / "COMPLETE").exists():
         return
     data = load_data(Config(device="cpu", data=data_cfg, model=ModelConfig(image_size=56)))
+    data.splits["all"] = torch.arange(len(data.captions))
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {split: {"text": rows, "image": data.photo_of[rows].unique(), "audio": rows[data.speech[rows, 1] > 0]}
-            for split, rows in {**data.splits, "all": torch.arange(len(data.captions))}.items()}
     for m in MODALITIES:
-        asked = [(kind, amount, "test") for kind, amounts in CORRUPTIONS[m].items() for amount in amounts]
-        for kind, amount, split in [(*CLEAN, "all"), *asked, (*HELD_OUT[m], "dev")]:
-            items = rows[split][m]
+        corrupted = [(kind, amount, "test") for kind, amounts in CORRUPTIONS[m].items() for amount in amounts]
+        for kind, amount, split in [(*CLEAN, "all"), *corrupted, (*HELD_OUT[m], "dev")]:
+            items = data.items(m, split)
             feats = simple_features(data, m, corrupted_items(data, m, items, kind, amount))
             content = {"feats": feats.view(len(feats), 2, -1) if m == "audio" else feats, "model": "stand-in",
                        "ids": [data.names[m][i] for i in items.tolist()]}
-            path = feature_file(folder, m, condition_suffix(kind, amount))
-            common.atomic_write(path, lambda file, content=content: torch.save(content, file))
+            common.save_checkpoint(feature_file(folder, m, condition_suffix(kind, amount)), content, False)
     common.write_text(folder / "COMPLETE", "counts of words, pixels and mels, not of real encoders\n")
 
 
@@ -2084,17 +1928,15 @@ def main(argv):
     with common.one_after_the_other():  # the first fills the caches
         data = load_data(cfg)
     for split, rows in data.splits.items():
-        n_spoken = int((data.speech[rows, 1] > 0).sum())
-        print(f"{split}: {len(data.photo_of[rows].unique()):,} photos, {len(rows):,} captions, {n_spoken:,} spoken")
+        n_photos, n_spoken = (len(data.items(m, split)) for m in ("image", "audio"))
+        print(f"{split}: {n_photos:,} photos, {len(rows):,} captions, {n_spoken:,} spoken")
     counts = ", ".join(f"{name} {n:,}" for name, n in data.counts.items())
     print(f"vocabulary: {len(data.vocabulary):,} tokens; {counts}")
     if len(data.modalities) < 3:
         print(f"NOTE: {cfg.data.dir} has no folder flickr_audio: image and text alone")
     if stage in ("all", "train"):
         train(cfg, data)
-    if common.process()[0]:
-        return  # the first of several processes evaluates
-    if stage in ("all", "evaluate", "ttt"):
+    if stage in ("all", "evaluate", "ttt") and common.process()[0] == 0:  # the first of several processes evaluates
         results = common.published(cfg, data.fingerprint)
         if results is None or (stage != "evaluate" and not results["test_time"]):
             results = evaluate(cfg, data, test_time=stage != "evaluate")

@@ -146,6 +146,7 @@ class Config:
     experiment: str = Path(__file__).stem.removeprefix("exp_")  # the script that a YAML belongs to
     seed: int = ranged(42, ">= 0", "< 4294967296")  # weights, data order, augmentation, stream orders
     device: str = "auto"  # auto | cuda | mps | cpu
+    cuda_graphs: bool = True  # a GPU replays a recorded training step (false: kernel by kernel, to debug it)
     num_workers: int = ranged(0, ">= 0")  # threads that decode files (0: one a core)
     output_dir: str = ""  # run folder (empty: results/<config name>[,overrides])
     wandb: bool = False  # mirror metrics.csv, tables and pictures to Weights & Biases
@@ -439,6 +440,8 @@ def all_memories(model):
 def build_model(cfg, data):
     """MultiModalMemoryNetwork for the data, on their device. Raises: UserError on sizes that do not fit."""
     m = cfg.model
+    if not m.audio_channels:
+        raise UserError("model.audio_channels=[] leaves no convolution; give one number of channels or more")
     for size, part in (("latent_dim", "num_heads"), ("image_size", "patch_size")):
         if getattr(m, size) % getattr(m, part):
             raise UserError(f"model.{size}={getattr(m, size)} must be a multiple of model.{part}={getattr(m, part)}")
@@ -540,23 +543,32 @@ def build_optimizer(cfg, model):
 
 # ---------------------------------------------------------------------------------------------------------- objective
 
+def draw_passes(model):
+    """What a step draws, from torch's CPU generator (of several processes the first one's): (names of the encodings,
+    and of the pair, that are adapted before they are used (through_update); the modality that the pair is against)."""
+    *coins, third = common.agreed([*torch.rand(len(MODALITIES) + 1).tolist(), int(torch.randint(len(MODALITIES), ()))])
+    names = (*MODALITIES, "pair")
+    adapted = tuple(m for m, coin in zip(names, coins, strict=True) if model.through_update and coin < 0.5)
+    return adapted, MODALITIES[third]
+
+
 def retrieval_losses(model, batch):
     """{"text_image", "text_audio", "image_audio", "fused"}: scalars, InfoNCE (van den Oord et al. 2018) of the pairs,
     audio's over spoken rows.
 
     batch: as `make_batch` returns it; with fewer than two spoken rows there is only text_image. Captions of one photo
-    are no negatives. Every modality goes through the fusion alone; "fused" is a random pair against the third. Which
-    encodings are adapted before they are used (through_update) and which pair is fused is drawn from torch's CPU
-    generator. Of several processes each encodes its share of the rows and has the losses' parts.
+    are no negatives. Every modality goes through the fusion alone; "fused" is a random pair against the third. "drawn":
+    of `draw_passes` (default: drawn here). Of several processes each encodes its share of the rows and has the losses'
+    parts.
     """
-    *coins, third = common.agreed([*torch.rand(len(MODALITIES) + 1).tolist(), int(torch.randint(len(MODALITIES), ()))])
-    adapted = {m: model.through_update and coin < 0.5 for m, coin in zip((*MODALITIES, "pair"), coins, strict=True)}
-    spoken, photo, third = batch.get("audio_rows"), batch["photo"], MODALITIES[third]
+    adapted, third = batch.get("drawn") or draw_passes(model)
+    spoken, photo = batch.get("audio_rows"), batch["photo"]
     n = {"text": len(photo), "image": len(photo)}
     if spoken is not None and len(spoken) > 1:
         n["audio"] = len(spoken)
-    encodings = {m: model.encode(m, batch[m], batch.get(f"{m}_frames"), adapted[m]) for m in n}
-    latents = {m: F.normalize(model.fuse_modalities({m: e}, adapted[m]).float(), dim=1) for m, e in encodings.items()}
+    encodings = {m: model.encode(m, batch[m], batch.get(f"{m}_frames"), m in adapted) for m in n}
+    latents = {m: model.fuse_modalities({m: e}, m in adapted) for m, e in encodings.items()}
+    latents = {m: F.normalize(z.float(), dim=1) for m, z in latents.items()}
     latents = {m: common.gathered(z, n[m]) for m, z in latents.items()}
     losses, scale = {}, 1 / model.temperature
     for a, b in PAIRS:
@@ -567,7 +579,7 @@ def retrieval_losses(model, batch):
     if model.fused and len(encodings) == 3:
         own = spoken[common.share(len(spoken))]  # a row's text and photo may have been encoded by another process
         pair = {m: e if m == "audio" else common.gathered(e, n[m])[own] for m, e in encodings.items() if m != third}
-        joint = F.normalize(model.fuse_modalities(pair, adapted["pair"]).float(), dim=1)
+        joint = F.normalize(model.fuse_modalities(pair, "pair" in adapted).float(), dim=1)
         target = latents[third] if third == "audio" else latents[third][spoken]
         losses["fused"] = common.info_nce(common.gathered(joint, len(spoken)), target, scale, photo[spoken], "mask",
                                           rows=common.share(len(spoken)))
@@ -616,6 +628,7 @@ def train(cfg, data):
     warmup_steps = math.ceil(cfg.training.warmup * last_step)
     scheduler = torch.optim.lr_scheduler.LambdaLR(  # of step s + 1: neither the first nor the last stands still
         optimizer, lambda s: common.warmup_cosine(s + 1, last_step + 1, warmup_steps))
+    take_step = common.GraphedStep(train_step, model, optimizer, cfg.cuda_graphs, most=64)
     folder = common.open_run(cfg, data.fingerprint)  # after what can fail for its settings
     with common.Run(folder, cfg, model, optimizer, scheduler, steps_per_epoch=per_epoch) as run:
         for step in run.steps(last_step):
@@ -623,7 +636,8 @@ def train(cfg, data):
             model.train()
             draws = np.random.default_rng([cfg.seed, epoch, place]) if cfg.training.augment else None
             rows = epoch_batches(data, cfg.seed, cfg.data.captions, per_epoch, epoch)[place]
-            run.add(train_step(model, make_batch(data, rows, draws, common.share), optimizer))
+            batch = make_batch(data, rows, draws, common.share)
+            run.add(take_step({**batch, "drawn": draw_passes(model)}))  # stays on the device
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             if step % per_epoch == 0:
@@ -1413,8 +1427,10 @@ def read_wav(raw):
     Raises: ValueError on less than 25 ms, or NaN; what soundfile raises.
     """
     import soundfile
-    if raw[36:44] == b"data" + bytes(4):  # the corpus has such a header, of length 0: read on to the end of the file
-        raw = raw[:40] + b"\xff" * 4 + raw[44:]
+    if raw[36:40] == b"data":
+        end = 44 + int.from_bytes(raw[40:44], "little")
+        if raw[end:] and not re.match(rb"[\w ]{4}", raw[end:]):  # no chunk there: a broken header, and more sound
+            raw = raw[:40] + b"\xff" * 4 + raw[44:]
     wave, rate = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)
     wave = torch.from_numpy(wave.mean(1))
     if len(wave) * RATE < 400 * rate:
@@ -1548,8 +1564,9 @@ def decoded(folder, name, paths, decode, shape, dtype, workers):
         ends = np.cumsum([0, *(sum(counts[block]) for block in blocks)]).tolist()
         if [zlib.crc32(rows[start:end]) for start, end in itertools.pairwise(ends)] != index["checksums"]:
             raise ValueError
-        return torch.from_numpy(rows), torch.tensor(counts, dtype=torch.int64), index["problems"], index["fingerprint"]
-    except (KeyError, OSError, ValueError):
+        counts, problems = torch.tensor(counts, dtype=torch.int64), dict(index["problems"])
+        return torch.from_numpy(rows), counts, problems, str(index["fingerprint"])
+    except (KeyError, OSError, TypeError, ValueError):
         raise UserError(f"{data_file} is damaged; delete it and {index_file.name} to decode the files again") from None
 
 
@@ -1644,7 +1661,7 @@ def read_features(folder, modality, suffix, names, model=None):
     remedy = "make it with encode.py flickr8k" + (" --corruptions" if suffix else f", or set model.{modality}_encoder=")
     if not path.exists():
         raise UserError(f"{path}: no such file; {remedy}, or set data.features_dir=")
-    content = common.guarded(lambda p: torch.load(p, map_location="cpu", weights_only=True), path)
+    content = common.load_tensors(path, mmap=False)
     content = content if isinstance(content, dict) else {}
     feats, row_of = content.get("feats"), {name: row for row, name in enumerate(content.get("ids", ()))}
     dims = (2, 3) if modality == "audio" else (2,)

@@ -27,8 +27,7 @@ Deviations from the recipes this follows:
 - SVCCA is exact; neighbours are searched in float32, near ties in float64; equal cosines go by index; signs stay;
 - every score has a permutation null of the *maximum over layer pairs* (one permutation for all layers);
 - files whose ids differ or are in another order are an error; MM-IMDb's genres are matched by name;
-- the clamp of outliers is for alignment alone: probes and towers train on whole features, and hashed TF-IDF, mostly
-  zeros, is not clamped;
+- outliers are clamped for alignment alone, never in what a model trains on, nor in hashed TF-IDF, mostly zeros;
 - truncations of one encoder are a dose-response of that encoder, never a sample of models;
 - probes and fine-tuning choose on dev; every w gets the same start, steps and rates.
 """
@@ -67,7 +66,6 @@ from common import UserError, ranged
 METRICS = ("mutual_knn", "cycle_knn", "lcs_knn", "edit_distance_knn", "cka", "unbiased_cka", "cknna", "svcca")
 KNN_METRICS = ("mutual_knn", "cycle_knn", "lcs_knn", "edit_distance_knn", "cknna")
 TRAINED = ("synthetic", "mmimdb", "finetune")  # the stages that train something
-SVCCA_DIMS = 10
 NEAR_TIE = 2e-6  # cosines closer than this in float32 are computed again in float64
 BLOCK_BYTES = 2**28  # what is N x N is made in row blocks of about this size
 KEPT_BYTES = 2**31  # and the N x N of all layers are kept up to this size
@@ -82,7 +80,6 @@ class AlignmentConfig:
     clamp_quantile: float = ranged(0.95, "> 0", "<= 1")  # clamp to this quantile of |value| of the whole stack (1: not)
     clamp_exact: bool = True  # that quantile itself (false: mean over samples of each one's quantile)
     n_permutations: int = ranged(200, ">= 19")  # K, of the null of the maximum over layer pairs
-    alpha: float = ranged(0.05, "> 0", "< 1")  # level of the threshold that calibrated scores are measured from
     ladder: list[str] = field(default_factory=list)  # pca:WIDTH cuts of the first model, tfidf:WIDTH of the texts
 
 
@@ -155,24 +152,23 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------------------ metrics
 
-def as_layers(stack):
-    """A stack as a list of layers [N, D_l]: [N, L, D] holds L, [N, D] is one; a list is as it is. Raises: UserError."""
+def as_layers(stack, where=""):
+    """A stack as a list of layers [N, D_l]: [N, L, D] holds L, [N, D] is one; a list is as it is. Raises: UserError,
+    which begins with `where`."""
     if not isinstance(stack, (list, tuple)):
-        stack = torch.tensor(stack) if isinstance(stack, np.ndarray) else stack
-        stack = [stack] if stack.ndim != 3 else stack.unbind(1)
+        stack = [stack] if stack.ndim != 3 else [stack[:, i] for i in range(stack.shape[1])]
     layers = [torch.tensor(x) if isinstance(x, np.ndarray) else x for x in stack]
     if not layers or any(x.ndim != 2 or x.numel() == 0 or len(x) != len(layers[0]) for x in layers):
-        raise UserError(f"features must be [N, D] or [N, L, D], found {[list(x.shape) for x in layers]}")
+        raise UserError(f"{where}features must be [N, D] or [N, L, D], found {[list(x.shape) for x in layers]}")
     for i, x in enumerate(layers):
-        low, high = torch.aminmax(x)
-        if not max(-float(low), float(high)) <= 1e30:  # also of NaN; beyond it float32 has no room for a row's length
+        if not x.abs().amax() <= 1e30:  # also of NaN; beyond it float32 has no room for a row's length
             bad = (~(x.abs() <= 1e30).all(1)).nonzero()[:, 0]
-            raise UserError(f"layer {i}: {len(bad)} of {len(x)} rows of features hold NaN, infinite or values beyond "
-                            f"1e30, the first is row {int(bad[0])}")
+            raise UserError(f"{where}layer {i}: {len(bad)} of {len(x)} rows of features hold NaN, infinite or values "
+                            f"beyond 1e30, the first is row {int(bad[0])}")
     return [x.cpu() if x.device.type == "mps" else x for x in layers]  # float64, which MPS lacks
 
 
-def clamp_outliers(stack, q=0.95, exact=True):
+def clamp_outliers(stack, q=0.95, exact=True, where=""):
     """Features clamped to [-t, t], one threshold t for the whole stack (Huh et al. 2024, appendix).
 
     exact: t is the int(q n) + 1 smallest of all n = N L D absolute values; else the mean over samples of each sample's
@@ -187,8 +183,7 @@ def clamp_outliers(stack, q=0.95, exact=True):
     else:
         t = float(np.quantile(values, q, axis=1).mean())
     if t == 0 and values.any():
-        raise UserError(f"the {q:g} quantile of |value| is 0, as most values are: clamping would leave nothing; set "
-                        "alignment.clamp_quantile=1")
+        raise UserError(f"{where}most values are 0: clamping would leave nothing; set alignment.clamp_quantile=1")
     clamped = [x.clamp(-t, t) for x in layers]
     if isinstance(stack, (list, tuple)):
         return clamped
@@ -202,21 +197,21 @@ def unit_rows(x):
     return x / lengths.clamp(min=1e-30).to(x.dtype)
 
 
-def products(x, start, stop):
-    """x[start:stop] @ x.T in float32 without TF32; the whole of it by its upper blocks, as it is symmetric."""
+def products(x, rows):
+    """x[rows] @ x.T in float32 without TF32; the whole of it by its upper blocks, as it is symmetric."""
     x, n = x.float(), len(x)
     with common.full_precision():
-        if stop - start < n or n <= 256:
-            return x[start:stop] @ x.T
-        out, size = x.new_empty(n, n), max(256, (n + 3) // 4)
-        for i in range(0, n, size):
-            out[i:i + size, i:] = x[i:i + size] @ x[i:].T
-            out[i + size:, i:i + size] = out[i:i + size, i + size:].T
+        if rows.stop - rows.start < n or n <= 256:
+            return x[rows] @ x.T
+        out = x.new_empty(n, n)
+        for part in common.row_blocks(rows, max(256, (n + 3) // 4)):
+            out[part, part.start:] = x[part] @ x[part.start:].T
+            out[part.stop:, part] = out[part, part.stop:].T
     return out
 
 
 class Side:
-    """What a metric needs of one stack of layers, computed once a layer; `by_item` names its tensors [L, N, ...]."""
+    """What a metric needs of one stack of layers, computed once; `by_item` names its tensors [L, N, ...]."""
 
     by_item = ()
 
@@ -228,60 +223,40 @@ class Side:
         return side
 
     def kept(self):
-        """A copy for many comparisons, which holds what they share where it fits."""
+        """A copy for many comparisons, which holds what they share where it fits; not to be permuted."""
         return self
 
 
 class Neighbours(Side):
-    """`near` [L, N, k], the nearest rows, best first; `cosines` [L, N, k] float64; `ties` [L], the rows with one at the
-    k-th place."""
+    """`near` [L, N, k], the nearest rows, best first; `cosines` [L, N, k] float64; `ties` [L], rows with a k-th tie."""
 
-    by_item, kept_tables = ("near", "cosines"), None
+    by_item = ("near", "cosines")
 
     def __init__(self, layers, k):
-        found = [nearest_neighbours(x, k) for x in layers]
-        self.n, self.k = len(layers[0]), k
-        self.near = torch.stack([indices for indices, *_ in found])
-        self.cosines = torch.stack([cosines for _, cosines, _ in found]).double()
-        self.ties = [ties for *_, ties in found]
+        near, cosines, self.ties = zip(*(nearest_neighbours(x, k) for x in layers), strict=True)
+        self.n, self.k, self.near, self.cosines = len(layers[0]), k, torch.stack(near), torch.stack(cosines).double()
 
     def permuted(self, order):
-        side, place = super().permuted(order), torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        side.near = place[side.near]
+        side = super().permuted(order)
+        side.near = order.argsort()[side.near]  # the inverse permutation
         return side
 
     def kept(self):
         side = copy.copy(self)
-        side.kept_tables = list(self.tables()) if 4 * len(self.near) * self.n**2 <= KEPT_BYTES else None
+        if 4 * len(self.near) * self.n**2 <= KEPT_BYTES:
+            tables = list(self.tables())
+            side.tables = lambda: tables
         return side
 
-    def tables(self, reverse=False):
-        """For each block of rows i: (first row, table [block * N, L] float32), where entry (i N + j, l) is 1 if j is
-        among the neighbours of i in layer l, or with `reverse` i among those of j; else 0."""
-        if self.kept_tables is not None and not reverse:
-            yield from self.kept_tables
-            return
-        near, n = self.near, self.n
-        size = max(1, min(n, BLOCK_BYTES // (64 * n * len(near))))  # small blocks stay in the cache
-        for start in range(0, n, size):
-            stop = min(start + size, n)
-            table = torch.zeros((stop - start) * n, len(near), device=near.device)
-            if reverse:
-                layer, j, place = ((near >= start) & (near < stop)).nonzero(as_tuple=True)
-                table[(near[layer, j, place] - start) * n + j, layer] = 1
-            else:
-                i = torch.arange(stop - start, device=near.device)[:, None]
-                layer = torch.arange(len(near), device=near.device)[:, None]
-                table[(i * n + near[:, start:stop]).flatten(1), layer] = 1
-            yield start, table
-
-    def looked_up(self, start, table, mode):
-        """The sum or max over a row's neighbours of their entries in a table, summed over its rows: [L, L']."""
-        near = self.near[:, start:start + len(table) // self.n]
-        pairs = self.n * torch.arange(near.shape[1], device=near.device)[:, None] + near
-        entries = F.embedding_bag(pairs.flatten(0, 1), table, mode=mode)  # [L rows, L']
-        return entries.view(*near.shape[:2], -1).sum(1, dtype=torch.float64)
+    def tables(self):
+        """For each block of rows: (rows, table [rows * N, L] float32); entry (i N + j, l) is 1 if j is among the
+        neighbours of the block's row i in layer l, else 0."""
+        near, n, layer = self.near, self.n, torch.arange(len(self.near), device=self.near.device)[:, None]
+        for rows in common.row_blocks(slice(0, n), max(1, BLOCK_BYTES // (64 * n * len(near)))):  # stay in the cache
+            i = torch.arange(rows.stop - rows.start, device=near.device)[:, None]
+            table = torch.zeros(len(i) * n, len(near), device=near.device)
+            table[(i * n + near[:, rows]).flatten(1), layer] = 1
+            yield rows, table
 
 
 def nearest_neighbours(x, k):
@@ -290,38 +265,47 @@ def nearest_neighbours(x, k):
     x [N, D] -> (indices [N, k] int64, cosines [N, k] float32, number of rows with a tie at the k-th place). A float32
     search finds them; rows with near ties are searched again by float64 products.
     """
-    n, device, unit, found, ties = len(x), x.device, unit_rows(x), [], 0
-    rows_at_once = max(1, BLOCK_BYTES // (16 * n))
-    for start in range(0, n, rows_at_once):
-        rows = torch.arange(start, min(start + rows_at_once, n), device=device)
-        cosines = products(unit, start, start + len(rows))
-        cosines[rows - start, rows] = -torch.inf
+    n, unit, blocks, ties = len(x), unit_rows(x), [], 0
+    for rows in common.row_blocks(slice(0, n), max(1, BLOCK_BYTES // (16 * n))):
+        cosines = products(unit, rows)
+        cosines.diagonal(rows.start).fill_(-torch.inf)
         values, indices = cosines.topk(min(k + 1, n - 1), dim=1)
         close = (values.diff(dim=1) > -NEAR_TIE).any(1).nonzero()[:, 0]
         if len(close):
             exact = x.double()
             lengths = exact.square().sum(1).sqrt().clamp(min=1e-300)
+            itself = close + rows.start
             # rounded: copies of a row tie whatever the order of summation
-            again = (exact[rows[close]] @ exact.T / lengths[rows[close], None] / lengths).float()
-            again[torch.arange(len(close), device=device), rows[close]] = -torch.inf
-            again, order = again.sort(dim=1, descending=True, stable=True)
-            values[close], indices[close] = again[:, :values.shape[1]], order[:, :values.shape[1]]
+            cosines = (exact[itself] @ exact.T / lengths[itself, None] / lengths).float()
+            cosines.scatter_(1, itself[:, None], -torch.inf)
+            cosines, order = cosines.sort(dim=1, descending=True, stable=True)
+            values[close], indices[close] = cosines[:, :values.shape[1]], order[:, :values.shape[1]]
             if n - 1 > k:
                 ties += int((values[:, k - 1] == values[:, k]).sum())
-        found.append((indices[:, :k], values[:, :k]))
-    return *(torch.cat(parts) for parts in zip(*found, strict=True)), ties
+        blocks.append((indices[:, :k], values[:, :k]))
+    return *(torch.cat(parts) for parts in zip(*blocks, strict=True)), ties
 
 
 def mutual_knn_scores(a, b):
     """Mean overlap of the two sets of k nearest neighbours / k (Huh et al. 2024, appendix A); in [0, 1], chance
     k / (N - 1)."""
-    return sum(a.looked_up(start, table, "sum") for start, table in b.tables()) / (a.n * a.k)
+    total = 0
+    for rows, table in b.tables():
+        near = a.near[:, rows]
+        pairs = a.n * torch.arange(near.shape[1], device=near.device)[:, None] + near
+        overlap = F.embedding_bag(pairs.flatten(0, 1), table, mode="sum")  # [La rows, Lb]
+        total = total + overlap.view(*near.shape[:2], -1).sum(1, dtype=torch.float64)
+    return total / (a.n * a.k)
 
 
 def cycle_knn_scores(a, b):
     """Share of items i that are among a's neighbours of some j of b's neighbours of i; in [0, 1], chance
     1 - (1 - k / (N - 1))^k; asymmetric, and raised by hubs."""
-    return sum(b.looked_up(start, table, "max") for start, table in a.tables(reverse=True)).T / a.n
+    i, hits = torch.arange(a.n, device=a.near.device)[:, None], []
+    for near in a.near:
+        is_near = torch.zeros(a.n, a.n, dtype=torch.bool, device=near.device).scatter_(1, near, True)  # of the row j
+        hits.append(is_near.take(b.near * a.n + i).any(2).sum(1))
+    return torch.stack(hits).double() / a.n
 
 
 def lcs_knn_scores(a, b):
@@ -357,56 +341,49 @@ def compare_lists(a, b, longest):
 
 
 class Grams(Side):
-    """Centred Gram matrices [L, N, N] of unit rows, and their `norm` [L]. Features are centred first, which keeps the
-    digits at a mean cosine of .99; the matrices are held in float32 where they fit, else made again in blocks."""
+    """Gram matrices of centred unit rows, and their `norm` [L]. Features are centred first, which keeps the digits at a
+    mean cosine of .99; the matrices are held in float32 where they fit, else made again in blocks. unbiased: U-centred
+    (Szekely & Rizzo 2014, eq. 3.1), HSIC of Song et al. 2012, eq. 4, is then a plain inner product. centred=False:
+    matrices of cosines, for a metric of one's own."""
 
-    unbiased, order, wide, gram = False, None, None, None
-
-    def __init__(self, layers, k=None):
-        self.n, self.features = len(layers[0]), [centred_rows(x) for x in layers]
+    def __init__(self, layers, k=None, unbiased=False, centred=True):
+        self.n, self.unbiased, self.gram = len(layers[0]), unbiased, None
+        self.features = [(centred_rows if centred else unit_rows)(x) for x in layers]
         if 4 * len(layers) * self.n**2 <= KEPT_BYTES:
-            self.gram = self.made(0, self.n)
+            self.gram = self.make(slice(0, self.n))
             self.norm = torch.linalg.vector_norm(self.gram, dim=2).double().square().sum(1).sqrt()
         else:
             self.norm = gram_products(self, self).diagonal().sqrt()
 
-    def made(self, start, stop):
-        """Rows of the matrices, [L, stop - start, N] float32, from the features."""
-        n, out = self.n, self.features[0].new_empty(len(self.features), stop - start, self.n)
+    def make(self, rows):
+        """Rows of the matrices, [L, rows, N] float32, from the features."""
+        n, out = self.n, self.features[0].new_empty(len(self.features), rows.stop - rows.start, self.n)
         for gram, x in zip(out, self.features, strict=True):
-            gram.copy_(products(x, start, stop))
+            gram.copy_(products(x, rows))
             if self.unbiased:  # columns of x sum to 0: without its diagonal row i of the Gram sums to -squares[i]
                 squares = x.square().sum(1)
-                gram += (squares[start:stop, None] + squares) / (n - 2) - squares.sum() / ((n - 1) * (n - 2))
-                gram.diagonal(start).zero_()
+                gram += (squares[rows, None] + squares) / (n - 2) - squares.sum() / ((n - 1) * (n - 2))
+                gram.diagonal(rows.start).zero_()
         return out
 
-    def rows(self, start, stop):
-        """The same in float64, permuted."""
-        if self.wide is not None:
-            return self.wide[:, start:stop]
-        if self.gram is None:
-            return self.made(start, stop).double()
-        rows = slice(start, stop) if self.order is None else self.order[start:stop]
-        return (self.gram[:, rows] if self.order is None else self.gram[:, rows][:, :, self.order]).double()
+    def block(self, rows):
+        """The same in float64."""
+        return (self.make(rows) if self.gram is None else self.gram[:, rows]).double()
 
     def permuted(self, order):
         side = copy.copy(self)
         if self.gram is None:
             side.features = [x[order] for x in self.features]
-        side.order, side.wide = order, None
+        else:
+            places = (self.n * order[:, None] + order).flatten()  # in one go, which is the fastest
+            side.gram = self.gram.flatten(1).index_select(1, places).view_as(self.gram)
         return side
 
     def kept(self):
         side = copy.copy(self)
-        side.wide = self.rows(0, self.n) if 8 * len(self.features) * self.n**2 <= KEPT_BYTES // 4 else None
+        if 8 * len(self.features) * self.n**2 <= KEPT_BYTES // 4:
+            side.gram = self.gram.double()
         return side
-
-
-class UnbiasedGrams(Grams):
-    """U-centred (Szekely & Rizzo 2014, eq. 3.1): HSIC of Song et al. 2012, eq. 4, is then a plain inner product."""
-
-    unbiased = True
 
 
 def centred_rows(x):
@@ -420,9 +397,8 @@ def centred_rows(x):
 def gram_products(a, b):
     """<K, L> [La, Lb] float64 over all pairs of Gram matrices, in blocks of rows."""
     total, size = 0, max(1, BLOCK_BYTES // (16 * a.n * (len(a.features) + len(b.features))))
-    for start in range(0, a.n, size):
-        stop = min(start + size, a.n)
-        total = total + a.rows(start, stop).flatten(1) @ b.rows(start, stop).flatten(1).T
+    for rows in common.row_blocks(slice(0, a.n), size):
+        total = total + a.block(rows).flatten(1) @ b.block(rows).flatten(1).T
     return total
 
 
@@ -474,109 +450,69 @@ class Directions(Side):
     by_item = ("vectors",)
 
     def __init__(self, layers, k=None):
-        self.n, self.vectors = len(layers[0]), []
-        for x in layers:
-            x = centred_rows(x).double()
-            norms = x.square().sum(0).sqrt()
-            x = x / norms.clamp(min=max(1e-12 * float(norms.max()), 1e-300))  # constant columns stay 0
-            self.vectors.append(left_singular_vectors(x, SVCCA_DIMS))
-        self.vectors = torch.stack(self.vectors)
+        self.n, self.vectors = len(layers[0]), torch.stack([left_singular_vectors(centred_rows(x)) for x in layers])
 
 
-def left_singular_vectors(x, n_vectors):
-    """The first left singular vectors [N, n_vectors] of x [N, D] float64 (zero columns beyond its rank).
-
-    Block Krylov iteration on the smaller Gram matrix with Rayleigh-Ritz (Musco & Musco 2015, arXiv 1504.05477) to a
-    residual of 1e-10; a full eigendecomposition where that has not converged.
-    """
-    wanted = min(n_vectors, *x.shape)
-    gram = x @ x.T if len(x) <= x.shape[1] else x.T @ x  # [m, m]
-    m = len(gram)
-    start = torch.randn(min(m, wanted + 10), m, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
-    block = start.to(x.device) @ gram
-    basis, applied = gram.new_empty(0, m), gram.new_empty(0, m)  # rows: orthonormal vectors v, and v G
-    for _ in range(12):
-        for _ in range(2):
-            block = torch.linalg.qr((block - block @ basis.T @ basis).T).Q.T
-        block = block[:m - len(basis)]
-        basis, applied = torch.cat([basis, block]), torch.cat([applied, block @ gram])
-        values, ritz = (part.flip(-1)[..., :wanted] for part in torch.linalg.eigh(applied @ basis.T))
-        vectors = ritz.T @ basis
-        residual = (ritz.T @ applied - values[:, None] * vectors).norm(dim=1).max()
-        if len(basis) == m or residual <= 1e-10 * values[0]:
-            break
-        block = applied[-len(block):]
-    else:
-        values, vectors = torch.linalg.eigh(gram)
-        values, vectors = values.flip(0)[:wanted], vectors.T.flip(0)[:wanted]
-    vectors = vectors * (values > 1e-12 * values[0])[:, None]
-    left = vectors.T if m == len(x) else F.normalize(x @ vectors.T, dim=0, eps=1e-300)
-    return F.pad(left, (0, n_vectors - wanted))
+def left_singular_vectors(x, n_vectors=10):
+    """Those of x [N, D] with its columns at unit length, [N, n_vectors] float64; zeros beyond its rank."""
+    x = x.double()
+    norms = x.square().sum(0).sqrt()
+    x = x / norms.clamp(min=max(1e-12 * float(norms.max()), 1e-300))  # constant columns stay 0
+    is_wide = len(x) <= x.shape[1]
+    values, vectors = torch.linalg.eigh(x @ x.T if is_wide else x.T @ x)  # ascending
+    values, vectors = values.flip(0)[:n_vectors], vectors.flip(1)[:, :n_vectors]
+    vectors = vectors * (values > 1e-12 * values[0])
+    left = vectors if is_wide else F.normalize(x @ vectors, dim=0, eps=1e-300)
+    return F.pad(left, (0, n_vectors - left.shape[1]))
 
 
 def svcca_scores(a, b):
-    """Mean canonical correlation of the first 10 singular directions of the standardised features (Raghu et al. 2017);
-    in [0, 1]."""
+    """Mean canonical correlation, in [0, 1], of the first 10 singular directions (Raghu et al. 2017)."""
     u, v = a.vectors, b.vectors
     ranks = torch.minimum((u != 0).any(1).sum(1)[:, None], (v != 0).any(1).sum(1))
     correlations = torch.linalg.svdvals(torch.einsum("anr,bns->abrs", u, v).cpu())
     return correlations.sum(2).to(u.device) / ranks.clamp(min=1)
 
 
-class Cosines(Side):
-    """Gram matrices of unit rows [L, N, N], for a metric of one's own: metric(gram_a, gram_b) -> number."""
-
-    by_item = ("gram",)
-
-    def __init__(self, layers, k=None):
-        self.n, self.gram = len(layers[0]), torch.stack([products(unit_rows(x), 0, len(x)) for x in layers])
-
-    def permuted(self, order):
-        side = super().permuted(order)
-        side.gram = side.gram[:, :, order]
-        return side
-
-
 SIDES_AND_SCORES = {
     "mutual_knn": (Neighbours, mutual_knn_scores), "cycle_knn": (Neighbours, cycle_knn_scores),
     "lcs_knn": (Neighbours, lcs_knn_scores), "edit_distance_knn": (Neighbours, edit_distance_knn_scores),
-    "cka": (Grams, cka_scores), "unbiased_cka": (UnbiasedGrams, cka_scores), "cknna": (MutualNeighbours, cknna_scores),
-    "svcca": (Directions, svcca_scores)}
+    "cka": (Grams, cka_scores), "unbiased_cka": (functools.partial(Grams, unbiased=True), cka_scores),
+    "cknna": (MutualNeighbours, cknna_scores), "svcca": (Directions, svcca_scores)}
 
 
 def prepare(stack, metric, k=10):
-    """What `scores` needs of one stack. Raises: UserError."""
-    layers = as_layers(stack)
-    n = len(layers[0])
+    """What a metric needs of a stack, a Side; of a Side itself. Raises: UserError."""
+    if isinstance(stack, Side):
+        return stack
     if not callable(metric) and metric not in METRICS:
         raise UserError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
+    layers = as_layers(stack)
+    n = len(layers[0])
     if n < 4 or (metric in KNN_METRICS and not 1 <= k < n):
         raise UserError(f"{metric} needs more than k = {k} and at least 4 rows, found {n}")
-    return (Cosines if callable(metric) else SIDES_AND_SCORES[metric][0])(layers, k)
-
-
-def scores(a, b, metric):
-    """All layer pairs of two sides at once: [La, Lb] float64."""
-    if a.n != b.n:
-        raise UserError(f"the two sides have {a.n} and {b.n} items; they must be the same items in the same order")
-    if callable(metric):
-        return torch.tensor([[float(metric(x, y)) for y in b.gram] for x in a.gram], dtype=torch.float64)
-    return SIDES_AND_SCORES[metric][1](a, b)
-
-
-def highest(metric, k):
-    """The largest score of a metric: that of lcs_knn counts items, those of the others are shares or correlations."""
-    return k if metric == "lcs_knn" else 1
+    return Grams(layers, centred=False) if callable(metric) else SIDES_AND_SCORES[metric][0](layers, k)
 
 
 def alignment_matrix(stack_a, stack_b, metric, k=10):
     """Scores of all layer pairs, [La, Lb] float64, of two stacks of the same N items in the same order.
 
     metric: one of METRICS, each defined at its function `.._scores`, or metric(gram_a, gram_b) -> number of two
-    matrices of cosines [N, N]. Rows are normalised inside.
+    matrices of cosines [N, N]. Rows are normalised inside. A stack may be `prepare`d.
     Raises: UserError for an unknown metric, N <= k, N < 4, different N, non-finite features.
     """
-    return scores(prepare(stack_a, metric, k), prepare(stack_b, metric, k), metric)
+    a, b = prepare(stack_a, metric, k), prepare(stack_b, metric, k)
+    if a.n != b.n:
+        raise UserError(f"the two sides have {a.n} and {b.n} items; they must be the same items in the same order")
+    if callable(metric):
+        grams_a, grams_b = a.block(slice(0, a.n)), b.block(slice(0, b.n))
+        return grams_a.new_tensor([[float(metric(x, y)) for y in grams_b] for x in grams_a])
+    return SIDES_AND_SCORES[metric][1](a, b)
+
+
+def highest(metric, k):
+    """The largest score of a metric: that of lcs_knn counts items, those of the others are shares or correlations."""
+    return k if metric == "lcs_knn" else 1
 
 
 def of_two_layers(metric):
@@ -602,30 +538,22 @@ def calibrate(score, null, alpha=0.05):
             "null_mean": float(null.mean())}
 
 
-def null_of_maximum(a, b, metric, n_permutations=200, seed=0, alpha=0.05):
-    """The best layer pair of two prepared sides against the permutation null of that maximum (Westfall & Young 1993):
-    b's items are permuted by successive draws of RandomState(seed).permutation(N), one for all layers.
+def permutation_null(stack_a, stack_b, metric, k=10, n_permutations=200, seed=0, alpha=0.05):
+    """The best layer pair of two stacks against the permutation null of that maximum (Westfall & Young 1993): b's items
+    are permuted by successive draws of RandomState(seed).permutation(N), one for all layers.
 
-    Returns: `calibrate`'s dict, with `layers` (of a, of b) of the best pair, `matrix` of scores [La, Lb], and `null`
-    [K]; lcs_knn is divided by k, so that 1 is its largest value, as of all.
+    Arguments and errors as of `alignment_matrix`. Returns: `calibrate`'s dict, with `layers` (of a, of b) of the best
+    pair, `matrix` of scores [La, Lb], and `null` [K]; lcs_knn is divided by k, so that 1 is its largest value, too.
     """
-    unit, draws = highest(metric, getattr(a, "k", 1)), np.random.RandomState(seed)
-    b, matrix, null = b.kept(), scores(a, b, metric) / unit, np.empty(n_permutations)
+    a, b, unit = prepare(stack_a, metric, k), prepare(stack_b, metric, k).kept(), highest(metric, k)
+    matrix, null = alignment_matrix(a, b, metric) / unit, np.empty(n_permutations)
+    draws = np.random.RandomState(seed)
     for i in range(n_permutations):  # floats into place: small tensors between large ones would hold their memory
         order = torch.from_numpy(np.argsort(draws.permutation(a.n))).to(matrix.device)  # inverse, of a: the same pairs
-        null[i] = scores(a.permuted(order), b, metric).max().item() / unit
+        null[i] = alignment_matrix(a.permuted(order), b, metric).max().item() / unit
     best = divmod(int(matrix.argmax()), matrix.shape[1])
     return {**calibrate(matrix.max().item(), null, alpha), "layers": list(best), "matrix": matrix.tolist(),
             "null": null.tolist()}
-
-
-def permutation_null(stack_a, stack_b, metric, k=10, n_permutations=200, seed=0, alpha=0.05):
-    """`null_of_maximum` of two stacks, with the metrics and errors of `alignment_matrix`.
-
-    Returns: dict `score`, `p_value`, `threshold`, `calibrated`, `null_mean`, `layers`, `matrix`, `null`.
-    """
-    a, b = prepare(stack_a, metric, k), prepare(stack_b, metric, k)
-    return null_of_maximum(a, b, metric, n_permutations, seed, alpha)
 
 
 def part_scores(stack_a, stack_b, metric, k=10, seed=0):
@@ -649,13 +577,11 @@ def part_scores(stack_a, stack_b, metric, k=10, seed=0):
 
 
 def interval(column, score, parts):
-    """{column low, column high}: 95% interval of a score (the maximum over layer pairs, lcs_knn divided by k) from its
-    `part_scores`; {} without them.
+    """{column low, column high}: 95% interval of the best layer pair's score from its `part_scores`; {} without them.
 
     Disjoint parts are independent samples, so the variance between them is that of the score of fewer items, V(N/2) and
-    V(N/4), whatever the metric; a jackknife's is up to 3 times too large, as a neighbour depends on many rows, and rows
-    drawn twice would be neighbours of themselves. V(N) is extrapolated as a / N + b / N^2. Every part has its own best
-    layers, so that their choice is in the interval, too.
+    V(N/4), whatever the metric and the choice of layers; a jackknife's is up to 3 times too large, and rows drawn twice
+    would be neighbours of themselves. V(N) is extrapolated as a / N + b / N^2.
     """
     if parts is None:
         return {}
@@ -673,11 +599,18 @@ def ranks(values):
     return np.array([((values < v).sum() + (values <= v).sum() + 1) / 2 for v in values])
 
 
-def student_p(t, dof):
-    """Two-sided p of Student's t: the integral of cos^(dof - 1), as x = tan(angle) sqrt(dof) turns its density into."""
+def student_tail(dof):
+    """(angles [M], their two-sided p [M]) of Student's t = sqrt(dof) tan(angle), whose density is cos(angle)^(dof - 1);
+    the angle of a correlation is its arc sine."""
     angles = np.linspace(0, math.pi / 2, 200_001)
-    density = np.cos(angles) ** (dof - 1)
-    return float(min(1.0, density[angles >= math.atan(abs(t) / math.sqrt(dof))].sum() / density.sum()))
+    beyond = (np.cos(angles) ** (dof - 1))[::-1].cumsum()[::-1]
+    return angles, beyond / beyond[0]
+
+
+def correlation_p(r, n):
+    """Two-sided p of a correlation of n pairs, by Student's t."""
+    angles, p = student_tail(n - 2)
+    return float(p[np.searchsorted(angles, math.asin(min(abs(r), 1.0)))])
 
 
 @functools.lru_cache(maxsize=256)
@@ -707,7 +640,7 @@ def spearman(x, y):
         return {"n": n, "rho": math.nan, "p": math.nan}
     rho = float(np.corrcoef(rx, ry)[0, 1])
     if n > 12:
-        return {"n": n, "rho": rho, "p": student_p(rho * math.sqrt((n - 2) / max(1 - rho**2, 1e-300)), n - 2)}
+        return {"n": n, "rho": rho, "p": correlation_p(rho, n)}
     whole_x, whole_y = (2 * rx).astype(int), (2 * ry).astype(int)  # mean ranks may be halves
     counts = rank_sum_counts(tuple(sorted(whole_x.tolist())), tuple(sorted(whole_y.tolist())))
     middle = whole_x.sum() * whole_y.sum() / n
@@ -720,11 +653,10 @@ def slope(x, y):
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(x) < 3 or np.ptp(x) == 0:
         return {"slope": math.nan, "slope p": math.nan}
-    if np.ptp(y) == 0:  # the fit would leave rounding errors, and a p of those
+    if np.ptp(y) == 0:
         return {"slope": 0.0, "slope p": 1.0}
-    gradient, offset = np.polyfit(x, y, 1)
-    variance = ((y - gradient * x - offset) ** 2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum()
-    return {"slope": float(gradient), "slope p": student_p(gradient / math.sqrt(max(variance, 1e-300)), len(x) - 2)}
+    r = np.corrcoef(x, y)[0, 1]
+    return {"slope": float(r * y.std() / x.std()), "slope p": correlation_p(r, len(x))}
 
 
 def benjamini_hochberg(p_values):
@@ -750,13 +682,24 @@ def mean_of(rows, *keys):
     return float(np.mean([functools.reduce(operator.getitem, keys, row) for row in rows]))
 
 
+def line(rows, x, *keys):
+    """A curve of common.plot_lines: the mean of rows[..][key].. at every value of column x."""
+    groups = grouped(rows, x)
+    return {"x": [value for value, in groups], "y": [mean_of(part, *keys) for part in groups.values()]}
+
+
+def cells(name, curve):
+    """A curve as a row of a table."""
+    return {f"{name} = {x}": y for x, y in zip(curve["x"], curve["y"], strict=True)}
+
+
 def stated(c):
     """A correlation in the words of a picture."""
     return f"rho {c['rho']:+.2f}, n = {c['n']}, p = {c['p']:.2g}"
 
 
 def null_columns(metric, rows):
-    """A table's columns: the means over rows of the numbers of `null_of_maximum`."""
+    """A table's columns: the means over rows of the numbers of `permutation_null`."""
     return {metric: mean_of(rows, metric, "score"), f"{metric} chance": mean_of(rows, metric, "null_mean"),
             f"{metric} calibrated": mean_of(rows, metric, "calibrated")}
 
@@ -765,21 +708,23 @@ def null_columns(metric, rows):
 
 @dataclass
 class Data:
-    """What a stage works on. Of one that trains, `jobs` set its models apart, and `tensors` [n, ...] and `splits`
-    (train | val | test -> rows) are those of the selected `job`."""
+    """What a stage works on, its files, films or settings as `source`. Of one that trains, `jobs` tell its models
+    apart, and `tensors` [n, ...] and `splits` (train | val | test -> rows) are those of the selected `job`."""
     stage: str
     source: object
     fingerprint: str
     synthetic: bool
     jobs: list = field(default_factory=list)
+    select_job: object = None  # job -> (tensors, splits)
     job: dict = field(default_factory=dict)
     tensors: dict = field(default_factory=dict)
     splits: dict = field(default_factory=dict)
 
 
-def select(data, job):
-    """The same data with a job's tensors and splits."""
-    tensors, splits = data.source.select(job)
+def select(data, job=None):
+    """The same data with the tensors and splits of a job (default: the last)."""
+    job = job or data.jobs[-1]
+    tensors, splits = data.select_job(job)
     return dataclasses.replace(data, job=job, tensors=tensors, splits=splits)
 
 
@@ -789,14 +734,12 @@ def title_of(data, job):
 
 
 def make_batch(data, indices, labelled=None):
-    """{name: rows of each tensor of the job}; of finetune pairs `indices` with texts and labels of the films `labelled`
-    (default: the same)."""
-    x = data.tensors
-    if data.stage != "finetune":
-        return {name: values[indices] for name, values in x.items()}
-    labelled = indices if labelled is None else labelled
-    return {"image": x["image"][indices], "text": x["text"][indices], "labelled_text": x["text"][labelled],
-            "labels": x["labels"][labelled]}
+    """{name: rows of each tensor of the job}; finetune's classifier has the films `labelled` (default: the same)."""
+    batch = {name: values[indices] for name, values in data.tensors.items()}
+    if data.stage == "finetune":
+        labelled = indices if labelled is None else labelled
+        batch |= {"labelled_text": data.tensors["text"][labelled], "labels": data.tensors["labels"][labelled]}
+    return batch
 
 
 def steps_per_epoch(cfg, data):
@@ -823,8 +766,15 @@ def epoch_batches(cfg, data, epoch):
 
 
 def build_model(cfg, data):
-    """The model of the selected job, on its device."""
-    return BLOCKS[data.stage][1](cfg, data).to(data.splits["train"].device)
+    """The model of the selected job, on its device: `losses(batch)`, `make_optimizer(cfg)`, `score(data, split)`."""
+    x, train = data.tensors, data.splits["train"]
+    if data.stage == "synthetic":
+        model = Encoders(x["inputs"].shape[1], data.job["depth"])
+    elif data.stage == "mmimdb":
+        model = Probes(x["features"].shape[1], x["labels"][train])
+    else:
+        model = TwoTower(x["image"].shape[1], x["text"].shape[1], cfg.finetune, data.job["weight"])
+    return model.to(train.device)
 
 
 def build_optimizer(cfg, model):
@@ -850,7 +800,7 @@ def train_job(cfg, data):
     model, n_batches, title = build_model(cfg, data), steps_per_epoch(cfg, data), title_of(data, data.job)
     optimizer = build_optimizer(cfg, model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: model.schedule((step + 1) / n_batches))
-    best, best_score, rows = None, None, []
+    best, best_score, rows = copy.deepcopy(model.state_dict()), torch.tensor(-math.inf), []
     for epoch in range(1, getattr(cfg, data.stage).epochs + 1):
         losses = []
         for batch in epoch_batches(cfg, data, epoch - 1):
@@ -860,15 +810,13 @@ def train_job(cfg, data):
         losses, score = torch.stack(losses).tolist(), model.score(data, "val")
         bad = [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
         if bad or not torch.isfinite(score).all():
-            step = (*bad, n_batches)[0]
-            raise FloatingPointError(f"non-finite loss or prediction in {title}, epoch {epoch}, step {step}, learning "
-                                     f"rate {rate:g}; lower the learning rate of {data.stage}")
-        better = torch.ones_like(score, dtype=torch.bool) if best is None else score > best_score
-        best_score = score if best is None else torch.where(better, score, best_score)
-        state = {name: x.clone() for name, x in model.state_dict().items()}
-        best = best or state
-        for name, x in state.items():
-            best[name] = torch.where(better.view(-1, *[1] * (x.ndim - 1)) if better.ndim else better, x, best[name])
+            raise FloatingPointError(f"non-finite loss or prediction in {title}, epoch {epoch}, step "
+                                     f"{(*bad, n_batches)[0]}; lower the learning rate of {data.stage}, {rate:g}")
+        better = score > best_score
+        best_score = torch.where(better, score, best_score)
+        for name, x in model.state_dict().items():
+            is_better = better.to(x.device).reshape(better.shape + (1,) * (x.ndim - better.ndim))
+            best[name] = torch.where(is_better, x, best[name])
         rows.append({"stage": data.stage, "job": title, "epoch": epoch, "loss": sum(losses) / len(losses),
                      "val_score": score.double().mean().item(), "learning_rate": rate, **model.health()})
     print(f"{title}: {epoch} epochs, best validation score {best_score.double().mean().item():.3f}", flush=True)
@@ -893,11 +841,7 @@ def train(cfg, *data):
             models[step - 1].load_state_dict(best)
             *others, last = ({"step": step, **row} for row in rows)
             run.history += others
-            if step < len(jobs):
-                run.log(last)
-                run.save()
-            else:
-                run.log(last, score=0)  # writes best_model.pt, too
+            run.log(last, score=step)  # later is better: best_model.pt has the models of all jobs so far
     return run.history
 
 
@@ -906,14 +850,12 @@ def joint_fingerprint(data):
 
 
 class JobModel(nn.Module):
-    """A model of a job; it has `losses(batch)`, `make_optimizer(cfg)`, `score(data, split)`."""
+    """A job's model: the factor of its learning rates after so many epochs, and its columns of metrics.csv."""
 
     def schedule(self, epoch):
-        """Factor of the learning rates after so many epochs."""
         return 1.0
 
     def health(self):
-        """Columns of metrics.csv."""
         return {}
 
 
@@ -979,37 +921,29 @@ def draw_synthetic(s, seed):
     return z_scored(torch.cat([common_bits, own_1], dim=1).float(), splits["train"]), transformed, labels, splits
 
 
-class SyntheticSource:
-    """Draws of a SyntheticConfig; a job's encoders are of one side and depth, one for each (U, D), x1's for each U."""
-
-    def __init__(self, s, device):
-        self.s, self.device, self.drawn = s, device, (None, None)
-
-    def grid(self, job):
-        """[(U, D)] of a job's encoders; D is None for x1's."""
-        return list(itertools.product(self.s.uniqueness, self.s.transform_depths if job["side"] == "x2" else [None]))
-
-    def select(self, job):
-        if self.drawn[0] != job["seed"]:  # one draw is held at a time
-            self.drawn = (job["seed"], draw_synthetic(self.s, job["seed"]))
-        x1, x2, labels, splits = self.drawn[1]
-        grid = self.grid(job)
-        inputs = torch.stack([x2[depth] if depth else x1 for _, depth in grid], dim=1)  # [n, E, 12]
-        labels = torch.stack([labels[u] for u, _ in grid], dim=1)  # [n, E]
-        return ({"inputs": inputs.to(self.device), "labels": labels.to(self.device)},
-                {name: rows.to(self.device) for name, rows in splits.items()})
+def encoder_grid(s, side):
+    """[(U, D)] of the encoders that a job of this side trains at once; D is None for x1's."""
+    return list(itertools.product(s.uniqueness, s.transform_depths if side == "x2" else [None]))
 
 
 def load_synthetic(cfg, stage="synthetic"):
-    """Data of the controlled experiment. Raises: UserError."""
-    s = cfg.synthetic
+    """Data of the controlled experiment; a job's encoders are of one seed, side and depth. Raises: UserError."""
+    s, device = cfg.synthetic, common.pick_device(cfg.device)
     if min(*s.transform_depths, *s.x1_depths, *s.x2_depths) < 1 or not all(0 <= u <= 8 for u in s.uniqueness):
         raise UserError("synthetic: uniqueness takes numbers from 0 to 8, transform_depths and the others from 1")
+    draw = functools.lru_cache(maxsize=1)(lambda seed: draw_synthetic(s, seed))  # one draw is held at a time
+
+    def select_job(job):
+        x1, x2, labels, splits = draw(job["seed"])
+        grid = encoder_grid(s, job["side"])
+        inputs = torch.stack([x2[depth] if depth else x1 for _, depth in grid], dim=1)  # [n, E, 12]
+        labels = torch.stack([labels[u] for u, _ in grid], dim=1)  # [n, E]
+        return ({"inputs": inputs.to(device), "labels": labels.to(device)},
+                {name: rows.to(device) for name, rows in splits.items()})
     sides = [*(("x1", depth) for depth in s.x1_depths), *(("x2", depth) for depth in s.x2_depths)]
     jobs = [{"seed": seed, "side": side, "depth": depth}
             for seed in range(cfg.seed, cfg.seed + s.n_seeds) for side, depth in sides]
-    source = SyntheticSource(s, common.pick_device(cfg.device))
-    return select(Data(stage, source, common.fingerprint([]), True, jobs), jobs[-1])
+    return select(Data(stage, s, common.fingerprint([]), True, jobs, select_job))
 
 
 class Encoders(JobModel):
@@ -1048,10 +982,6 @@ class Encoders(JobModel):
         return sum(hits) / len(data.splits[split])
 
 
-def build_encoders(cfg, data):
-    return Encoders(len(data.source.grid(data.job)), data.job["depth"])
-
-
 @torch.no_grad()
 def evaluate_synthetic(cfg, data, models):
     """Alignment of x1's encoders with x2's on one test batch, and accuracies, against U."""
@@ -1060,17 +990,17 @@ def evaluate_synthetic(cfg, data, models):
         data = select(data, job)
         accuracy = model.score(data, "test").tolist()
         hidden = torch.stack(model(data.tensors["inputs"][data.splits["test"][:N_ALIGNED]])[1])  # [L, E, N, 12]
-        for e, (u, depth) in enumerate(data.source.grid(job)):
+        for e, (u, depth) in enumerate(encoder_grid(s, job["side"])):
             sides.setdefault((job["seed"], job["side"], u), []).append(
                 {"D": depth, "depth": job["depth"], "accuracy": accuracy[e], "stack": hidden[:, e].transpose(0, 1)})
     pairs = [(seed, u, x, y) for (seed, side, u), encoders in sides.items() if side == "x1"
              for x, y in itertools.product(encoders, sides[seed, "x2", u])]
     for seed, u, x, y in common.progress(pairs, "alignment"):
-        found = {metric: permutation_null(x["stack"], y["stack"], metric, s.k, a.n_permutations, cfg.seed, a.alpha)
-                 for metric in a.metrics}
+        scores = {metric: permutation_null(x["stack"], y["stack"], metric, s.k, a.n_permutations, cfg.seed)
+                  for metric in a.metrics}
         rows.append({"seed": seed, "U": u, "D": y["D"], "x2_depth": y["depth"], "accuracy x1": x["accuracy"],
-                     "accuracy x2": y["accuracy"], **found})
-    table, correlations, curves, p = {}, {}, {}, label_distribution()
+                     "accuracy x2": y["accuracy"], **scores})
+    table, correlations, curves, p, folder = {}, {}, {}, label_distribution(), Path(cfg.output_dir)
     for (depth, u), part in sorted(grouped(rows, "D", "U").items()):
         row = table[f"D = {depth}, U = {u}"] = {"n": len(part)}
         for metric in a.metrics:
@@ -1078,22 +1008,19 @@ def evaluate_synthetic(cfg, data, models):
         row |= {key: mean_of(part, key) for key in ("accuracy x1", "accuracy x2")}
     for metric in a.metrics:
         panels, performance = {}, {}
-        for depth in s.transform_depths:
-            part = [r for r in rows if r["D"] == depth]
+        for (depth,), part in grouped(rows, "D").items():
             rho = correlations[f"{metric}: U, alignment; D = {depth}"] = correlation_over_seeds(part, metric)
-            lines = {f"x2's encoder: {layers} layers": line(found, "U", metric, "score")
-                     for (layers,), found in grouped(part, "x2_depth").items()}
-            panels[f"D = {depth}: {stated(rho)}"] = {
-                "xlabel": "unique bits U", "lines": {**lines, "chance": line(part, "U", metric, "null_mean")}}
+            lines = {f"x2's encoder: {layers} layers": line(of_depth, "U", metric, "score")
+                     for (layers,), of_depth in grouped(part, "x2_depth").items()}
+            lines["chance"] = line(part, "U", metric, "null_mean")
+            panels[f"D = {depth}: {stated(rho)}"] = {"xlabel": "unique bits U", "lines": lines}
             curves[f"{metric}, D = {depth}"] = panels[f"D = {depth}: {stated(rho)}"]
-        for u in s.uniqueness:
-            part = [r for r in rows if r["U"] == u]
-            x, y = [r[metric]["score"] for r in part], [r["accuracy x2"] for r in part]
-            rho = correlations[f"{metric}: alignment, accuracy of x2; U = {u}"] = spearman(x, y)
-            order = np.argsort(x, kind="stable")
-            performance[f"accuracy of x2, U = {u}: {stated(rho)}"] = {"xlabel": f"alignment ({metric})", "lines": {
-                "encoders of x2": {"x": np.array(x)[order].tolist(), "y": np.array(y)[order].tolist()}}}
-        folder = Path(cfg.output_dir)
+        for (u,), part in grouped(rows, "U").items():
+            points = [(r[metric]["score"], r["accuracy x2"]) for r in part]
+            rho = correlations[f"{metric}: alignment, accuracy of x2; U = {u}"] = spearman(*zip(*points, strict=True))
+            x, y = map(list, zip(*sorted(points, key=operator.itemgetter(0)), strict=True))
+            performance[f"accuracy of x2, U = {u}: {stated(rho)}"] = {
+                "xlabel": f"alignment ({metric})", "lines": {"encoders of x2": {"x": x, "y": y}}}
         common.plot_lines(folder / f"alignment_vs_uniqueness_{metric}.png", panels, f"alignment ({metric})", True)
         common.plot_lines(folder / f"alignment_vs_performance_{metric}.png", performance, "performance", True)
     information = {f"U = {u}": {f"I(x{i}; y)": label_information(p, bits) for i, bits in enumerate(side_bits(u), 1)}
@@ -1107,12 +1034,6 @@ def evaluate_synthetic(cfg, data, models):
                       "at every step of U."]}
 
 
-def line(rows, x, *keys):
-    """A curve of common.plot_lines: the mean of rows[..][key].. at every value of column x."""
-    groups = grouped(rows, x)
-    return {"x": [value for value, in groups], "y": [mean_of(part, *keys) for part in groups.values()]}
-
-
 def correlation_over_seeds(rows, metric):
     """Rank correlation of U with alignment: n, rho and p of all points (each the mean over the encoders of a draw,
     which share data and transform), and the mean of the seeds' own rhos with its interval."""
@@ -1122,10 +1043,8 @@ def correlation_over_seeds(rows, metric):
     row = {**spearman(*zip(*points, strict=True)), "seeds": len(curves)}
     row["monotone"] = sum(bool((np.diff(c["y"]) < 0).all()) for c in curves)
     if len(curves) > 1:
-        t, low, high = 0, 1.9, 13.0
-        for _ in range(30):  # the 97.5% point of Student's t, by bisection
-            t = (low + high) / 2
-            low, high = (t, high) if student_p(t, len(curves) - 1) > 0.05 else (low, t)
+        angles, p = student_tail(len(curves) - 1)
+        t = math.sqrt(len(curves) - 1) * math.tan(angles[np.argmax(p <= 0.05)])
         margin, mean = t * np.std(of_seeds, ddof=1) / math.sqrt(len(curves)), float(np.mean(of_seeds))
         row |= {"mean rho": mean, "mean rho low": max(-1.0, mean - margin), "mean rho high": min(1.0, mean + margin)}
     return row
@@ -1153,31 +1072,30 @@ def read_features(path, device="cpu", pool=""):
     """
     content = common.guarded(lambda p: torch.load(p, map_location="cpu", weights_only=True), path)
     content = content if isinstance(content, dict) else {"feats": content}
-    if pool and content.get("pool", pool) != pool:
+    in_name = re.search(r"pool-([a-z0-9]+)", Path(path).name)
+    if pool and content.get("pool", in_name[1] if in_name else pool) != pool:
         return None
-    feats, ids, dims, bpb = (content.get(key) for key in ("feats", "ids", "dims", "bpb"))
-    stacks = feats if isinstance(feats, list) else [feats]
-    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in stacks):
-        raise UserError(f"{path}: expected float features [N, L, D], or a list of [N, D], under the key feats, found "
-                        f"{getattr(feats, 'dtype', type(feats).__name__)}")
+    ids, dims, bpb = (content.get(key) for key in ("ids", "dims", "bpb"))
     try:
-        layers = as_layers(feats)
-        ids = None if ids is None else [str(i.item() if isinstance(i, torch.Tensor) else i) for i in ids]
-        dims = [x.shape[1] for x in layers] if dims is None else [int(d) for d in dims]
-        bpb = None if bpb is None else float(bpb)
-    except (UserError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}; ids and dims must be lists of names and of widths, bpb a number") from None
+        layers = as_layers(content.get("feats"))
+        if dims is not None:
+            layers = as_layers([x[:, :int(d)] for x, d in zip(layers, dims, strict=True)])
+        if not all(x.is_floating_point() for x in layers):
+            raise TypeError(f"feats are {layers[0].dtype}")
+        if ids is not None:
+            ids = [str(i.item() if isinstance(i, torch.Tensor) else i) for i in ids]
+        if ids is not None and len(ids) != len(layers[0]):
+            raise ValueError(f"{len(layers[0])} rows of features but {len(ids)} ids")
+        if bpb is not None and not math.isfinite(bpb):
+            raise ValueError(f"bpb (bits per byte) is {bpb}")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}; expected float features [N, L, D], or a list of [N, D], as feats, and if "
+                        "any N ids, L dims (true widths) and a finite bpb") from None
     if ids is None:
         warnings.warn(f"{path}: has no ids; the order of its items was not checked", stacklevel=2)
-    if ids is not None and len(ids) != len(layers[0]):
-        raise UserError(f"{path}: {len(layers[0])} rows of features but {len(ids)} ids")
-    if len(dims) != len(layers) or not all(0 < d <= x.shape[1] for d, x in zip(dims, layers, strict=True)):
-        raise UserError(f"{path}: dims must give the true width of each of the {len(layers)} layers, found {dims}")
-    if bpb is not None and not math.isfinite(bpb):
-        raise UserError(f"{path}: bpb (bits per byte) is {bpb}; leave it out or correct it")
     model = str(content.get("model") or Path(path).stem)
-    layers = [x[:, :d].float().contiguous().to(device) for x, d in zip(layers, dims, strict=True)]
-    return Features(model, layers, ids, bpb, str(content.get("family") or family_of(model)), str(path))
+    layers = [x.float().contiguous().to(device) for x in layers]
+    return Features(model, layers, ids, bpb and float(bpb), content.get("family") or family_of(model), str(path))
 
 
 def family_of(model):
@@ -1188,10 +1106,7 @@ def family_of(model):
 
 def layers_to_compare(m, a):
     """A model's layers, clamped as the section `a` (AlignmentConfig) says. Raises: UserError naming the file."""
-    try:
-        layers = clamp_outliers(m.layers, a.clamp_quantile, a.clamp_exact) if m.clamp else m.layers
-    except UserError as error:
-        raise UserError(f"{m.path}: {error}") from None
+    layers = clamp_outliers(m.layers, a.clamp_quantile, a.clamp_exact, f"{m.path}: ") if m.clamp else m.layers
     constant = sum(int((x.amax(1) == x.amin(1)).sum()) for x in layers if x.shape[1] > 1)
     if constant:
         warnings.warn(f"{m.path}: {constant} constant rows (no direction to compare) over all layers, after the clamp",
@@ -1201,53 +1116,65 @@ def layers_to_compare(m, a):
 
 def at_level(pattern, level=None):
     """A path with {BASE_DIR} from the environment and {u} (or {}) replaced by the level."""
-    if "{BASE_DIR}" in pattern and not os.environ.get("BASE_DIR"):
-        raise UserError(f"{pattern}: the environment variable BASE_DIR is not set")
-    pattern = pattern.replace("{BASE_DIR}", os.environ.get("BASE_DIR", "")).replace("{}", "{u}")
+    pattern = pattern.replace("{BASE_DIR}", os.environ.get("BASE_DIR", "{BASE_DIR}")).replace("{}", "{u}")
     return os.path.expanduser(pattern if level is None else pattern.replace("{u}", str(level)))
 
 
 def caption_levels(pattern):
     """The levels u, ascending, that a path with the placeholder {u} has on disk. Raises: UserError if it has none."""
-    pattern = at_level(pattern)
-    if "{u}" not in pattern:
-        raise UserError(f"features_dir={pattern}: uniqueness needs the placeholder {{u}}, one folder or file a level")
-    expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\{u\}", r"(\d+)", 1).replace(r"\{u\}", r"\d+")
-    matches = (re.fullmatch(expression, path) for path in glob.glob(pattern.replace("{u}", "*"), recursive=True))
-    levels = sorted({int(match[1]) for match in matches if match})
+    has_levels = "{u}" in at_level(pattern)
+    levels = [u for u in range(101) if has_levels and glob.glob(at_level(pattern, u), recursive=True)]
     if not levels:
-        raise UserError(f"{pattern}: no such files for any level u; run encode.py alignment, correct features_dir=, or "
-                        "try --demo")
+        raise UserError(f"features_dir={pattern}: expected files at levels {{u}}; run encode.py alignment, or --demo")
     return levels
 
 
-def feature_files(pattern, pool, what):
-    """Paths of the .pt files of a folder (searched through), file or pattern, but for those of another `pool-...`."""
-    if not pattern:
-        raise UserError(f"the folder of the {what} features is not set; give features_dir= (-h), or try --demo")
+def feature_files(pattern, what):
+    """Paths of the .pt files of a folder (searched through), file or pattern. Raises: UserError."""
     path = Path(pattern)
-    files = sorted(path.rglob("*.pt") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True)))
-    pools = {file: re.search(r"pool-([a-z0-9]+)", file.name) for file in files}
-    files = [file for file in files if not pool or pools[file] is None or pools[file][1] == pool]
+    files = sorted(path.rglob("*.pt") if pattern and path.is_dir() else map(Path, glob.glob(pattern, recursive=True)))
     if not files:
-        raise UserError(f"{pattern}: no {what} feature files (.pt{f' of pool {pool}' if pool else ''}) there; "
-                        "make them with encode.py alignment, correct the path, or try --demo")
+        raise UserError(f"{pattern or 'features_dir='}: no {what} features (.pt); run encode.py alignment, or --demo")
     return files
 
 
-def check_same_items(models):
-    """UserError unless all Features are of the same items in the same order, as far as they carry ids."""
-    first = next((m for m in models if m.ids is not None), models[0])
-    for m in models:
-        if len(m.layers[0]) != len(first.layers[0]):
-            raise UserError(f"{m.path}: {len(m.layers[0])} items, but {first.path} has {len(first.layers[0])}; use "
-                            "features of the same items")
-        if m.ids is not None and m.ids != first.ids:
-            if sorted(m.ids) == sorted(first.ids):
-                raise UserError(f"{m.path}: the same ids as {first.path} in another order; sort both alike")
-            row = next(i for i, (x, y) in enumerate(zip(m.ids, first.ids, strict=True)) if x != y)
-            raise UserError(f"{m.path}: other items than in {first.path}: row {row} is {m.ids[row]}, there "
-                            f"{first.ids[row]}")
+def load_features(cfg, stage):
+    """Data of align, uniqueness (all levels) or n_sweep (the lowest); `source` is {level: (language files, vision
+    files)}, the level None without a placeholder. Raises: UserError."""
+    levels, vision_dir = [None], cfg.vision_dir or cfg.features_dir
+    if stage == "uniqueness" or "{u}" in at_level(cfg.features_dir):
+        levels = caption_levels(cfg.features_dir)[:None if stage == "uniqueness" else 1]
+    source = {level: (feature_files(at_level(cfg.features_dir, level), "language"),
+                      feature_files(at_level(vision_dir, level), "vision")) for level in levels}
+    files = [file for sides in source.values() for side in sides for file in side]
+    first = common.guarded(lambda p: torch.load(p, map_location="cpu", weights_only=True, mmap=True), files[0])
+    if stage == "n_sweep" and cfg.n_sweep.several_dir:
+        files += feature_files(at_level(cfg.n_sweep.several_dir), "language")
+    if cfg.captions_file:
+        files.append(Path(at_level(cfg.captions_file)))
+        read_captions(files[-1])
+    synthetic = isinstance(first, dict) and bool(first.get("synthetic"))
+    return Data(stage, source, common.fingerprint(dict.fromkeys(map(str, files))), synthetic)
+
+
+def read_side(files, pool, device):
+    """Features of the files that are of this pooling, each model once. Raises: UserError."""
+    models = [m for m in (read_features(file, device, pool) for file in files) if m is not None]
+    if not models:
+        raise UserError(f"{files[0].parent}: no features of pool {pool}; correct pool_x= (language), pool_y= (vision)")
+    return named_once(models)
+
+
+def read_models(cfg, files):
+    """(language models, vision models) as lists of Features, of the files of either side. Raises: UserError."""
+    device = common.pick_device(cfg.device)
+    language, vision = (read_side(*side, device) for side in zip(files, (cfg.pool_x, cfg.pool_y), strict=True))
+    both = {m.path for m in language} & {m.path for m in vision}
+    if both and cfg.vision_dir != cfg.features_dir:
+        raise UserError(f"{min(both)} is on both sides; set vision_dir=, or pool_x= and pool_y= to tell language from "
+                        "vision features (vision_dir= equal to features_dir= compares models of one modality)")
+    check_same_items(language + vision)
+    return language, vision
 
 
 def named_once(models):
@@ -1260,54 +1187,24 @@ def named_once(models):
     return models
 
 
-def files_of(cfg, level):
-    """[(side, pool, files)] of language and vision at a caption level (None: no placeholder). Raises: UserError."""
-    sides = (("language", cfg.pool_x, cfg.features_dir), ("vision", cfg.pool_y, cfg.vision_dir or cfg.features_dir))
-    return [(what, pool, feature_files(at_level(pattern, level), pool, what)) for what, pool, pattern in sides]
-
-
-def read_side(what, pool, files, device):
-    """Features of the files that are of this pooling, each model once. Raises: UserError."""
-    models = [m for file in files if (m := read_features(file, device, pool)) is not None]
-    if not models:
-        raise UserError(f"{files[0].parent}: no {what} features of pool {pool}; set "
-                        f"{'pool_x' if what == 'language' else 'pool_y'}= to their `pool`, or leave it empty")
-    return named_once(models)
-
-
-def read_models(cfg, level, device):
-    """(language models, vision models) as lists of Features at a caption level. Raises: UserError."""
-    language, vision = (read_side(*side, device) for side in files_of(cfg, level))
-    both = {m.path for m in language} & {m.path for m in vision}
-    if both and at_level(cfg.vision_dir, level) != at_level(cfg.features_dir, level):
-        raise UserError(f"{min(both)} is on both sides; set vision_dir=, or pool_x= and pool_y= to tell language from "
-                        "vision features (vision_dir= equal to features_dir= compares models of one modality)")
-    check_same_items(language + vision)
-    return language, vision
-
-
-def load_features(cfg, stage):
-    """Data of align, uniqueness (all levels) or n_sweep (the lowest): which files there are. Raises: UserError."""
-    levels = [None]
-    if stage == "uniqueness" or "{u}" in at_level(cfg.features_dir):
-        levels = caption_levels(cfg.features_dir)[:None if stage == "uniqueness" else 1]
-    files = [file for level in levels for *_, found in files_of(cfg, level) for file in found]
-    first = common.guarded(lambda p: torch.load(p, map_location="cpu", weights_only=True, mmap=True), files[0])
-    if stage == "n_sweep" and cfg.n_sweep.several_dir:
-        files += feature_files(at_level(cfg.n_sweep.several_dir), cfg.pool_x, "language")
-    if cfg.captions_file:
-        files.append(Path(at_level(cfg.captions_file)))
-        read_captions(files[-1])
-    synthetic = isinstance(first, dict) and bool(first.get("synthetic"))
-    return Data(stage, levels, common.fingerprint(dict.fromkeys(map(str, files))), synthetic)
+def check_same_items(models):
+    """UserError unless all Features are of the same items in the same order, as far as they carry ids."""
+    first = next((m for m in models if m.ids is not None), models[0])
+    for m in models:
+        if len(m.layers[0]) != len(first.layers[0]):
+            raise UserError(f"{m.path}: {len(m.layers[0])} items, but {first.path} has {len(first.layers[0])}")
+        if m.ids not in (None, first.ids):
+            what = "the same ids in another order" if sorted(m.ids) == sorted(first.ids) else "other items"
+            row = next(i for i, (x, y) in enumerate(zip(m.ids, first.ids, strict=True)) if x != y)
+            raise UserError(f"{m.path}: {what} than in {first.path}: row {row} is {m.ids[row]}, there {first.ids[row]}")
 
 
 def read_captions(path):
     """{u: [N captions]}, u = 0 the originals, of a JSON list of {name: {sentences: {"Caption i - u%": text}[, original:
     text]}}. Raises: UserError."""
-    levels = {}
+    items, levels = common.guarded(lambda p: json.loads(Path(p).read_text(encoding="utf-8")), path), {}
     try:
-        for item in json.loads(Path(path).read_text(encoding="utf-8")):
+        for item in items:
             (body,) = item.values()
             texts = {int(re.search(r"(\d+)\s*%", key)[1]): text for key, text in body["sentences"].items()}
             for u, text in (texts | ({0: body["original"]} if "original" in body else {})).items():
@@ -1316,11 +1213,8 @@ def read_captions(path):
         is_text = all(isinstance(text, str) for texts in levels.values() for text in texts)
         if 0 not in levels or len(set(counts.values())) != 1 or not is_text:
             raise ValueError(f"every item needs its original (0%) and the same levels, all texts; found {counts}")
-    except OSError as error:
-        raise UserError(f"{path}: the captions cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: expected a JSON list of {{name: {{sentences: {{'Caption i - u%': text}}}}}} "
-                        f"({error})") from None
+        raise UserError(f"{path}: expected [{{name: {{sentences: {{'Caption i - u%': text}}}}}}] ({error})") from None
     return dict(sorted(levels.items()))
 
 
@@ -1329,38 +1223,36 @@ def tfidf(texts, reference, width=4096):
     ln((1 + N) / (1 + df)) + 1 is of the reference texts (Salton & Buckley 1988, smoothed)."""
     def count(texts):
         counts = np.zeros((len(texts), width), dtype=np.float32)
-        for row, text in enumerate(texts):
-            np.add.at(counts[row], [zlib.crc32(word.encode()) % width for word in re.findall(r"\w+", text.lower())], 1)
+        for row, text in zip(counts, texts, strict=True):
+            np.add.at(row, [zlib.crc32(word.encode()) % width for word in re.findall(r"\w+", text.lower())], 1)
         return counts
     seen = count(reference)
     idf = np.log((1 + len(reference)) / (1 + (seen > 0).sum(0))) + 1
     return F.normalize(torch.from_numpy(np.sqrt(seen if texts is reference else count(texts)) * idf).float(), dim=1)
 
 
-def extend_with_ladder(ladder, models, texts, fit=None):
+def extend_with_ladder(ladder, models, texts, fit=slice(None)):
     """(the models and the rungs of the ladder as Features, {kind: [(width, name)]} of the rungs, the first model whole
     as the widest of pca's). pca:WIDTH cuts its last layer to its first principal components (of the rows `fit`), while
-    tfidf:WIDTH is hashed TF-IDF of the texts (idf from the rows `fit`). Raises: UserError."""
+    tfidf:WIDTH is hashed TF-IDF of the texts [N] (idf from the rows `fit`). Raises: UserError."""
     rungs, kinds, base = [], {}, models[0]
-    x = base.layers[-1]
-    fitted = x if fit is None else x[fit]
+    x, texts = base.layers[-1], np.array(texts or [], dtype=object)
     for rung in ladder:
-        kind, _, width = rung.partition(":")
-        if kind not in ("pca", "tfidf") or not width.isdigit() or int(width) < 1:
+        match = re.fullmatch(r"(pca|tfidf):([1-9]\d*)", rung)
+        if not match:
             raise UserError(f"alignment.ladder: expected pca:WIDTH or tfidf:WIDTH, found {rung!r}")
-        width = int(width)
+        kind, width = match[1], int(match[2])
+        if kind == "pca" and width > min(x[fit].shape):
+            raise UserError(f"alignment.ladder: {rung}: {base.model} has {x.shape[1]} features of {len(x[fit])} items")
+        if kind == "tfidf" and len(texts) != len(x):
+            raise UserError(f"alignment.ladder: {rung} needs the texts of the {len(x)} items; set captions_file=")
         if kind == "pca":
-            if width > min(fitted.shape):
-                raise UserError(f"alignment.ladder: {rung}: {base.model} has {x.shape[1]} features of {len(fitted)} "
-                                "items")
-            cut = (x - fitted.mean(0)) @ torch.linalg.svd(fitted - fitted.mean(0), full_matrices=False)[2][:width].T
+            mean = x[fit].mean(0)
+            cut = (x - mean) @ torch.linalg.svd(x[fit] - mean, full_matrices=False)[2][:width].T
         else:
-            if texts is None or len(texts) != len(x):
-                raise UserError(f"alignment.ladder: {rung} needs the texts of the {len(x)} items: captions_file=, or "
-                                "the plots in mmimdb.dir/dataset")
-            cut = tfidf(texts, texts if fit is None else [texts[i] for i in fit.tolist()], width).to(x.device)
+            cut = tfidf(texts, texts[fit], width).to(x.device)
         rungs.append(Features(f"{kind}{width}", [cut], base.ids, family=kind, path=rung, clamp=kind == "pca"))
-        kinds.setdefault(kind, []).append((width, f"{kind}{width}"))
+        kinds.setdefault(kind, []).append((width, rungs[-1].model))
     if "pca" in kinds:
         kinds["pca"].append((x.shape[1], base.model))
     return named_once([*models, *rungs]), kinds
@@ -1368,61 +1260,60 @@ def extend_with_ladder(ladder, models, texts, fit=None):
 
 def compare_models(cfg, language, vision, level):
     """Every language model with every vision model by every metric (of one modality: each pair once): a list of dicts
-    of `null_of_maximum`'s numbers, and `ties`, the rows with one at the k-th neighbour. Read from the level's file in
+    of `permutation_null`'s numbers, and `ties`, the rows with one at the k-th neighbour. Read from the level's file in
     align_dir if it holds the same, else computed and saved."""
-    a, n, digest = cfg.alignment, len(language[0].layers[0]), 0
+    a, n, digest, rows = cfg.alignment, len(language[0].layers[0]), 0, []
     folder = Path(at_level(cfg.align_dir, level) if cfg.align_dir else Path(cfg.output_dir) / "alignment")
     path = folder / ("alignment.pt" if level is None else f"alignment_u={level}.pt")
     if n <= a.k:
         raise UserError(f"{language[0].path}: {n} items are too few for alignment.k={a.k} neighbours")
-    for x in (x for m in (*language, *vision) for x in m.layers):
-        digest = zlib.crc32(x.cpu().contiguous().numpy(), digest)
+    for m in (*language, *vision):
+        for x in m.layers:
+            digest = zlib.crc32(x.cpu().contiguous().numpy(), digest)
     names = [[m.model for m in side] for side in (language, vision)]
-    is_one_modality = [m.path for m in language] == [m.path for m in vision]
     identity = json.dumps([dataclasses.asdict(a), cfg.seed, *names, digest])
-    if path.exists() and (earlier := common.load_checkpoint(path)).get("identity") == identity:
+    earlier = common.load_checkpoint(path) if path.exists() else {}
+    if earlier.get("identity") == identity:
         return earlier["rows"]
-    pairs = [(x, y) for i, x in enumerate(language) for j, y in enumerate(vision)
-             if x.path != y.path and (i < j or not is_one_modality)]
+    pairs = {}
+    for x, y in itertools.product(language, vision):
+        if x.path != y.path:
+            pairs.setdefault(frozenset((x.path, y.path)), (x, y))
     if not pairs:
         raise UserError(f"{language[0].path}: is the only model on both sides; compare at least two")
-    stacks, rows = {m.path: layers_to_compare(m, a) for m in (*language, *vision)}, []
+    stacks = {m.path: layers_to_compare(m, a) for m in (*language, *vision)}
     for metric in a.metrics:
         sides = {key: prepare(layers, metric, a.k) for key, layers in stacks.items()}
-        for x, y in common.progress(pairs, metric):
-            found = null_of_maximum(sides[x.path], sides[y.path], metric, a.n_permutations, cfg.seed, a.alpha)
-            ties = [sides[m.path].ties[layer] for m, layer in zip((x, y), found["layers"], strict=True)
+        for x, y in common.progress(pairs.values(), metric):
+            row = permutation_null(sides[x.path], sides[y.path], metric, a.k, a.n_permutations, cfg.seed)
+            ties = [sides[m.path].ties[layer] for m, layer in zip((x, y), row["layers"], strict=True)
                     if metric in KNN_METRICS]
             rows.append({"language": x.model, "vision": y.model, "family": y.family, "metric": metric, "bpb": x.bpb,
-                         "n": n, "ties": sum(ties), **{key: value for key, value in found.items() if key != "null"}})
+                         "n": n, "ties": sum(ties), **row})
     folder.mkdir(parents=True, exist_ok=True)
     common.save_checkpoint(path, {"identity": identity, "rows": rows}, keep_previous=False)
     return rows
 
 
-def picture_folder(cfg):
-    folder = Path(at_level(cfg.plot_dir)) if cfg.plot_dir else Path(cfg.output_dir)
+def picture_file(cfg, name):
+    """Where a picture of these stages goes: plot_dir, or the run's folder."""
+    folder = Path(at_level(cfg.plot_dir or cfg.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def file_name(text):
-    return re.sub(r"[^a-zA-Z0-9.]+", "_", text)
+    return folder / f"{re.sub(r'[^a-zA-Z0-9.]+', '_', name)}.png"
 
 
 def evaluate_align(cfg, data, models=None):
     """All pairs at the lowest caption level with their intervals, and correlations over language models."""
-    a, (level,), tables, correlations = cfg.alignment, data.source, {}, {}
-    language, vision = read_models(cfg, level, common.pick_device(cfg.device))
-    of_files = [m.model for m in language]
+    a, tables, correlations = cfg.alignment, {}, {}
+    ((level, files),) = data.source.items()
+    encoders, vision = read_models(cfg, files)
     texts = read_captions(at_level(cfg.captions_file))[0] if cfg.captions_file else None
-    language, rungs = extend_with_ladder(a.ladder, language, texts)
+    language, rungs = extend_with_ladder(a.ladder, encoders, texts)
     rows = compare_models(cfg, language, vision, level)
-    sides = {side: {m.model: layers_to_compare(m, a) for m in found}
-             for side, found in (("language", language), ("vision", vision))}
+    stacks = [{m.model: layers_to_compare(m, a) for m in side} for side in (language, vision)]
     for r in common.progress(rows, "intervals"):  # the best layer of fewer items is looked for near the best of all
-        x, y = (sides[side][r[side]][max(0, best - 2):best + 3]
-                for side, best in zip(sides, r["layers"], strict=True))
+        x, y = (side[r[name]][max(0, best - 2):best + 3]
+                for side, name, best in zip(stacks, ("language", "vision"), r["layers"], strict=True))
         title = f"{r['metric']}: best layer pair, {r['n']:,} items{'' if level is None else f', u = {level}'}"
         tables.setdefault(title, {})[f"{r['language']} - {r['vision']}"] = {
             "score": r["score"], **interval("score", r["score"], part_scores(x, y, r["metric"], a.k)),
@@ -1430,16 +1321,17 @@ def evaluate_align(cfg, data, models=None):
             "layers": ", ".join(map(str, r["layers"])), "ties": r["ties"]}
     for (metric, y), part in grouped(rows, "metric", "vision").items():
         score = {r["language"]: r["score"] for r in part}
-        scored = [r for r in part if r["bpb"] is not None and r["language"] in of_files]
+        scored = [(-m.bpb, score[m.model]) for m in encoders if m.bpb is not None and m.model in score]
         if len(scored) >= 3:
             correlations[f"{metric}: performance (- bits per byte), alignment with {y}"] = spearman(
-                [-r["bpb"] for r in scored], [r["score"] for r in scored])
-        for kind, found in rungs.items():
+                *zip(*scored, strict=True))
+        for kind, of_kind in rungs.items():
+            doses = [(width, score[name]) for width, name in of_kind if name in score]  # not of a model with itself
             correlations[f"{metric}: dose-response, width of {kind}, alignment with {y}"] = spearman(
-                [width for width, _ in found], [score[name] for _, name in found])
+                *zip(*doses, strict=True))
     for (metric, model), part in grouped(rows, "metric", "language").items():
         largest = max(r["score"] for r in rows if r["metric"] == metric)
-        plot_heatmaps(picture_folder(cfg) / f"heatmap_{metric}_{file_name(model)}.png", part, largest, data.synthetic)
+        plot_heatmaps(picture_file(cfg, f"heatmap_{metric}_{model}"), part, largest, data.synthetic)
     return {"headline": f"align: {len(language)} language and {len(vision)} vision models, {rows[0]['n']:,} items, "
                         f"k = {a.k}", "tables": tables | ({"rank correlation": correlations} if correlations else {}),
             "notes": ["Score of the best layer pair with its 95% interval (from disjoint parts of the items); chance: "
@@ -1467,43 +1359,38 @@ def plot_heatmaps(path, rows, largest, synthetic):
 
 def evaluate_uniqueness(cfg, data, models=None):
     """Alignment at every caption level: against u, against performance at each level, and the text-only baseline."""
-    a, levels, rows, tables, correlations, curves = cfg.alignment, data.source, [], {}, {}, {}
-    for level in levels:
-        found = compare_models(cfg, *read_models(cfg, level, common.pick_device(cfg.device)), level)
-        rows += [{"u": level, **{key: value for key, value in r.items() if key != "matrix"}} for r in found]
-        mean = mean_of([r for r in found if r["metric"] == a.metrics[0]], "score")
-        print(f"u = {level:3}: {len(found) // len(a.metrics)} pairs of models, mean {a.metrics[0]} {mean:.4f}")
+    a, rows, tables, correlations, curves = cfg.alignment, [], {}, {}, {}
+    for level, files in data.source.items():
+        of_level = compare_models(cfg, *read_models(cfg, files), level)
+        rows += [{"u": level, **r} for r in of_level]
+        mean = mean_of([r for r in of_level if r["metric"] == a.metrics[0]], "score")
+        print(f"u = {level:3}: {len(of_level) // len(a.metrics)} pairs of models, mean {a.metrics[0]} {mean:.4f}")
+    n = f"{rows[0]['n']:,} items"
     captions = read_captions(at_level(cfg.captions_file)) if cfg.captions_file else {}
     vectors = {u: tfidf(texts, captions[0]) for u, texts in captions.items()}
     for metric in a.metrics:
-        panels = {metric: {}, f"{metric}, calibrated": {}}
-        table = tables[f"{metric}: mean over language models, {rows[0]['n']:,} items"] = {}
-
-        def curve(row, label, panel, values, metric=metric, panels=panels):
-            rho = correlations[f"{metric}: u, {label}"] = spearman(values["x"], values["y"])
-            panels.setdefault(panel, {})[f"{row}: {stated(rho)}"] = values
+        scores, calibrated = {}, {}
+        table = tables[f"{metric}: mean over language models, {n}"] = {}
         for (model,), part in grouped([r for r in rows if r["metric"] == metric], "vision").items():
-            for key, row in {"score": model, "null_mean": f"{model}: chance",
-                             "calibrated": f"{model}: calibrated"}.items():
-                values = line(part, "u", key)
-                table[row] = {f"u = {u}": value for u, value in zip(levels, values["y"], strict=True)}
-                if key == "score":
-                    curve(model, f"alignment with {model}", metric, values)
-                elif key == "calibrated":
-                    panels[f"{metric}, calibrated"][model] = values
-                else:
-                    panels[metric]["chance"] = values
+            curve, chance, above = (line(part, "u", key) for key in ("score", "null_mean", "calibrated"))
+            rho = correlations[f"{metric}: u, alignment with {model}"] = spearman(*curve.values())
+            scores |= {f"{model}: {stated(rho)}": curve, "chance": chance}
+            calibrated[model] = above
+            table |= {model: cells("u", curve), f"{model}: chance": cells("u", chance),
+                      f"{model}: calibrated": cells("u", above)}
+        panels = {metric: scores, f"{metric}, calibrated": calibrated}
         if captions and metric in ("mutual_knn", "unbiased_cka"):
-            values = {"x": [u for u in captions if u > 0]}
-            values["y"] = [alignment_matrix(vectors[0], vectors[u], metric, a.k).item() for u in values["x"]]
-            curve("TF-IDF", "originals with rewrites (text-only TF-IDF)", f"{metric}, originals with rewrites", values)
+            levels = [u for u in captions if u > 0]
+            curve = {"x": levels, "y": [alignment_matrix(vectors[0], vectors[u], metric, a.k).item() for u in levels]}
+            rho = correlations[f"{metric}: u, originals with rewrites (text-only TF-IDF)"] = spearman(*curve.values())
+            panels[f"{metric}, originals with rewrites"] = {f"TF-IDF: {stated(rho)}": curve}
             table = tables.setdefault("text only: TF-IDF of the originals with that of their rewrites", {})
-            table[metric] = {f"u = {u}": value for u, value in zip(*values.values(), strict=True)}
+            table[metric] = cells("u", curve)
         panels = {ylabel: {"xlabel": "u: share of words replaced [%]", "lines": lines}
                   for ylabel, lines in panels.items()}
         curves |= panels
-        common.plot_lines(picture_folder(cfg) / f"alignment_vs_uniqueness_{metric}.png", panels,
-                          f"alignment against caption uniqueness, {rows[0]['n']:,} items", data.synthetic)
+        common.plot_lines(picture_file(cfg, f"alignment_vs_uniqueness_{metric}"), panels,
+                          f"alignment against caption uniqueness, {n}", data.synthetic)
     for (metric, name), part in grouped([r for r in rows if r["bpb"] is not None], "metric", "family").items():
         if len(grouped(part, "language")) >= 3:
             rhos = plot_performance(cfg, metric, name, part, data.synthetic)
@@ -1513,7 +1400,7 @@ def evaluate_uniqueness(cfg, data, models=None):
              "from its 95% point."]
     if not any("performance" in name for name in correlations):
         notes.append("No panels of performance: fewer than 3 language models carry bpb (bits per byte).")
-    return {"headline": f"uniqueness: u = {', '.join(map(str, levels))}, {rows[0]['n']:,} items, k = {a.k}",
+    return {"headline": f"uniqueness: u = {', '.join(map(str, data.source))}, {n}, k = {a.k}",
             "tables": {**tables, "rank correlation": correlations}, "notes": notes, "curves": curves}
 
 
@@ -1522,54 +1409,54 @@ def plot_performance(cfg, metric, name, rows, synthetic):
     drawn at 10, 30, 50, 70, 90 where they are, a line a vision model."""
     levels, rhos = grouped(rows, "u"), {}
     for (u,), part in levels.items():
-        by_model = grouped(part, "language", "bpb")
-        rhos[u] = spearman([-bpb for _, bpb in by_model], [mean_of(found, "score") for found in by_model.values()])
+        points = [(-bpb, mean_of(of_model, "score")) for (_, bpb), of_model in grouped(part, "language", "bpb").items()]
+        rhos[u] = spearman(*zip(*points, strict=True))
     shown = [u for u in (10, 30, 50, 70, 90) if u in rhos] or list(rhos)
     figure, axes = common.new_figure(len(shown), width=3.3)
     for axis, u in zip(axes, shown, strict=True):
-        for (model,), found in grouped(levels[u,], "vision").items():
-            axis.plot(*zip(*sorted((-r["bpb"], r["score"]) for r in found), strict=True), marker=".", label=model)
+        for (model,), part in grouped(levels[u,], "vision").items():
+            axis.plot(*zip(*sorted((-r["bpb"], r["score"]) for r in part), strict=True), marker=".", label=model)
         axis.set(xlabel="- bits per byte", ylabel=metric)
         axis.set_title(f"u = {u}: {stated(rhos[u])}", fontsize=8)
         axis.legend(fontsize=6)
         if cfg.same_scale:
             axis.set_ylim(min(0, min(r["score"] for r in rows)), 1.05 * max(r["score"] for r in rows))
     figure.suptitle(f"{name}: alignment against language performance{' (synthetic data)' * synthetic}", fontsize=10)
-    common.save_figure(figure, picture_folder(cfg) / f"performance_{metric}_{file_name(name)}.png")
+    common.save_figure(figure, picture_file(cfg, f"performance_{metric}_{name}"))
     return rhos
 
 
 def evaluate_n_sweep(cfg, data, models=None):
     """Alignment against the number of items, at fixed k and at a fixed share k / N of neighbours, of one and of several
     captions an image, each beside its null. Alignment that is only coarse falls with N (arXiv 2604.18572)."""
-    a, s, (level,), device = cfg.alignment, cfg.n_sweep, data.source, common.pick_device(cfg.device)
-    one, vision = read_models(cfg, level, device)
-    captions, n, tables, curves = {"one caption": one}, len(vision[0].layers[0]), {}, {}
+    a, s, tables, curves, variants = cfg.alignment, cfg.n_sweep, {}, {}, {}
+    one, vision = read_models(cfg, *data.source.values())
+    captions, n = {"one caption": one}, len(vision[0].layers[0])
     if s.several_dir:
-        files = feature_files(at_level(s.several_dir), cfg.pool_x, "language")
-        captions["several captions"] = read_side("language", cfg.pool_x, files, device)
+        files = feature_files(at_level(s.several_dir), "language")
+        captions["several captions"] = read_side(files, cfg.pool_x, common.pick_device(cfg.device))
         check_same_items(captions["several captions"] + vision)
     sizes = sorted({size for size in (*s.sizes, n) if max(3, a.k) < size <= n})
     if not sizes:
         raise UserError(f"{vision[0].path}: {n} items are too few for alignment.k={a.k} neighbours")
-    for metric, share in itertools.product(a.metrics, (False, True)):
-        title, ks = metric, [a.k] * len(sizes)
-        if metric in KNN_METRICS:
-            title = f"{metric}, k / N = {a.k / sizes[0]:.3g}" if share else f"{metric}, k = {a.k}"
-            ks = [round(a.k * size / sizes[0]) for size in sizes] if share else ks
-        elif share:
-            continue
-        table, curves[title] = tables.setdefault(title, {}), {"xlabel": "items N; the score less chance", "lines": {}}
-        for (name, xs), y in itertools.product(captions.items(), vision):
-            sweeps, row = [sweep(cfg, x, y, metric, sizes, ks) for x in xs if x.path != y.path], f"{y.model}, {name}"
+    for metric in a.metrics:
+        is_knn = metric in KNN_METRICS
+        variants[f"{metric}, k = {a.k}" if is_knn else metric] = metric, {size: a.k for size in sizes}
+        if is_knn:
+            share = {size: round(a.k * size / sizes[0]) for size in sizes}
+            variants[f"{metric}, k / N = {a.k / sizes[0]:.3g}"] = metric, share
+    for title, (metric, ks) in variants.items():
+        table, lines = tables.setdefault(title, {}), {}
+        for (name, language), y in itertools.product(captions.items(), vision):
+            sweeps, row = [sweep(cfg, x, y, metric, ks) for x in language if x.path != y.path], f"{y.model}, {name}"
             for key in sweeps[0]:
-                values = (np.max if key == "p" else np.mean)([found[key] for found in sweeps], axis=0).tolist()
-                table[row if key == "score" else f"{row}: {key}"] = {
-                    f"N = {size}": value for size, value in zip(sizes, values, strict=True)}
-            curves[title]["lines"][row] = {"x": sizes, "y": list(table[f"{row}: less chance"].values()),
-                                           "sd": list(table[f"{row}: sd"].values())}
+                values = (np.max if key == "p" else np.mean)([of_model[key] for of_model in sweeps], axis=0).tolist()
+                table[row if key == "score" else f"{row}: {key}"] = cells("N", {"x": sizes, "y": values})
+            lines[row] = {"x": sizes, "y": list(table[f"{row}: less chance"].values()),
+                          "sd": list(table[f"{row}: sd"].values())}
             print(f"{title}: {row} is done", flush=True)
-    common.plot_lines(picture_folder(cfg) / "alignment_vs_n.png", curves, "alignment against N", data.synthetic)
+        curves[title] = {"xlabel": "items N; the score less chance", "lines": lines}
+    common.plot_lines(picture_file(cfg, "alignment_vs_n"), curves, "alignment against N", data.synthetic)
     return {"headline": f"n_sweep: alignment of up to {n:,} items, {s.n_draws} subsamples of each size",
             "tables": tables, "curves": curves,
             "notes": ["Score of the best layer pair, mean (and sd) over subsamples, and over language models; chance: "
@@ -1577,19 +1464,18 @@ def evaluate_n_sweep(cfg, data, models=None):
                       "the largest."]}
 
 
-def sweep(cfg, x, y, metric, sizes, ks):
-    """{score, sd, chance, less chance, p: [a number a size]} of a language and a vision model, ks[i] neighbours at
-    sizes[i]. Subsamples are drawn without replacement, the same for all models; the null is the first one's."""
+def sweep(cfg, x, y, metric, ks):
+    """{score, sd, chance, less chance, p: [a number a size]} of a language and a vision model, ks {size: neighbours}.
+    Subsamples are drawn without replacement, the same for all models; the null is the first one's."""
     a, n, stacks, rows = cfg.alignment, len(y.layers[0]), [layers_to_compare(m, cfg.alignment) for m in (x, y)], []
-    for size, k in zip(sizes, ks, strict=True):
+    for size, k in ks.items():
         draws, values = np.random.RandomState(cfg.seed), []
-        for draw in range(cfg.n_sweep.n_draws if size < n else 1):
+        for _ in range(cfg.n_sweep.n_draws if size < n else 1):
             items = torch.from_numpy(np.sort(draws.permutation(n)[:size])).to(y.layers[0].device)
             sides = [[layer[items] for layer in layers] for layers in stacks]
-            if draw == 0:
-                null = permutation_null(*sides, metric, k, a.n_permutations, cfg.seed, a.alpha)
-            values.append(null["score"] if draw == 0 else
-                          alignment_matrix(*sides, metric, k).max().item() / highest(metric, k))
+            if not values:
+                null = permutation_null(*sides, metric, k, a.n_permutations, cfg.seed)
+            values.append(alignment_matrix(*sides, metric, k).max().item() / highest(metric, k))
         score, chance = float(np.mean(values)), null["null_mean"]
         rows.append({"score": score, "sd": float(np.std(values, ddof=len(values) > 1)), "chance": chance,
                      "less chance": (score - chance) / (1 - chance), "p": null["p_value"]})
@@ -1620,7 +1506,6 @@ class Films:
     vision: list  # of Features
     test_sample: torch.Tensor  # rows of test films that alignment is measured on
     rungs: dict = field(default_factory=dict)  # of the ladder
-    select: object = None  # job -> (tensors, splits), of the stage
 
 
 def read_labels(folder):
@@ -1629,9 +1514,7 @@ def read_labels(folder):
     ids = common.guarded(lambda p: p.read_text().split(), folder / LABEL_FILES[1])
     genres = common.guarded(lambda p: json.loads(p.read_text()), folder / LABEL_FILES[2])
     if labels.shape != (len(ids), len(genres)) or not np.isin(labels, (0, 1)).all():
-        raise UserError(f"{folder / LABEL_FILES[0]}: expected {len(ids)} x {len(genres)} (ids_all.txt, "
-                        f"class_names_23.json) of 0 and 1, found {list(labels.shape)} of "
-                        f"{', '.join(map(str, np.unique(labels)[:4]))}")
+        raise UserError(f"{folder / LABEL_FILES[0]}: expected {len(ids)} x {len(genres)} of 0, 1, found {labels.shape}")
     return labels, ids, genres
 
 
@@ -1640,84 +1523,74 @@ def read_index(path, films):
     (without leading zeros), else of places in split.json's list. Raises: UserError."""
     values = common.guarded(np.load, path)  # allow_pickle is off
     if values.ndim != 1 or not len(values) or values.dtype.kind not in "USiu":
-        raise UserError(f"{path}: expected a 1-D array of film ids or places, found {values.dtype} "
-                        f"{list(values.shape)}")
-    words = [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
+        raise UserError(f"{path}: expected [n] film ids or places, found {values.dtype} {list(values.shape)}")
+    words = values.astype(str).tolist()
     place = {film.lstrip("0"): i for i, film in enumerate(films)} | {film: i for i, film in enumerate(films)}
     if not any(word in place for word in words):
         place = {str(i): i for i in range(len(films))}
     missing = [word for word in words if word not in place]
     if missing:
-        raise UserError(f"{path}: {len(missing)} of {len(words)} entries are neither ids of films that split.json has "
-                        f"there nor places from 0 to {len(films) - 1}, the first is {missing[0]}")
+        raise UserError(f"{path}: {len(missing)} entries are no films of split.json's part, the first is {missing[0]}")
     return sorted({place[word] for word in words})
+
+
+def rows_of(films, ids, path):
+    """Rows of the films in a file that has these ids. Raises: UserError."""
+    row = {film: i for i, film in enumerate(ids)}
+    missing = [film for film in films if film not in row]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} of the split's films are not there, the first is {missing[0]}")
+    return [row[film] for film in films]
 
 
 def load_films(cfg, stage):
     """Data of mmimdb or finetune, its last job selected. Raises: UserError naming the file."""
     m, root, device = cfg.mmimdb, Path(at_level(cfg.mmimdb.dir)), common.pick_device(cfg.device)
-    split_file, files = root / "split.json", [root / "split.json", *(root / "labels" / name for name in LABEL_FILES)]
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; point mmimdb.dir= at the MM-IMDb folder (-h), or try --demo")
+    split = common.read_json(root / "split.json")
     labels, all_ids, genres = read_labels(root / "labels")
-    split, row_of = common.read_json(split_file), {film: row for row, film in enumerate(all_ids)}
-    ids, splits, chosen = [], {}, {}
+    files = [root / "split.json", *(root / "labels" / name for name in LABEL_FILES)]
+    ids, splits, chosen, sides = [], {}, {}, []
     for part in ("train", "dev", "test"):
-        if not isinstance(split.get(part), list) or not split[part]:
-            raise UserError(f"{split_file}: no films of {part}")
-        films, index_file = [str(film) for film in split[part]], root / part / "sampled_ids.npy"
-        check_films(split_file, films, row_of, f"films of {part} are not in {root / 'labels' / LABEL_FILES[1]}")
+        films, index_file = [str(film) for film in split.get(part) or ()], root / part / "sampled_ids.npy"
         splits[part] = chosen[part] = torch.arange(len(ids), len(ids) + len(films), device=device)
         ids += films
-        why = f"all of split.json (no {index_file})"
         if index_file.is_file():
             chosen[part] = splits[part][read_index(index_file, films)]
             files.append(index_file)
-            why = f"those of {index_file}"
+        why = f"those of {index_file}" if index_file in files else f"all of split.json (no {index_file})"
         print(f"{stage}: {part} has {len(chosen[part]):,} of {len(films):,} films, {why}")
-    if len(set(ids)) != len(ids):
-        raise UserError(f"{split_file}: a film is in two parts of the split, or twice in one")
-    sides = []
+    if not all(map(len, splits.values())) or len(set(ids)) != len(ids):
+        raise UserError(f"{root / 'split.json'}: expected films of train, dev and test, each film once")
+    labels = torch.from_numpy(labels[rows_of(ids, all_ids, root / "labels" / LABEL_FILES[1])].astype(np.float32))
     for what, folder, modality in (("language", m.language_dir, "text"), ("vision", m.vision_dir, "image")):
-        paths = feature_files(at_level(folder), "", what) if folder else sorted(
-            (root / "latents").glob(f"mm_imdb1_globals_aug*_{modality}.npy"))
+        latents = sorted((root / "latents").glob(f"mm_imdb1_globals_aug*_{modality}.npy"))
+        paths = feature_files(at_level(folder), what) if folder else latents
         if not paths:
-            raise UserError(f"{root / 'latents'}: no mm_imdb1_globals_aug*_{modality}.npy; put the latents there, or "
-                            f"set mmimdb.{what}_dir= to a folder of features")
-        models = named_once([read_features(path) if folder else read_latents(path, all_ids) for path in paths])
-        for f in models:
-            row_in_file = {film: row for row, film in enumerate(f.ids or [])}
-            check_films(f.path, ids, row_in_file, f"of the split's {len(ids)} films have no features")
-            f.layers, f.ids = [x[[row_in_file[film] for film in ids]].to(device) for x in f.layers], ids
-        files, sides = [*files, *paths], [*sides, models]
+            raise UserError(f"{root}/latents: no mm_imdb1_globals_aug*_{modality}.npy; or set mmimdb.{what}_dir=")
+        sides.append(named_once([read_features(path) if folder else read_latents(path, all_ids) for path in paths]))
+        for f in sides[-1]:
+            rows = rows_of(ids, f.ids or [], f.path)
+            f.layers, f.ids = [x[rows].to(device) for x in f.layers], ids
+        files += paths
     sample = chosen["test"]
     if len(sample) == len(splits["test"]):  # no index file: a draw
         drawn = np.sort(np.random.RandomState(cfg.seed).permutation(len(sample))[:1024])
         sample = sample[torch.from_numpy(drawn).to(device)]
     if len(sample) <= cfg.alignment.k:
         raise UserError(f"{root}: {len(sample)} test films are too few for alignment.k={cfg.alignment.k} neighbours")
-    labels = torch.from_numpy(labels[[row_of[film] for film in ids]].astype(np.float32)).to(device)
-    films = Films(ids, labels, genres, splits, chosen, *sides, sample)
-    jobs = (probe_jobs if stage == "mmimdb" else tower_jobs)(cfg, films)
-    return select(Data(stage, films, common.fingerprint(files), bool(split.get("synthetic")), jobs), jobs[-1])
-
-
-def check_films(path, films, known, complaint):
-    missing = [film for film in films if film not in known]
-    if missing:
-        raise UserError(f"{path}: {len(missing)} {complaint}, the first is {missing[0]}")
+    films = Films(ids, labels.to(device), genres, splits, chosen, *sides, sample)
+    jobs, select_job = (probe_jobs if stage == "mmimdb" else tower_jobs)(cfg, films)
+    return select(Data(stage, films, common.fingerprint(files), bool(split.get("synthetic")), jobs, select_job))
 
 
 def read_latents(path, ids):
     """The clean views of one latent file as Features of one layer; row = views * film + view."""
     rows = common.guarded(lambda p: np.load(p, mmap_mode="r"), path)
     manifest_file = path.with_name(f"{path.stem}_manifest.json")
-    views = common.read_json(manifest_file).get("views_per_sample") if manifest_file.is_file() else None
+    views = common.read_json(manifest_file).get("views_per_sample")
     if not isinstance(views, int) or rows.ndim != 2 or len(rows) != views * len(ids):
-        raise UserError(f"{path}: expected {len(ids)} films x views_per_sample of {manifest_file.name} ({views}) rows, "
-                        f"found {list(rows.shape)}")
-    layers = common.guarded(lambda _: as_layers(rows[::views].astype(np.float32)), path)
+        raise UserError(f"{path}: expected {len(ids)} films x {views} views ({manifest_file.name}), found {rows.shape}")
+    layers = as_layers(rows[::views].astype(np.float32), f"{path}: ")
     return Features(path.stem.split("_", 4)[-1], layers, list(ids), path=str(path))
 
 
@@ -1738,28 +1611,29 @@ def genre_f1(predicted, targets):
 
 
 def probe_jobs(cfg, films):
-    """One job a language model, the rungs of the ladder among them."""
+    """One job a language model, the rungs of the ladder among them; and what selects one."""
     ladder = cfg.alignment.ladder
     is_textual = any(rung.startswith("tfidf") for rung in ladder)
     texts = film_texts(at_level(cfg.mmimdb.dir), films.ids) if is_textual else None
-    films.language, films.rungs = extend_with_ladder(ladder, films.language, texts, films.chosen["train"])
+    films.language, films.rungs = extend_with_ladder(ladder, films.language, texts, films.chosen["train"].cpu())
     splits = {"train": films.chosen["train"], "val": films.chosen["dev"], "test": films.chosen["test"]}
 
     def select_job(job):
         x = next(m for m in films.language if m.model == job["model"]).layers[-1]
         return {"features": z_scored(x, splits["train"]), "labels": films.labels}, splits
-    films.select = select_job
-    return [{"model": m.model} for m in films.language]
+    return [{"model": m.model} for m in films.language], select_job
 
 
 class Probes(JobModel):
-    """Linear probes, one for each learning rate and weight decay, trained at once on the same batches [B, D]."""
+    """Linear probes, one for each learning rate and weight decay, trained at once on the same batches [B, D]; the loss
+    weighs a genre's positives by its negatives / positives among the labels [N, C]."""
 
-    def __init__(self, dim, n_classes, pos_weight):
+    def __init__(self, dim, labels):
         super().__init__()
+        n_classes, positives = labels.shape[1], labels.sum(0)
         self.weight = nn.ParameterList([torch.zeros(dim, n_classes) for _ in PROBE_SETTINGS])
         self.bias = nn.ParameterList([torch.zeros(n_classes) for _ in PROBE_SETTINGS])
-        self.register_buffer("pos_weight", pos_weight)
+        self.register_buffer("pos_weight", (len(labels) - positives) / positives.clamp(min=1))
 
     def forward(self, features):
         """Logits [probes, B, classes]."""
@@ -1780,17 +1654,11 @@ class Probes(JobModel):
     @torch.no_grad()
     def macro_f1(self, data, split):
         """[probes] of a split."""
-        rows = data.splits[split]
-        return torch.stack([genre_f1(logits > 0, data.tensors["labels"][rows]).mean()
-                            for logits in self(data.tensors["features"][rows])])
+        x, rows = data.tensors, data.splits[split]
+        return torch.stack([genre_f1(logits > 0, x["labels"][rows]).mean() for logits in self(x["features"][rows])])
 
     def score(self, data, split):
         return self.macro_f1(data, split).max()
-
-
-def build_probes(cfg, data):
-    positives, n = data.tensors["labels"][data.splits["train"]].sum(0), len(data.splits["train"])
-    return Probes(data.tensors["features"].shape[1], len(positives), (n - positives) / positives.clamp(min=1))
 
 
 @torch.no_grad()
@@ -1803,29 +1671,32 @@ def evaluate_mmimdb(cfg, data, models):
         data, name = select(data, job), job["model"]
         dev_f1 = probes.macro_f1(data, "val")
         best = int(dev_f1.argmax())
-        chosen[name] = dict(zip(("learning_rate", "weight_decay"), PROBE_SETTINGS[best], strict=True))
-        chosen[name]["dev_f1_macro"] = dev_f1[best].item()
-        values[name] = {"logits": probes(data.tensors["features"][data.splits["test"]])[best].cpu(), "labels": labels}
-        f1[name] = dict(zip(films.genres, genre_f1(values[name]["logits"] > 0, labels).tolist(), strict=True))
-        f1[name] = {"macro": float(np.mean(list(f1[name].values()))), **f1[name]}
+        rate, decay = PROBE_SETTINGS[best]
+        chosen[name] = {"learning_rate": rate, "weight_decay": decay, "dev_f1_macro": dev_f1[best].item()}
+        logits = probes(data.tensors["features"][data.splits["test"]])[best].cpu()
+        values[name] = {"logits": logits, "labels": labels}
+        of_genre = genre_f1(logits > 0, labels).tolist()
+        f1[name] = {"macro": float(np.mean(of_genre)), **dict(zip(films.genres, of_genre, strict=True))}
     table, _, items = common.interval_tables(values, [], len(labels), probe_scores)
     sides = [[dataclasses.replace(m, layers=[x[films.test_sample] for x in m.layers]) for m in side]
              for side in (films.language, films.vision)]
     rows, vision = compare_models(cfg, *sides, None), films.vision[0].model
+    tables = {f"linear probes; alignment with {vision}": table}
     groups = {"models": [m.model for m in films.language if m.path not in cfg.alignment.ladder],
               **{f"dose-response over {kind}": [name for _, name in rungs] for kind, rungs in films.rungs.items()}}
-    tables, pictures = {f"linear probes; alignment with {vision}": table}, {}
     for metric in cfg.alignment.metrics:
-        score = {r["language"]: r for r in rows if (r["vision"], r["metric"]) == (vision, metric)}
-        for name, r in score.items():
-            table[name] |= null_columns(metric, [{metric: r}])
+        score = {}
+        for r in (r for r in rows if (r["vision"], r["metric"]) == (vision, metric)):
+            score[r["language"]] = r["score"]
+            table[r["language"]] |= null_columns(metric, [{metric: r}])
         for group, names in groups.items():
             if len(names) >= 3:
-                x, title = [score[name]["score"] for name in names], f"test F1 against {metric}, {group}"
-                tables[title] = correlations_by_genre(x, [f1[name] for name in names])
-                pictures[title] = (names, x, [f1[name]["macro"] for name in names], tables[title])
-    for title, picture in list(pictures.items())[:1]:
-        plot_mmimdb(Path(cfg.output_dir), title, *picture, table[ALL_GENRES]["f1_macro"], data.synthetic)
+                x, title = [score[name] for name in names], f"test F1 against {metric}, {group}"
+                correlations = correlations_by_genre(x, [f1[name] for name in names])
+                if len(tables) == 1:  # a picture of the first
+                    plot_mmimdb(Path(cfg.output_dir), title, names, x, [f1[name]["macro"] for name in names],
+                                correlations, table[ALL_GENRES]["f1_macro"], data.synthetic)
+                tables[title] = correlations
     return {"headline": f"mmimdb: linear probes on {len(f1)} language models, {len(labels):,} test films, alignment on "
                         f"{len(films.test_sample):,}", "tables": tables, "chosen": chosen,
             "per_item": {"ids": [films.ids[i] for i in films.chosen["test"].tolist()], **items},
@@ -1841,8 +1712,10 @@ def probe_scores(values, weights):
 
 def correlations_by_genre(x, f1):
     """{genre: rho and slope of F1 against alignment x over models, with p, and q over the genres but macro}."""
-    columns = {genre: [of_model[genre] for of_model in f1] for genre in f1[0]}
-    rows = {genre: {**spearman(x, y), **slope(x, y)} for genre, y in columns.items()}
+    rows = {genre: {} for genre in f1[0]}
+    for genre, row in rows.items():
+        y = [of_model[genre] for of_model in f1]
+        row |= {**spearman(x, y), **slope(x, y)}
     for p, q in (("p", "q"), ("slope p", "slope q")):
         _, *genres = rows.values()
         for row, value in zip(genres, benjamini_hochberg([row[p] for row in genres]), strict=True):
@@ -1875,37 +1748,32 @@ def genre_of(class_idx, genres):
     name = GENRES_BY_FREQUENCY[class_idx] if isinstance(class_idx, int) and 0 <= class_idx < 23 else class_idx
     match = next((g for g in genres if g.lower() == str(name).lower()), None)
     if match is None:
-        raise UserError(f"finetune.class_idx={class_idx}: no such genre; use 0 to 22 (by frequency) or one of "
-                        f"{', '.join(genres)}")
+        raise UserError(f"finetune.class_idx={class_idx}: use 0 to 22 (by frequency) or one of {', '.join(genres)}")
     return match
 
 
 def tower_jobs(cfg, films):
-    """A job for each arm (few labels, and all as a control), weight and seed. Few labels are those of the index files'
-    films, whose dev films then choose, or a number of training films, drawn by seed."""
+    """A job for each arm (few labels, and all as a control), weight and seed; and what selects one. Few labels are
+    those of the index files' films, whose dev films then choose, or a number of training films, drawn by seed."""
     f, genre, train = cfg.finetune, genre_of(cfg.finetune.class_idx, films.genres), films.splits["train"]
     labels, few = films.labels[:, films.genres.index(genre)], f.n_labelled
     if few == "index":
         few = len(films.chosen["train"]) if len(films.chosen["train"]) < len(train) else "all"
-    if f.warmup_epochs >= f.epochs:
-        raise UserError(f"finetune.warmup_epochs={f.warmup_epochs} must be less than finetune.epochs={f.epochs}")
     if few != "all" and not 2 <= few <= len(train):
         raise UserError(f"finetune.n_labelled={few}: must be 2 to {len(train)}, the training films")
     for part, rows in (("train", films.chosen["train"]), ("dev", films.chosen["dev"]), ("test", films.splits["test"])):
         if not 0 < labels[rows].sum() < len(rows):
-            raise UserError(f"finetune.class_idx: {genre} has none or all of the {len(rows)} films of {part}; choose "
-                            "another genre")
+            raise UserError(f"finetune.class_idx: {genre} has none or all of the {len(rows)} films of {part}")
     image, text = (z_scored(models[0].layers[-1], train) for models in (films.vision, films.language))
 
     def select_job(job):
         splits = {"train": train, "val": films.chosen["dev"], "test": films.splits["test"]}
         if job["labelled"] != "all":
-            splits["labelled"] = films.chosen["train"] if f.n_labelled == "index" else labelled_films(
-                labels, train, few, job["seed"])
+            drawn = None if f.n_labelled == "index" else labelled_films(labels, train, few, job["seed"])
+            splits["labelled"] = films.chosen["train"] if drawn is None else drawn
         return {"image": image, "text": text, "labels": labels}, splits
-    films.select = select_job
     return [{"genre": genre, "labelled": arm, "weight": w, "seed": seed} for arm in dict.fromkeys([few, "all"])
-            for w in f.weights for seed in range(cfg.seed, cfg.seed + f.n_seeds)]
+            for w in f.weights for seed in range(cfg.seed, cfg.seed + f.n_seeds)], select_job
 
 
 def labelled_films(labels, rows, n, seed):
@@ -1922,11 +1790,10 @@ class TwoTower(JobModel):
 
     def __init__(self, image_dim, text_dim, f, weight):
         super().__init__()
-
-        def tower(dim):
-            return nn.Sequential(nn.Linear(dim, f.embed_dim), nn.GELU(), nn.Linear(f.embed_dim, f.embed_dim))
-        self.image, self.text, self.head = tower(image_dim), tower(text_dim), nn.Linear(f.embed_dim, 1)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.image, self.text = (
+            nn.Sequential(nn.Linear(dim, f.embed_dim), nn.GELU(), nn.Linear(f.embed_dim, f.embed_dim))
+            for dim in (image_dim, text_dim))
+        self.head, self.log_scale = nn.Linear(f.embed_dim, 1), nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.contrastive_weight, self.warmup_epochs, self.epochs = weight, f.warmup_epochs, f.epochs
 
     def classify(self, text):
@@ -1935,8 +1802,8 @@ class TwoTower(JobModel):
 
     def losses(self, batch):
         classify = F.binary_cross_entropy_with_logits(self.classify(batch["labelled_text"]), batch["labels"])
-        image, text = (F.normalize(tower(batch[name]).float(), dim=1)
-                       for name, tower in (("image", self.image), ("text", self.text)))
+        image = F.normalize(self.image(batch["image"]).float(), dim=1)
+        text = F.normalize(self.text(batch["text"]).float(), dim=1)
         contrast = common.info_nce(image, text, self.log_scale.clamp(max=math.log(100)).exp())
         return {"loss": self.contrastive_weight * contrast + classify, "classify": classify, "contrast": contrast}
 
@@ -1965,13 +1832,8 @@ class TwoTower(JobModel):
         return {"logit_scale": self.log_scale.exp().item()}
 
 
-def build_towers(cfg, data):
-    return TwoTower(data.tensors["image"].shape[1], data.tensors["text"].shape[1], cfg.finetune, data.job["weight"])
-
-
 def best_threshold(logits, targets):
-    """The logit [..] above which predicting maximises F1 on these films, [N] and 0/1 [N]: the middle between two
-    neighbouring logits."""
+    """The logit above which predicting maximises F1 of logits [N], targets 0/1 [N]: in the middle between two."""
     order = logits.argsort(descending=True)
     hits, n = targets[order].cumsum(0), torch.arange(1, len(order) + 1, device=order.device)
     cut = int((2 * hits / (n + targets.sum())).argmax())
@@ -2003,13 +1865,13 @@ def evaluate_finetune(cfg, data, models):
         x, dev = data.tensors, data.splits["val"]
         image, text = model.image(x["image"][sample]), model.text(x["text"][sample])
         logit = model.classify(x["text"][test])
-        threshold = best_threshold(model.classify(x["text"][dev]), x["labels"][dev])
         recall = common.retrieval_metrics(F.normalize(text, dim=1), F.normalize(image, dim=1), index, index, ks=(10,))
-        runs.append({**job, "arm": arm_name(job["labelled"], job["weight"]), "logit": logit.cpu(),
-                     "threshold": threshold.cpu(), "AP": average_precision(logit, x["labels"][test]),
-                     "T2I R@10": 100 * recall["R@10"],
-                     **{metric: {**permutation_null(text, image, metric, a.k, a.n_permutations, cfg.seed, a.alpha),
-                                 "parts": part_scores(text, image, metric, a.k)} for metric in a.metrics}})
+        runs.append({**job, "arm": arm_name(job["labelled"], job["weight"]), "T2I R@10": 100 * recall["R@10"],
+                     "logit": logit.cpu(), "AP": average_precision(logit, x["labels"][test]),
+                     "threshold": best_threshold(model.classify(x["text"][dev]), x["labels"][dev]).cpu()})
+        for metric in a.metrics:
+            runs[-1][metric] = permutation_null(text, image, metric, a.k, a.n_permutations, cfg.seed)
+            runs[-1][metric]["parts"] = part_scores(text, image, metric, a.k)
     labels, arms, genre = x["labels"][test].cpu(), list(dict.fromkeys(r["labelled"] for r in runs)), job["genre"]
     values = {ALL_POSITIVE: {"logits": torch.ones(1, len(test)), "thresholds": torch.zeros(1), "labels": labels}}
     for (name,), part in grouped(runs, "arm").items():
@@ -2057,20 +1919,18 @@ def arm_name(arm, w=None):
 
 # --------------------------------------------------------------------------------------------------------------- main
 
-BLOCKS = {  # stage: (how it loads its data, builds the model of a job, evaluates)
-    "synthetic": (load_synthetic, build_encoders, evaluate_synthetic), "align": (load_features, None, evaluate_align),
-    "uniqueness": (load_features, None, evaluate_uniqueness), "n_sweep": (load_features, None, evaluate_n_sweep),
-    "mmimdb": (load_films, build_probes, evaluate_mmimdb), "finetune": (load_films, build_towers, evaluate_finetune)}
+BLOCKS = {  # stage: (how it loads its data, how it evaluates)
+    "synthetic": (load_synthetic, evaluate_synthetic), "align": (load_features, evaluate_align),
+    "uniqueness": (load_features, evaluate_uniqueness), "n_sweep": (load_features, evaluate_n_sweep),
+    "mmimdb": (load_films, evaluate_mmimdb), "finetune": (load_films, evaluate_finetune)}
 STAGES = ("all", "train", "evaluate")
-LISTS = ("stages", "alignment.metrics", "synthetic.uniqueness", "synthetic.transform_depths", "synthetic.x1_depths",
-         "synthetic.x2_depths", "n_sweep.sizes", "finetune.weights")
 
 
 def load_data(cfg, stage=None):
     """Data of a stage (default: the first in cfg.stages), with its last job selected. Raises: UserError."""
-    for key in LISTS:
-        values = operator.attrgetter(key)(cfg)
-        if not values or len(set(values)) != len(values):
+    for key, values in common.flatten(dataclasses.asdict(cfg)).items():
+        is_list = isinstance(values, list) and key != "alignment.ladder"
+        if is_list and (not values or len(set(values)) != len(values)):
             raise UserError(f"{key} must name at least one, and each once")
     stage = stage or cfg.stages[0]
     return BLOCKS[stage][0](cfg, stage)
@@ -2086,18 +1946,17 @@ def evaluate(cfg, *data):
     whole = dataclasses.replace(data[0], fingerprint=fingerprint, synthetic=any(d.synthetic for d in data))
     results = {**common.run_facts(cfg, whole), "headline": "", "tables": {}, "notes": [], "curves": {}, "chosen": {},
                "per_item": {"ids": [], "rows": {}, "scores": {}, "draws": {}}}
-    n_done = 0
+    headlines, models = [], iter(models)
     for d in data:
-        found = BLOCKS[d.stage][2](cfg, d, models[n_done:n_done + len(d.jobs)])
-        n_done += len(d.jobs)
-        results["headline"] += f"{'; ' * bool(results['headline'])}{found['headline']}"
-        results["notes"] += found["notes"]
+        of_stage = BLOCKS[d.stage][1](cfg, d, list(itertools.islice(models, len(d.jobs))))
+        headlines.append(of_stage["headline"])
+        results["notes"] += of_stage["notes"]
         for key in ("tables", "curves", "chosen"):
             results[key] |= {name if name not in results[key] else f"{d.stage}: {name}": value
-                             for name, value in found.get(key, {}).items()}
+                             for name, value in of_stage.get(key, {}).items()}
         if not results["per_item"]["ids"]:
-            results["per_item"] = found.get("per_item", results["per_item"])
-    return results
+            results["per_item"] = of_stage.get("per_item", results["per_item"])
+    return results | {"headline": "; ".join(headlines)}
 
 
 def load_model(folder):
@@ -2120,6 +1979,7 @@ def use_demo(cfg):
 def main(argv):
     cfg, stage = common.setup(argv, Config, __doc__, STAGES, use_demo)
     data = [load_data(cfg, name) for name in cfg.stages]
+    common.open_run(cfg, joint_fingerprint(data))  # --fresh is for stages that train nothing, too
     if stage in ("all", "train") and any(d.jobs for d in data):
         train(cfg, *data)
     if stage in ("all", "evaluate"):

@@ -278,8 +278,11 @@ def test_equal_cosines_go_to_the_lowest_index_and_are_counted():
     assert ties == 6  # rows 0, 1, 2 have two copies to choose from, 5, 6, 7 nothing but zeros
 
 
-def test_svcca_of_low_rank_and_few_features():
+def test_svcca_of_flat_spectra_low_rank_and_few_features():
     g = torch.Generator().manual_seed(5)
+    x = F.normalize(torch.randn(300, 250, generator=g, dtype=torch.float64), dim=0)
+    exact = torch.linalg.svd(x)[0][:, :10]
+    assert torch.linalg.svdvals(exp.left_singular_vectors(x).T @ exact).min() > 1 - 1e-10
     low = exp.left_singular_vectors(torch.randn(50, 3, generator=g, dtype=torch.float64) @ torch.randn(3, 40, generator=g, dtype=torch.float64), 10)
     assert (low != 0).any(0).sum() == 3
     narrow = torch.randn(60, 4, generator=g)

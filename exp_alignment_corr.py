@@ -1376,7 +1376,7 @@ def plot_heatmaps(path, rows, largest, synthetic):
             numbers.get_major_locator().set_params(integer=True)
         axis.set(xlabel=f"layer of {r['vision']}", ylabel=f"layer of {r['language']}")
         axis.legend(fontsize=6)
-    figure.colorbar(image, ax=axes, label=r["metric"])
+    figure.colorbar(image, ax=axes, label=r["metric"].replace("_", " "))
     best = f"; the best {len(shown)} of {len(rows)} vision models" if len(shown) < len(rows) else ""
     figure.suptitle(f"{r['language']}, {r['n']:,} items{best}{' (synthetic data)' * synthetic}", fontsize=10)
     common.save_figure(figure, path)
@@ -1411,7 +1411,7 @@ def evaluate_uniqueness(cfg, data, models=None):
             panels[f"{metric}, originals with rewrites"] = {f"TF-IDF: {stated(rho)}": curve}
             table = tables.setdefault("text only: TF-IDF of the originals with that of their rewrites", {})
             table[metric] = cells("u", curve)
-        panels = {ylabel: {"xlabel": "u: share of words replaced [%]", "lines": lines}
+        panels = {ylabel.replace("_", " "): {"xlabel": "u: share of words replaced [%]", "lines": lines}
                   for ylabel, lines in panels.items()}
         curves |= panels
         common.plot_lines(picture_file(cfg, f"alignment_vs_uniqueness_{metric}"), panels,
@@ -1441,7 +1441,7 @@ def plot_performance(cfg, metric, name, rows, synthetic):
     for axis, u in zip(axes, shown, strict=True):
         for (model,), part in grouped(levels[u,], "vision").items():
             axis.plot(*zip(*sorted((-r["bpb"], r["score"]) for r in part), strict=True), marker=".", label=model)
-        axis.set(xlabel="- bits per byte", ylabel=metric)
+        axis.set(xlabel="- bits per byte", ylabel=metric.replace("_", " "))
         axis.set_title(f"u = {u}: {stated(rhos[u])}", fontsize=8)
         axis.legend(fontsize=6)
         if cfg.same_scale:

@@ -982,7 +982,7 @@ def test_user_mistakes_are_one_line(coco, model, films, tmp_path, capsys):
     assert "no such folder" in fails(capsys, "mmimdb", "--data", tmp_path / "none", "--model", model("clip"))
     assert "no bfloat16" in fails(capsys, "mmimdb", "--data", films, "--model", model("clip"), "--dtype", "bfloat16")
     assert "name models" in fails(capsys, "alignment", "--captions", tmp_path / "bad.json")
-    assert "expected a JSON list" in fails(capsys, "alignment", "--captions", tmp_path / "bad.json", "--language", model("gpt2"))
+    assert "expected [{name: {sentences" in fails(capsys, "alignment", "--captions", tmp_path / "bad.json", "--language", model("gpt2"))
     (tmp_path / "two.json").write_text(json.dumps([{name: {"original": f"a {name}", "sentences": {}}} for name in ("dog", "cat")]))
     assert "29 photos for 2 captions" in fails(capsys, "alignment", "--captions", tmp_path / "two.json", "--images", coco / "images",
                                                   "--vision", model("vit"), "--out", tmp_path / "prh")

@@ -1,11 +1,12 @@
 """Alignment metrics over whole layer stacks beside the plain per-pair formulation, one table. Run by hand:
 
     python tests/bench_alignment.py [N]        # default 1024; 13 x 768 against 25 x 1024 features, one CPU thread
-    python tests/bench_alignment.py coverage   # how often a 95% interval holds the expected score: 1,000 draws a row, about half an hour
+    python tests/bench_alignment.py coverage   # how often a 95% interval holds the expected score: 1,000 draws a row,
+                                               # about half an hour
 
-The plain side computes each layer pair on its own from features, as published implementations do: its time is that of a few pairs times the number
-of pairs. Both run in turn in one process; the ratio is what to quote. Then matrix and null of mutual_knn on one and two threads, and the memory that
-the null of unbiased_cka takes for K = 20 and 200.
+The plain side computes each layer pair on its own from features, as published implementations do: its time is that of a
+few pairs times the number of pairs. Both run in turn in one process; the ratio is what to quote. Then matrix and null
+of mutual_knn on one and two threads, and the memory that the null of unbiased_cka takes for K = 20 and 200.
 """
 
 import re
@@ -111,7 +112,8 @@ def stacks(n):
     z = torch.randn(n, 20, generator=g)
     def layer(dim, noise):
         return z @ torch.randn(20, dim, generator=g) + noise * torch.randn(n, dim, generator=g)
-    return [torch.stack([layer(dim, 6 - 3 * i / layers) for i in range(layers)], dim=1) for layers, dim in ((13, 768), (25, 1024))]
+    return [torch.stack([layer(dim, 6 - 3 * i / layers) for i in range(layers)], dim=1)
+            for layers, dim in ((13, 768), (25, 1024))]
 
 
 def seconds(function, repeats=3):
@@ -124,7 +126,8 @@ def seconds(function, repeats=3):
 
 
 def coverage(n_draws=1000):
-    """Share of draws whose 95% interval holds the mean score of all draws: items anew each time, of two stacks that share 8 factors, or none."""
+    """Share of draws whose 95% interval holds the mean score of all draws: items anew each time,
+    of two stacks that share 8 factors, or none."""
     print(f"{n_draws} draws\n{'metric':20}{'N':>6}{'layers':>8}{'sharing':>9}{'mean':>8}{'sd':>8}{'coverage':>10}")
     for metric in ("mutual_knn", "unbiased_cka", "cka", "cknna", "svcca", "cycle_knn", "edit_distance_knn"):
         for n, n_layers, noise in ((64, 1, 1), (64, 1, 3), (64, 1, None), (64, 3, 1), (256, 1, 1)):
@@ -132,12 +135,15 @@ def coverage(n_draws=1000):
             maps = [[torch.randn(8, width, generator=g) for _ in range(n_layers)] for width in (32, 48)]
             for _ in range(n_draws if n == 64 else n_draws // 4):
                 z = torch.randn(n, 8, generator=g)
-                a, b = ([(0 if noise is None else z @ w) + (noise or 1) * torch.randn(n, w.shape[1], generator=g) for w in side] for side in maps)
+                a, b = ([(0 if noise is None else z @ w) + (noise or 1) * torch.randn(n, w.shape[1], generator=g)
+                         for w in side]
+                        for side in maps)
                 values.append(alignment.alignment_matrix(a, b, metric, K).max().item())
                 intervals.append([*alignment.interval("", values[-1], alignment.part_scores(a, b, metric, K)).values()])
             held = np.mean([low <= np.mean(values) <= high for low, high in intervals])
             sharing = {1: "much", 3: "some", None: "none"}[noise]
-            print(f"{metric:20}{n:6}{n_layers:8}{sharing:>9}{np.mean(values):8.3f}{np.std(values):8.4f}{held:10.3f}", flush=True)
+            print(f"{metric:20}{n:6}{n_layers:8}{sharing:>9}{np.mean(values):8.3f}{np.std(values):8.4f}{held:10.3f}",
+                  flush=True)
 
 
 def peak_megabytes(function):
@@ -165,11 +171,13 @@ def main():
             took, values = took + one, [*values, value]
         stack, matrix = seconds(lambda metric=metric: alignment.alignment_matrix(a, b, metric, K))
         difference = max(abs(matrix[i, j].item() - value) for (i, j), value in zip(PAIRS, values, strict=True))
-        print(f"{metric:20}{took / len(PAIRS) * n_pairs:9.1f}{stack:9.2f}{took / len(PAIRS) * n_pairs / stack:7.0f}{difference:14.1e}", flush=True)
+        print(f"{metric:20}{took / len(PAIRS) * n_pairs:9.1f}{stack:9.2f}{took / len(PAIRS) * n_pairs / stack:7.0f}"
+              f"{difference:14.1e}", flush=True)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         took, _ = seconds(lambda: alignment.permutation_null(a, b, "mutual_knn", K, 200), 2)
-        print(f"mutual_knn with its null of the maximum, K = 200, {threads} thread{'s' * (threads > 1)}: {took:.2f} s", flush=True)
+        print(f"mutual_knn with its null of the maximum, K = 200, {threads} thread{'s' * (threads > 1)}: {took:.2f} s",
+              flush=True)
     for k in (20, 200):
         peak = peak_megabytes(lambda k=k: alignment.permutation_null(a, b, "unbiased_cka", K, k))
         print(f"unbiased_cka with its null, K = {k}: peak memory of the process {peak:.0f} MB", flush=True)

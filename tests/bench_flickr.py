@@ -2,9 +2,9 @@
 
     python tests/bench_flickr.py [batch size]        # default 64; one CPU thread, or the GPU if there is one
 
-Variants take turns in one process; medians and the ratio of a pair are printed: a training step with its batch from the caches; a batch
-from the caches against decoding its files every time; mel in torch against librosa (where it is installed); an episodic forward pass
-(every row with slots of its own) against a plain one.
+Variants take turns in one process; medians and the ratio of a pair are printed: a training step with its batch from the
+caches; a batch from the caches against decoding its files every time; mel in torch against librosa (where it is
+installed); an episodic forward pass (every row with slots of its own) against a plain one.
 """
 
 import statistics
@@ -23,8 +23,8 @@ import exp_flickr_ttt as exp
 
 
 def compare(title, variants, repeats):
-    """Print the median time of functions that take turns, {name: function}; the first round warms up. On a CPU its own time counts, so that
-    other programs disturb little."""
+    """Print the median time of functions that take turns, {name: function}; the first round warms up. On a CPU its own
+    time counts, so that other programs disturb little."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     times = {name: [] for name in variants}
     for repeat in range(repeats + 1):
@@ -37,7 +37,8 @@ def compare(title, variants, repeats):
                 times[name].append(clock() - start)
     medians = [statistics.median(values) for values in times.values()]
     ratio = f": ratio {medians[1] / medians[0]:.3f}" if len(medians) == 2 else ""
-    print(f"{title}: {', '.join(f'{name} {1000 * x:.2f} ms' for name, x in zip(variants, medians, strict=True))}{ratio}", flush=True)
+    print(f"{title}: {', '.join(f'{name} {1000 * x:.2f} ms' for name, x in zip(variants, medians, strict=True))}"
+          f"{ratio}", flush=True)
 
 
 def written_files(folder, n):
@@ -81,8 +82,10 @@ def main():
             return exp.make_batch(data, rows, np.random.default_rng(0))
         model = exp.build_model(cfg, data)
         optimizer = exp.build_optimizer(cfg, model)
-        compare("a batch with normalisation and augmentation", {"from the caches": from_cache, "decoding every file": decoding}, 5)
-        compare("a training step", {"with its batch from the caches": lambda: exp.train_step(model, from_cache(), optimizer)}, 5)
+        compare("a batch with normalisation and augmentation",
+                {"from the caches": from_cache, "decoding every file": decoding}, 5)
+        compare("a training step",
+                {"with its batch from the caches": lambda: exp.train_step(model, from_cache(), optimizer)}, 5)
         batch = exp.make_batch(data, rows)
     wave = 0.1 * np.random.default_rng(0).standard_normal(64000).astype(np.float32)
     try:
@@ -92,13 +95,15 @@ def main():
     else:
         def by_librosa():
             return np.log(1e-6 + librosa.feature.melspectrogram(
-                y=wave, sr=16000, n_fft=400, hop_length=160, n_mels=80, fmax=8000, htk=True, norm=None, pad_mode="reflect"))
+                y=wave, sr=16000, n_fft=400, hop_length=160, n_mels=80, fmax=8000, htk=True, norm=None,
+                pad_mode="reflect"))
         compare("log mel of 4 s", {"torch": lambda: exp.log_mel(torch.from_numpy(wave)), "librosa": by_librosa}, 50)
     model.eval()
     with torch.no_grad():
         for keys in (("text", "image", "audio", "audio_frames"), ("text",)):
             given = {key: batch[key] for key in keys}
-            compare(f"forward of {' + '.join(keys[:3])}", {"plain": lambda x=given: model(**x), "episodic": lambda x=given: model(**x, episodic=True)}, 9)
+            compare(f"forward of {' + '.join(keys[:3])}",
+                    {"plain": lambda x=given: model(**x), "episodic": lambda x=given: model(**x, episodic=True)}, 9)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def steps(small):
 
 
 def epoch(small):
-    """Seconds of an epoch over COCO's size with the siglip config, batches drawn and indexed as in a run; beside a plain
-    loop: a loader's batches copied to the device, plain modules, the loss as usually written."""
+    """Seconds of an epoch over COCO's size with the siglip config, batches drawn and indexed as in a run; beside a
+    plain loop: a loader's batches copied to the device, plain modules, the loss as usually written."""
     cfg = common.load_config(coco.Config, ROOT / "configs/siglip.yaml", ["training.batch_size=512"])
     n_images, n_texts = (200, 1000) if small else (94_000, 468_000)
     images, texts = torch.randn(n_images, 1152, device=DEVICE).half(), torch.empty(n_texts, 4096, dtype=torch.half)
@@ -135,7 +135,8 @@ def losses(small):
     for n in (64, 128) if small else (4096, 16_384, 32_768, 65_536):
         for name, (plain, ours) in bench_losses.PAIRS.items():
             args = bench_losses.inputs(n, DEVICE)
-            functions = {"ours": lambda f=ours, a=args: f(*a).backward(), "plain": lambda f=plain, a=args: f(*a).backward()}
+            functions = {"ours": lambda f=ours, a=args: f(*a).backward(),
+                         "plain": lambda f=plain, a=args: f(*a).backward()}
             if n == 65_536:  # out of the plain one's reach
                 del functions["plain"]
             took = milliseconds(functions, 5)
@@ -188,7 +189,8 @@ def main():
     for title, table in TABLES.items():
         tables[title] = rows = [*table(args.small)]
         columns = [*dict.fromkeys(key for row in rows for key in row if key)]
-        print(f"\n{common.format_table([title, *columns], [[row[''], *map(row.get, columns)] for row in rows])}", flush=True)
+        print(f"\n{common.format_table([title, *columns], [[row[''], *map(row.get, columns)] for row in rows])}",
+              flush=True)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"card": card, "torch": torch.__version__, "cuda": torch.version.cuda, "seconds": time.time() - start}

@@ -2,8 +2,9 @@
 
     python tests/bench_losses.py [N ...]        # default 4096 8192; one CPU thread, or the GPU if there is one
 
-The variants take turns within each repeat, so that a noisy machine disturbs them alike; the ratio of medians is what to quote.
-Extra memory is the peak during one forward + backward beyond what was there before: of the resident set on the CPU, of the allocator on CUDA.
+The variants take turns within each repeat, so that a noisy machine disturbs them alike; the ratio of medians is what to
+quote. Extra memory is the peak during one forward + backward beyond what was there before: of the resident set on the
+CPU, of the allocator on CUDA.
 """
 
 import statistics
@@ -63,7 +64,8 @@ def seconds(loss, args):
 
 def resident(field):
     """A resident-set figure of this process in MB: VmRSS now, VmHWM the peak since it was last reset (Linux)."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)) / 1024
+    return next(int(line.split()[1])
+                for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)) / 1024
 
 
 def extra_megabytes(loss, args):
@@ -82,8 +84,10 @@ def extra_megabytes(loss, args):
 
 def extra_megabytes_afresh(name, which, n):
     """The same in a new process, whose allocator holds nothing back from earlier calls."""
-    code = f"import bench_losses as b, torch; torch.set_num_threads(1); print(b.extra_megabytes(b.PAIRS[{name!r}][{which}], b.inputs({n}, 'cpu')))"
-    return float(subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout)
+    code = (f"import bench_losses as b, torch; torch.set_num_threads(1); "
+            f"print(b.extra_megabytes(b.PAIRS[{name!r}][{which}], b.inputs({n}, 'cpu')))")
+    return float(subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=True).stdout)
 
 
 def main():
@@ -100,13 +104,16 @@ def main():
                     if repeat:  # the first warms up
                         times[which].append(t)
             plain, block = map(statistics.median, times)
-            memory = [extra_megabytes(loss, args) if args[0].is_cuda else extra_megabytes_afresh(name, i, n) for i, loss in enumerate(variants)]
+            memory = [extra_megabytes(loss, args) if args[0].is_cuda else extra_megabytes_afresh(name, i, n)
+                      for i, loss in enumerate(variants)]
             difference = (variants[0](*args) - variants[1](*args)).abs().item()
-            rows.append([f"{name} {n}", f"{plain:.3f}", f"{block:.3f}", f"{block / plain:.2f}", *(f"{m:.0f}" for m in memory),
-                         f"{memory[1] / memory[0]:.2f}", f"{difference:.1e}"])
-            print(common.format_table(["", "plain s", "block s", "ratio", "plain MB", "block MB", "ratio", "|difference|"], rows[-1:]), flush=True)
+            rows.append([f"{name} {n}", f"{plain:.3f}", f"{block:.3f}", f"{block / plain:.2f}",
+                         *(f"{m:.0f}" for m in memory), f"{memory[1] / memory[0]:.2f}", f"{difference:.1e}"])
+            print(common.format_table(["", "plain s", "block s", "ratio", "plain MB", "block MB", "ratio",
+                                       "|difference|"], rows[-1:]), flush=True)
     print()
-    print(common.format_table(["", "plain s", "block s", "ratio", "plain MB", "block MB", "ratio", "|difference|"], rows))
+    print(common.format_table(
+        ["", "plain s", "block s", "ratio", "plain MB", "block MB", "ratio", "|difference|"], rows))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""exp_pixmo_mrl.py: decoding and its cache against plain PIL, the Matryoshka loss against separate losses, steps and the
-loader's share of them.
+"""exp_pixmo_mrl.py: decoding and its cache against plain PIL, the Matryoshka loss against separate losses, steps and
+the loader's share of them.
 
     OMP_NUM_THREADS=1 python tests/bench_pixmo.py
 
@@ -40,7 +40,8 @@ def photo(seed, width=1600, height=1200):
     rng = np.random.default_rng(seed)
     image = np.zeros((height, width, 3))
     for cells in (4, 16, 64, 256, 800):
-        layer = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        layer = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC)
         image += (np.asarray(layer).astype(float) - 127.5) * 2 / cells**0.5
     Image.fromarray(np.clip(image + 127.5, 0, 255).astype(np.uint8)).save(buffer := io.BytesIO(), "JPEG", quality=90)
     return buffer.getvalue()
@@ -50,14 +51,17 @@ def plain(data, size):
     """Full-size decode, then resize of the centre square."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     left, top = (image.width - min(image.size)) / 2, (image.height - min(image.size)) / 2
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, image.width - left, image.height - top)))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC,
+                                   box=(left, top, image.width - left, image.height - top)))
 
 
 def bench_decoding(size=256, n=24):
     photos = [photo(i) for i in range(n)]
-    found = alternately({"plain": lambda: [plain(p, size) for p in photos], "ours": lambda: [common.decode_image(p, size) for p in photos]}, 3)
+    found = alternately({"plain": lambda: [plain(p, size) for p in photos],
+                         "ours": lambda: [common.decode_image(p, size) for p in photos]}, 3)
     errors = [np.square(plain(p, size).astype(float) - common.decode_image(p, size)).mean() for p in photos]
-    print(f"decode {np.mean([len(p) for p in photos]) / 1e3:.0f} kB JPEGs to {size} px: plain PIL {n / found['plain']:.1f} images/s, "
+    print(f"decode {np.mean([len(p) for p in photos]) / 1e3:.0f} kB JPEGs to {size} px: "
+          f"plain PIL {n / found['plain']:.1f} images/s, "
           f"decode_image {n / found['ours']:.1f} images/s ({found['plain'] / found['ours']:.2f}x), "
           f"PSNR {10 * np.log10(255**2 / np.mean(errors)):.1f} dB")
     with tempfile.NamedTemporaryFile() as file:
@@ -65,7 +69,8 @@ def bench_decoding(size=256, n=24):
         pixels[:] = np.arange(256)[:size, None].astype(np.uint8)
         rows = np.random.default_rng(0).permutation(2048)[:64]
         gathered = alternately({"gather": lambda: pixels[rows]}, 20)["gather"]
-    print(f"64 images of {size} px from the cache: {1000 * gathered:.1f} ms; decoded anew {1000 * found['ours'] * 64 / n:.0f} ms "
+    print(f"64 images of {size} px from the cache: {1000 * gathered:.1f} ms; "
+          f"decoded anew {1000 * found['ours'] * 64 / n:.0f} ms "
           f"({found['ours'] * 64 / n / gathered:.0f}x)")
 
 
@@ -74,19 +79,22 @@ def bench_loss(n=64, dims=(128, 256, 512, 1024, 2048, 4096)):
     image, text = (torch.randn(n, dims[-1], generator=generator, requires_grad=True) for _ in range(2))
 
     def separate(which):
-        return sum(common.info_nce(F.normalize(image[:, :d], dim=1), F.normalize(text[:, :d], dim=1), 14.0) for d in which) / len(which)
+        return sum(common.info_nce(F.normalize(image[:, :d], dim=1), F.normalize(text[:, :d], dim=1), 14.0)
+                   for d in which) / len(which)
 
     def step(loss):
         image.grad = text.grad = None
         loss().backward()
-    variants = {"the whole embedding alone": lambda: separate(dims[-1:]), "all six, separate losses": lambda: separate(dims),
+    variants = {"the whole embedding alone": lambda: separate(dims[-1:]),
+                "all six, separate losses": lambda: separate(dims),
                 "all six, prefix accumulation": lambda: exp.matryoshka_loss(image, text, dims, 14.0)[0],
                 "one drawn dimension (512)": lambda: exp.matryoshka_loss(image, text, [512], 14.0)[0]}
     found = alternately({name: (lambda loss=loss: step(loss)) for name, loss in variants.items()}, 60)
     base = found["all six, separate losses"]
     print(f"Matryoshka loss with backward, N = {n}, D = {dims[-1]}: "
           + ", ".join(f"{name} {1000 * t:.1f} ms ({t / base:.2f})" for name, t in found.items()))
-    print(f"  difference of the two: {abs(separate(dims) - exp.matryoshka_loss(image, text, dims, 14.0)[0]).item():.1e}")
+    print("  difference of the two: "
+          f"{abs(separate(dims) - exp.matryoshka_loss(image, text, dims, 14.0)[0]).item():.1e}")
 
 
 def bench_step(steps=25):
@@ -103,7 +111,8 @@ def bench_step(steps=25):
         files += [f"vision_encoder.features_file={features}/image_features.pt",
                   f"text_encoder.features_file={features}/text_features.pt"]
         for name, (config, *overrides) in variants.items():
-            cfg = common.load_config(exp.Config, root / config, [*files, f"dataset.cache_dir={folder}/cache", *overrides])
+            cfg = common.load_config(exp.Config, root / config,
+                                     [*files, f"dataset.cache_dir={folder}/cache", *overrides])
             data = exp.load_data(cfg)
             model = exp.build_model(cfg, data).train()
             optimizer, batches, waited = exp.build_optimizer(cfg, model), exp.training_batches(cfg, data, 0), 0.0
@@ -115,7 +124,8 @@ def bench_step(steps=25):
                 waited += time.perf_counter() - asked
                 exp.train_step(model, batch, optimizer)
             whole = time.perf_counter() - start
-            print(f"a step of {name}: {1000 * whole / steps:.0f} ms, {cfg.dataset.batch_size * steps / whole:.0f} pairs/s, "
+            print(f"a step of {name}: {1000 * whole / steps:.0f} ms, "
+                  f"{cfg.dataset.batch_size * steps / whole:.0f} pairs/s, "
                   f"waiting for a batch on {data.device}: {100 * waited / whole:.1f}%")
 
 

@@ -2,7 +2,8 @@
 
     python tests/bench_retrieval.py [N ...]     # N queries against N gallery rows; default 5000 10000; one CPU thread
 
-Both compute R@1/5/10, median and mean rank of the same random embeddings; the ratio is what to quote. Memory as in bench_losses.py.
+Both compute R@1/5/10, median and mean rank of the same random embeddings; the ratio is what to quote. Memory as in
+bench_losses.py.
 """
 
 import subprocess
@@ -28,7 +29,8 @@ def inputs(n):
 def argsort_ranks(a, b, ids):
     order = (a @ b.T).argsort(dim=1, descending=True)
     ranks = (order == ids[:, None]).int().argmax(1) + 1
-    return {**{f"R@{k}": (ranks <= k).float().mean().item() for k in (1, 5, 10)}, "median_rank": ranks.float().quantile(0.5).item()}
+    return {**{f"R@{k}": (ranks <= k).float().mean().item() for k in (1, 5, 10)},
+            "median_rank": ranks.float().quantile(0.5).item()}
 
 
 def block_ranks(a, b, ids):
@@ -51,13 +53,15 @@ def main():
         results = []
         for which in (0, 1):  # each in a fresh process: the allocator holds nothing back from the other
             code = f"import bench_retrieval as b; print(*b.measure({which}, {n}))"
-            out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+            out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True,
+                                 text=True, check=True).stdout
             results.append([float(x) for x in out.split()])
         (plain_s, plain_mb, *plain), (block_s, block_mb, *block) = results
         assert max(abs(x - y) for x, y in zip(plain, block, strict=True)) < 1e-3 * n, (plain, block)
         rows.append([str(n), f"{plain_s:.2f}", f"{block_s:.2f}", f"{plain_s / block_s:.1f}x",
                      f"{plain_mb:.0f}", f"{block_mb:.0f}", f"{plain[0]:.4f}", f"{block[0]:.4f}"])
-    print(common.format_table(["N", "argsort s", "block s", "faster", "argsort MB", "block MB", "argsort R@1", "block R@1"], rows))
+    print(common.format_table(
+        ["N", "argsort s", "block s", "faster", "argsort MB", "block MB", "argsort R@1", "block R@1"], rows))
 
 
 if __name__ == "__main__":

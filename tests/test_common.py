@@ -67,7 +67,7 @@ def naive_sigmoid(a, b, scale, bias, ids=None, false_negatives="ignore"):
     return total / len(a)
 
 
-# ---------------------------------------------------------------------------------------------------------------- losses
+# --------------------------------------------------------------------------------------------------------------- losses
 
 @pytest.mark.parametrize(("scale", "kwargs", "value"), [
     (1 / 0.07, {}, 0.5241731903), (1.0, {}, 1.3894025189), (100.0, {}, 1.1438948838),
@@ -94,7 +94,8 @@ def test_sigmoid_loss_reference_values():
     assert loss.item() == pytest.approx(1.3541021520, abs=1e-10)
     assert p.grad.item() == pytest.approx(-2.7844927026, abs=1e-10)
     assert b.grad.item() == pytest.approx(-0.2818069722, abs=1e-10)
-    assert sigmoid_loss(*sine_pairs(), 10.0, -10.0, IDS, "multi_positive").item() == pytest.approx(6.1762494184, abs=1e-10)
+    assert sigmoid_loss(*sine_pairs(), 10.0, -10.0, IDS, "multi_positive").item() == pytest.approx(
+        6.1762494184, abs=1e-10)
 
 
 def test_closed_forms():
@@ -107,7 +108,8 @@ def test_closed_forms():
 
 
 def value_and_gradients(loss, *numbers):
-    """[loss, its gradients by a, b and the numbers] of loss(a, b, ids, *numbers); the loss is scaled, as a sum of losses scales it."""
+    """[loss, its gradients by a, b and the numbers] of loss(a, b, ids, *numbers); the loss is scaled,
+    as a sum of losses scales it."""
     a, b, ids = random_pairs()
     leaves = [x.requires_grad_() for x in (a, b, *torch.tensor(numbers, dtype=torch.float64))]
     value = loss(a, b, ids, *leaves[2:])
@@ -122,15 +124,18 @@ def value_and_gradients(loss, *numbers):
 @pytest.mark.parametrize("chunk_size", [None, 5])
 def test_info_nce_against_loops(false_negatives, eps, chunk_size):
     expected = value_and_gradients(lambda a, b, ids, scale: naive_info_nce(a, b, scale, ids, false_negatives, eps), 9.0)
-    found = value_and_gradients(lambda a, b, ids, scale: info_nce(a, b, scale, ids, false_negatives, eps, chunk_size), 9.0)
+    found = value_and_gradients(
+        lambda a, b, ids, scale: info_nce(a, b, scale, ids, false_negatives, eps, chunk_size), 9.0)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("false_negatives", ["ignore", "mask", "multi_positive"])
 @pytest.mark.parametrize("chunk_size", [None, 5])
 def test_sigmoid_loss_against_loops(false_negatives, chunk_size):
-    expected = value_and_gradients(lambda a, b, ids, *numbers: naive_sigmoid(a, b, *numbers, ids, false_negatives), 9.0, -3.0)
-    found = value_and_gradients(lambda a, b, ids, *numbers: sigmoid_loss(a, b, *numbers, ids, false_negatives, chunk_size), 9.0, -3.0)
+    expected = value_and_gradients(
+        lambda a, b, ids, *numbers: naive_sigmoid(a, b, *numbers, ids, false_negatives), 9.0, -3.0)
+    found = value_and_gradients(
+        lambda a, b, ids, *numbers: sigmoid_loss(a, b, *numbers, ids, false_negatives, chunk_size), 9.0, -3.0)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
@@ -146,16 +151,19 @@ def test_frozen_inputs_and_plain_numbers_get_no_gradient():
 
 @pytest.mark.parametrize("false_negatives", ["ignore", "mask", "multi_positive"])
 @pytest.mark.parametrize("name", ["info_nce", "smoothed", "sigmoid"])
-@pytest.mark.parametrize("sorted_ids", [False, True])  # sorted: with blocks of 1 or 2 a whole block of a column is masked
+# sorted: with blocks of 1 or 2 a whole block of a column is masked
+@pytest.mark.parametrize("sorted_ids", [False, True])
 def test_blocks_change_neither_value_nor_gradient(name, false_negatives, sorted_ids):
     def run(chunk_size):
         a, b, ids = random_pairs(n_ids=6)
         ids = ids.sort().values if sorted_ids else ids
-        leaves = [a.requires_grad_(), b.requires_grad_(), *(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.5, -4.0))]
+        leaves = [a.requires_grad_(), b.requires_grad_(),
+                  *(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.5, -4.0))]
         if name == "sigmoid":
             loss = sigmoid_loss(a, b, leaves[2].exp(), leaves[3], ids, false_negatives, chunk_size)
         else:
-            loss = info_nce(a, b, leaves[2].exp(), ids, false_negatives, 0.1 * (name == "smoothed"), chunk_size) + 0 * leaves[3]
+            loss = (info_nce(a, b, leaves[2].exp(), ids, false_negatives, 0.1 * (name == "smoothed"), chunk_size)
+                    + 0 * leaves[3])
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
     whole = run(37)
     for chunk_size in (1, 2, 5, 36):
@@ -182,8 +190,10 @@ def test_the_wider_of_two_dtypes_decides():
         assert loss(a.half(), b.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [({"false_negatives": "mask"}, "needs ids"), ({"false_negatives": "drop"}, "must be ignore"),
-                                                 ({"ids": torch.arange(3)}, "ids must be"), ({"label_smoothing": 1.5}, "label_smoothing must")])
+@pytest.mark.parametrize(("kwargs", "message"), [({"false_negatives": "mask"}, "needs ids"),
+                                                 ({"false_negatives": "drop"}, "must be ignore"),
+                                                 ({"ids": torch.arange(3)}, "ids must be"),
+                                                 ({"label_smoothing": 1.5}, "label_smoothing must")])
 def test_loss_argument_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         info_nce(*sine_pairs(), 1.0, **kwargs)
@@ -196,10 +206,11 @@ def test_loss_shape_errors():
             loss()
 
 
-# -------------------------------------------------------------------------------------------------------------- schedule
+# ------------------------------------------------------------------------------------------------------------- schedule
 
 def test_warmup_cosine():
-    expected = {0: 0, 1: 2e-6, 50: 1e-4, 100: 2e-4, 325: 1.707107e-4, 550: 1e-4, 775: 2.928932e-5, 999: 6.092342e-10, 1000: 0, 5000: 0}
+    expected = {0: 0, 1: 2e-6, 50: 1e-4, 100: 2e-4, 325: 1.707107e-4, 550: 1e-4, 775: 2.928932e-5, 999: 6.092342e-10,
+                1000: 0, 5000: 0}
     for step, value in expected.items():
         assert 2e-4 * common.warmup_cosine(step, 1000, 100) == pytest.approx(value, rel=1e-6)
     assert common.warmup_cosine(0, 10, 0) == 1.0
@@ -208,7 +219,7 @@ def test_warmup_cosine():
     assert (common.warmup_cosine(-1, 5, 0), common.warmup_cosine(-1, 5, 2)) == (1.0, 0.0)
 
 
-# --------------------------------------------------------------------------------------------------------------- metrics
+# -------------------------------------------------------------------------------------------------------------- metrics
 
 def five_captions():
     rng = np.random.RandomState(0)
@@ -220,7 +231,8 @@ def five_captions():
 
 
 def naive_retrieval(queries, gallery, query_ids, gallery_ids, k):
-    """Expected hit and rank of the best own row by averaging over random orders of the ties; AP with ties against the model."""
+    """Expected hit and rank of the best own row by averaging over random orders of the ties;
+    AP with ties against the model."""
     scores = (queries.double() @ gallery.double().T).float().numpy()
     own = (query_ids[:, None] == gallery_ids).numpy()
     rng, hits, ranks, aps = np.random.default_rng(0), [], [], []
@@ -241,7 +253,8 @@ def naive_retrieval(queries, gallery, query_ids, gallery_ids, k):
 def test_retrieval_reference_values():
     u, v, image_ids, own = five_captions()
     t2i = retrieval_metrics(v, u, own, image_ids)
-    assert [t2i[k] for k in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")] == pytest.approx([0.271, 0.539, 0.666, 4, 14.837], abs=1e-9)
+    assert [t2i[k] for k in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")] == pytest.approx(
+        [0.271, 0.539, 0.666, 4, 14.837], abs=1e-9)
     assert t2i["mAP@10"] == pytest.approx(0.38480, abs=5e-6)
     i2t = retrieval_metrics(u, v, image_ids, own, map_ks=(5, 10))
     assert [i2t[k] for k in ("R@1", "R@5", "R@10", "median_rank")] == pytest.approx([0.415, 0.820, 0.895, 2], abs=1e-9)
@@ -272,7 +285,8 @@ def test_independent_noise_scores_chance():
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
 def test_ties_against_random_orders(chunk_size):
     g = torch.Generator().manual_seed(3)
-    gallery = torch.randint(0, 2, (12, 3), generator=g).float()  # few values: many ties, own rows tied with each other too
+    # few values: many ties, own rows tied with each other too
+    gallery = torch.randint(0, 2, (12, 3), generator=g).float()
     queries = torch.randint(0, 2, (40, 3), generator=g).float()
     gallery_ids, query_ids = torch.randint(0, 4, (12,), generator=g), torch.randint(0, 4, (40,), generator=g)
     gallery_ids[:4] = torch.arange(4)
@@ -285,7 +299,8 @@ def test_ties_against_random_orders(chunk_size):
 
 
 def test_many_own_rows_count_as_few_do():
-    """Classes instead of pairs: with more own rows than are compared one by one, every number is that of the naive loop."""
+    """Classes instead of pairs: with more own rows than are compared one by one,
+    every number is that of the naive loop."""
     g = torch.Generator().manual_seed(4)
     gallery, queries = (torch.randint(0, 3, (n, 3), generator=g).float() for n in (120, 20))
     gallery_ids, query_ids = torch.randint(0, 2, (120,), generator=g), torch.randint(0, 2, (20,), generator=g)
@@ -321,7 +336,8 @@ def test_a_score_one_float32_step_below_is_no_tie():
     x = torch.tensor(0.5)
     gallery = torch.stack([x, torch.nextafter(x, torch.tensor(-1.0)), torch.tensor(-0.9)])[:, None]
     for own in (0, 1):  # the numbering of the ids must not matter
-        m = retrieval_metrics(torch.ones(1, 1), gallery, torch.tensor([own]), torch.tensor([own, 1 - own, own]), map_ks=(1, 10))
+        m = retrieval_metrics(torch.ones(1, 1), gallery, torch.tensor([own]), torch.tensor([own, 1 - own, own]),
+                              map_ks=(1, 10))
         assert (m["R@1"], m["mAP@1"], m["mAP@10"]) == (1.0, 1.0, pytest.approx((1 + 2 / 3) / 2))
 
 
@@ -335,8 +351,10 @@ def test_retrieval_errors():
     u, v, image_ids, own = five_captions()
     bad = u.clone()
     bad[3, 2] = math.nan
-    for args, message in (((bad, v, image_ids, own), "1 rows of 200"), ((u, v, image_ids + 1, own), "no row of their id"),
-                          ((u, v[:, :3], image_ids, own), "queries"), ((u, v, own, own), "one id a row"), ((u[:0], v, own[:0], own), "nothing")):
+    for args, message in (((bad, v, image_ids, own), "1 rows of 200"),
+                          ((u, v, image_ids + 1, own), "no row of their id"),
+                          ((u, v[:, :3], image_ids, own), "queries"), ((u, v, own, own), "one id a row"),
+                          ((u[:0], v, own[:0], own), "nothing")):
         with pytest.raises(ValueError, match=message):
             retrieval_metrics(*args)
 
@@ -350,7 +368,8 @@ def test_multilabel_metrics_against_scikit_learn():
     for threshold in (0.5, 0.3):
         m = common.multilabel_metrics(logits, targets, threshold)
         for average in ("micro", "macro", "weighted", "samples"):
-            expected = f1_score(targets, logits.double().numpy() > math.log(threshold / (1 - threshold)), average=average, zero_division=0)
+            expected = f1_score(targets, logits.double().numpy() > math.log(threshold / (1 - threshold)),
+                                average=average, zero_division=0)
             assert m[f"f1_{average}"] == pytest.approx(expected, abs=1e-12)
         assert m["mAP"] == pytest.approx(average_precision_score(targets, p, average="macro"), abs=1e-12)
         assert m["roc_auc"] == pytest.approx(roc_auc_score(targets, p, average="macro"), abs=1e-12)
@@ -358,12 +377,14 @@ def test_multilabel_metrics_against_scikit_learn():
 
 def test_multilabel_metrics_edge_cases():
     logits = torch.tensor([[1.0, 2.0, -1.0], [2.0, 1.0, -2.0]])
-    m = common.multilabel_metrics(logits, torch.tensor([[0, 1, 0], [1, 1, 0]]))  # one class without negatives, one without positives
+    # one class without negatives, one without positives
+    m = common.multilabel_metrics(logits, torch.tensor([[0, 1, 0], [1, 1, 0]]))
     assert (m["roc_auc"], m["mAP"]) == (1.0, 1.0)
     assert math.isnan(common.multilabel_metrics(logits, torch.zeros(2, 3))["mAP"])
     for args, message in (((logits, torch.zeros(2, 2)), "equal"), ((logits[:, :0], logits[:, :0]), "C > 0"),
                           ((logits * math.nan, torch.zeros(2, 3)), "non-finite"),
-                          ((logits, torch.full((2, 3), 0.5)), "0 or 1"), ((logits, torch.zeros(2, 3), 1.5), "threshold")):
+                          ((logits, torch.full((2, 3), 0.5)), "0 or 1"),
+                          ((logits, torch.zeros(2, 3), 1.5), "threshold")):
         with pytest.raises(ValueError, match=message):
             common.multilabel_metrics(*args)
 
@@ -408,7 +429,8 @@ def test_intervals_of_macro_map_hold_the_truth():
     truth, held, held_by_percentiles = common.multilabel_metrics(*items(100_000))["mAP"], 0, 0
     for i in range(60):
         x, y = items(400)
-        draws = common.bootstrap(lambda w, x=x, y=y: common.multilabel_metrics(x, y, weights=w), 400, n_resamples=150, seed=i)
+        draws = common.bootstrap(lambda w, x=x, y=y: common.multilabel_metrics(x, y, weights=w), 400,
+                                 n_resamples=150, seed=i)
         low, high = common.interval(common.multilabel_metrics(x, y)["mAP"], draws["mAP"])
         held += low <= truth <= high
         low, high = np.quantile(draws["mAP"], (0.025, 0.975))
@@ -417,7 +439,7 @@ def test_intervals_of_macro_map_hold_the_truth():
     assert held > held_by_percentiles + 3
 
 
-# ----------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 def test_checkpoint_round_trip_with_random_states(tmp_path):
     common.seed_everything(5)
@@ -470,7 +492,7 @@ def test_failed_save_keeps_the_old_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 @dataclass
 class Training:
@@ -500,7 +522,8 @@ def load(tmp_path, text, *overrides, **kwargs):
 
 
 def test_yaml_values_take_the_type_of_their_field(tmp_path):
-    cfg = load(tmp_path, "training:\n  learning_rate: 1e-4\n  note: no\n  hidden: null\n  betas: [0.8, 1e-1]\n  bn: yes\n  amount: 3\n")
+    cfg = load(tmp_path, "training:\n  learning_rate: 1e-4\n  note: no\n  hidden: null\n  betas: [0.8, 1e-1]\n"
+                         "  bn: yes\n  amount: 3\n")
     t = cfg.training
     assert (t.learning_rate, t.note, t.hidden, t.betas, t.bn, t.amount) == (1e-4, "no", None, [0.8, 0.1], True, 3)
     text = 'training:\n  mode: \\"slow\\"  # quotes escaped in a document\n  amount: val2017\nseed: 7'
@@ -544,8 +567,8 @@ def test_config_errors_are_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("override", "message"), [("seed", "key=value"), ("sed=1", "did you mean seed"), ("training=1", "is a section"),
-                                                   ("seed=x", "whole number")])
+@pytest.mark.parametrize(("override", "message"), [("seed", "key=value"), ("sed=1", "did you mean seed"),
+                                                   ("training=1", "is a section"), ("seed=x", "whole number")])
 def test_override_errors(tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, "", override)
@@ -567,7 +590,8 @@ def test_missing_config_names_the_nearest(tmp_path):
 
 
 def test_output_dir_names_what_changes_the_run(tmp_path):
-    assert load(tmp_path, "", "training.batch_size=64", "seed=1", "device=cpu").output_dir == "results/toy,seed=1,training.batch_size=64"
+    assert (load(tmp_path, "", "training.batch_size=64", "seed=1", "device=cpu").output_dir
+            == "results/toy,seed=1,training.batch_size=64")
     assert load(tmp_path, "", demo=True).output_dir == "results/demo/toy"
     assert load(tmp_path, "", "seed=1", "output_dir=here").output_dir == "here"
     assert load(tmp_path, "", "training.note=a/b c").output_dir == "results/toy,training.note=a_b_c"
@@ -581,7 +605,7 @@ def test_demo_section_and_precedence(tmp_path):
     assert (demo.seed, demo.training.batch_size) == (2, 4)
 
 
-# ----------------------------------------------------------------------------------------------------------- run folders
+# ---------------------------------------------------------------------------------------------------------- run folders
 
 def fresh(cfg):
     cfg.fresh = True
@@ -684,7 +708,8 @@ def test_a_flipped_bit_in_a_data_file_is_refused(tmp_path):
 
 def test_torchs_advice_to_load_unsafely_is_not_passed_on(tmp_path):
     torch.save({"f": re.compile("x")}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"x\.pt: cannot be read \(it holds more than tensors and plain types, or is damaged\)$"):
+    with pytest.raises(UserError,
+                       match=r"x\.pt: cannot be read \(it holds more than tensors and plain types, or is damaged\)$"):
         common.guarded(lambda p: torch.load(p, weights_only=True), tmp_path / "x.pt")
     (tmp_path / "x.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="nested too deeply"):
@@ -732,7 +757,8 @@ class Toy:
                 if step == self.killed_at:
                     raise KeyboardInterrupt
                 if step % 2 == 0:
-                    run.log({"step": step, **run.means()}, score=self.score(step), val_loss=-self.score(step), patience=patience, note=step)
+                    run.log({"step": step, **run.means()}, score=self.score(step), val_loss=-self.score(step),
+                            patience=patience, note=step)
         return run
 
 
@@ -785,8 +811,10 @@ def test_a_run_killed_inside_a_save_resumes_to_the_bit(tmp_path, monkeypatch, mo
     def replace(source, target):
         name = Path(target).name
         seen.append(name)
-        at = {"mid-save": "checkpoint_latest.pt.previous", "between the renames": "checkpoint_latest.pt", "before metrics.csv": "metrics.csv",
-              "best saved, latest not": "checkpoint_latest.pt.previous" if "checkpoint_latest.pt" in seen else "checkpoint_latest.pt"}[moment]
+        at = {"mid-save": "checkpoint_latest.pt.previous", "between the renames": "checkpoint_latest.pt",
+              "before metrics.csv": "metrics.csv",
+              "best saved, latest not":
+                  "checkpoint_latest.pt.previous" if "checkpoint_latest.pt" in seen else "checkpoint_latest.pt"}[moment]
         if name == at and seen.count(name) == nth:
             raise Killed
         real(source, target)
@@ -799,14 +827,16 @@ def test_a_run_killed_inside_a_save_resumes_to_the_bit(tmp_path, monkeypatch, mo
         Toy(tmp_path / "b").train()
     for name in ("checkpoint_latest.pt", "best_model.pt"):
         a, b = (common.load_checkpoint(tmp_path / folder / name) for folder in "ab")
-        assert repr({k: v for k, v in a.items() if k != "config"}) == repr({k: v for k, v in b.items() if k != "config"})
+        assert repr({k: v for k, v in a.items() if k != "config"}) == repr(
+            {k: v for k, v in b.items() if k != "config"})
     assert (tmp_path / "a/metrics.csv").read_bytes() == (tmp_path / "b/metrics.csv").read_bytes()
 
 
 def test_a_finished_run_takes_no_step_and_best_model_is_of_the_best_score(tmp_path, capsys):
     toy = Toy(tmp_path / "a", score=lambda step: -abs(step - 6), steps_per_epoch=5)
     assert toy.train().best_step == 6
-    best, latest = (common.load_checkpoint(tmp_path / "a" / f"{name}.pt") for name in ("best_model", "checkpoint_latest"))
+    best, latest = (common.load_checkpoint(tmp_path / "a" / f"{name}.pt")
+                    for name in ("best_model", "checkpoint_latest"))
     assert (best["step"], best["note"], latest["epoch"], latest["best_val_loss"]) == (6, 6, 2, 0)
     before = (tmp_path / "a/checkpoint_latest.pt").stat().st_mtime_ns
     run = toy.train()
@@ -830,7 +860,8 @@ def test_a_checkpoint_of_another_version_is_one_line(tmp_path, capsys):
     assert "was trained by another version of the script" in capsys.readouterr().out
     for changed in ({**state, "position": {}}, {**state, "model_state_dict": {}}, {"a": 1}):
         common.save_checkpoint(path, changed)
-        with pytest.raises(UserError, match=r"latest\.pt is of another model or version of the script .*; use --fresh to start again$"):
+        with pytest.raises(UserError, match=r"latest\.pt is of another model or version of the script .*; "
+                                            r"use --fresh to start again$"):
             Toy(tmp_path / "a").train()
 
 
@@ -961,14 +992,16 @@ def test_wandb_gets_rows_on_the_step_axis_tables_and_pictures_and_an_id_a_folder
         toy.train()
 
 
-# --------------------------------------------------------------------------------------------------------------- results
+# -------------------------------------------------------------------------------------------------------------- results
 
-RESULTS = {"headline": "3 items", "experiment": "toy", "seed": 1, "data_fingerprint": "d", "synthetic": False, "source": "s",
+RESULTS = {"headline": "3 items", "experiment": "toy", "seed": 1, "data_fingerprint": "d", "synthetic": False,
+           "source": "s",
            "tables": {"table": {"chance": {"score": 0.5}, "head": {"score": 0.7, "score low": 0.6, "score high": 0.8}}}}
 
 
 def finished(folder, seed=1, shift=0.0, n=200, **config):
-    """A finished run whose head's item scores are noise + shift; the noise is that of its seed and shared over shifts."""
+    """A finished run whose head's item scores are noise + shift;
+    the noise is that of its seed and shared over shifts."""
     cfg = Config(seed=seed, output_dir=str(folder))
     for key, value in config.items():
         setattr(cfg.training, key, value)
@@ -976,7 +1009,8 @@ def finished(folder, seed=1, shift=0.0, n=200, **config):
     values = torch.randn(n, generator=torch.Generator().manual_seed(seed)) + shift
     rows = {"head": {"score": values}, "chance": {"score": torch.zeros(n)}}
     table, _, items = common.interval_tables(rows, [], n)
-    curves = {"score": {"xlabel": "x", "lines": {"head": {"x": [0, 1], "y": [shift, seed]}, "chance": {"x": [0, 1], "y": [0, 0]}}}}
+    curves = {"score": {"xlabel": "x",
+                        "lines": {"head": {"x": [0, 1], "y": [shift, seed]}, "chance": {"x": [0, 1], "y": [0, 0]}}}}
     common.publish(folder, {**RESULTS, "seed": seed, "tables": {"table": table}, "curves": curves, "notes": ["a note"],
                             "per_item": {"ids": [f"i{i}" for i in range(n)], **items}})
     return folder
@@ -996,7 +1030,8 @@ def test_publish_prints_and_writes_results_report_and_items(tmp_path, capsys):
     assert "per_item" not in common.read_json(folder / "results.json")
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "environment.json"}
     finished(folder)
-    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "environment.json"} == before  # equal runs, equal files
+    # equal runs, equal files
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "environment.json"} == before
 
 
 def test_publish_takes_the_least_that_a_script_can_give(tmp_path, capsys):
@@ -1006,7 +1041,8 @@ def test_publish_takes_the_least_that_a_script_can_give(tmp_path, capsys):
 
 
 def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys):
-    """A shift of .1 under noise of sd 1 that both share: the paired interval sees it, the runs' own intervals overlap."""
+    """A shift of .1 under noise of sd 1 that both share: the paired interval sees it,
+    the runs' own intervals overlap."""
     a = [finished(tmp_path / f"a,seed={seed}", seed) for seed in (1, 2)]
     b = [finished(tmp_path / f"b,seed={seed}", seed, 0.1, note="b") for seed in (1, 2)]
     capsys.readouterr()
@@ -1026,7 +1062,8 @@ def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys):
 
 
 def test_compare_refuses_what_is_no_finished_run(tmp_path):
-    with pytest.raises(UserError, match=r"none/results\.json: no such file; .*none is not the folder of a finished run"):
+    with pytest.raises(UserError,
+                       match=r"none/results\.json: no such file; .*none is not the folder of a finished run"):
         common.compare_runs([tmp_path / "none"])
     folder = finished(tmp_path / "a")
     (folder / "results.json").write_text('{"experiment": "toy"}')
@@ -1063,13 +1100,14 @@ def test_write_json_has_no_nan(tmp_path):
 
 
 def test_format_table():
-    lines = common.format_table(["", "R@1"], [["chance", 0.1], ["head", None], ["long name", "12.3 +- 0.4"]]).splitlines()
+    lines = common.format_table(
+        ["", "R@1"], [["chance", 0.1], ["head", None], ["long name", "12.3 +- 0.4"]]).splitlines()
     assert lines[0].endswith("R@1")
     assert len({len(line) for line in lines if "head" not in line}) == 1
     assert lines[3].split() == ["head", "-"]
 
 
-# ----------------------------------------------------------------------------------------------------- device, exit codes
+# --------------------------------------------------------------------------------------------------- device, exit codes
 
 def test_pick_device():
     assert common.pick_device("cpu").type == "cpu"
@@ -1100,8 +1138,10 @@ def test_exit_codes(error, code, capsys):
 
 
 def test_a_closed_pipe_is_no_error():
-    code = "import sys, common\n@common.exit_codes\ndef main(argv):\n    while True: print('x' * 1000)\nsys.exit(main([]))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    code = ("import sys, common\n@common.exit_codes\ndef main(argv):\n    while True: print('x' * 1000)\n"
+            "sys.exit(main([]))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
@@ -1117,8 +1157,10 @@ def test_a_bug_still_shows_its_traceback():
 
 
 def test_import_is_light():
-    code = "import sys, exp_coco_heads; print([m for m in ('matplotlib', 'optuna', 'transformers', 'sklearn') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = ("import sys, exp_coco_heads; "
+            "print([m for m in ('matplotlib', 'optuna', 'transformers', 'sklearn') if m in sys.modules])")
+    assert (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+            == "[]")
 
 
 def test_fingerprint_of_large_files_samples_them(tmp_path):

@@ -1,4 +1,5 @@
-"""What only a GPU can show: steps replayed as CUDA graphs, a killed run of them, losses beside plain ones in float32."""
+"""What only a GPU can show: steps replayed as CUDA graphs, a killed run of them,
+losses beside plain ones in float32."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""encode.py with tiny random models of each family: pooling against loops over single texts, files that the experiments train on, kill and resume."""
+"""encode.py with tiny random models of each family: pooling against loops over single texts,
+files that the experiments train on, kill and resume."""
 
 import importlib.util
 import io
@@ -33,8 +34,8 @@ import exp_gw_mmimdb
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-ARGS = SimpleNamespace(device=torch.device("cpu"), device_map=None, weights="float32", dtype="float32", max_length=512, vision_pool="cls",
-                       text_pool=None, normalize_texts=False, trust_remote_code=False)
+ARGS = SimpleNamespace(device=torch.device("cpu"), device_map=None, weights="float32", dtype="float32", max_length=512,
+                       vision_pool="cls", text_pool=None, normalize_texts=False, trust_remote_code=False)
 CAPTIONS = [*tiny_models.TEXTS, "a", "one two three four five six seven"]
 
 
@@ -58,7 +59,8 @@ def draw_picture(draws, size):
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory):
-    """A folder with 30 pictures, of which 4 cannot be read, and a COCO captions JSON with its annotations out of order."""
+    """A folder with 30 pictures, of which 4 cannot be read,
+    and a COCO captions JSON with its annotations out of order."""
     root, draws = tmp_path_factory.mktemp("coco_raw"), np.random.RandomState(0)
     (root / "images").mkdir()
     images, annotations = [], []
@@ -67,7 +69,8 @@ def coco(tmp_path_factory):
         name = f"{i:012}.jpg"
         picture.save(root / "images" / name, quality=90)
         images.append({"id": 1000 - i, "file_name": name})
-        annotations += [{"id": 50 * i + k, "image_id": 1000 - i, "caption": f"{caption.split('.')[k % 2]} {k}\n"} for k in range(2 + i % 2)]
+        annotations += [{"id": 50 * i + k, "image_id": 1000 - i, "caption": f"{caption.split('.')[k % 2]} {k}\n"}
+                        for k in range(2 + i % 2)]
     raw = (root / "images" / images[3]["file_name"]).read_bytes()
     (root / "images" / images[3]["file_name"]).write_bytes(raw[:300])
     (root / "images" / images[17]["file_name"]).write_text("<html>404</html>")
@@ -114,7 +117,7 @@ def opened(path):
     return source, encode.load(source, "AutoTokenizer")
 
 
-# ------------------------------------------------------------------------------------------------------ pooling and forward
+# -------------------------------------------------------------------------------------------------- pooling and forward
 
 @pytest.mark.parametrize(("kind", "how"), [*((kind, how) for kind in ("bert", "roberta") for how in ("first", "mean")),
                                            *((kind, how) for kind in ("mistral", "gpt2") for how in ("last", "mean"))])
@@ -136,16 +139,19 @@ def test_pooled_texts_equal_a_loop_over_single_texts(model, kind, how):
 
 @pytest.mark.parametrize("wrap", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
 def test_eos_ends_every_text_once_also_when_cut(tmp_path, wrap):
-    tokenizer, source = tiny_models.save_tokenizer(tmp_path, wrap=wrap), SimpleNamespace(config=transformers.MistralConfig(), name="x")
+    tokenizer, source = (tiny_models.save_tokenizer(tmp_path, wrap=wrap),
+                         SimpleNamespace(config=transformers.MistralConfig(), name="x"))
     for length in (6, 64):
         ids = encode.tokenize(source, tokenizer, [*CAPTIONS, "x" * 500], SimpleNamespace(max_length=length), "last")
-        assert all(item[-1] == tokenizer.eos_token_id and item.count(tokenizer.eos_token_id) == 1 and len(item) <= length for item in ids)
+        assert all(item[-1] == tokenizer.eos_token_id and item.count(tokenizer.eos_token_id) == 1
+                   and len(item) <= length for item in ids)
         assert max(map(len, ids)) == length
 
 
 def test_texts_that_are_cut_are_counted(tmp_path):
     source = SimpleNamespace(config=transformers.MistralConfig(), name="x")
-    for wrap, how, longest in (("$A", "mean", 9), ("$A", "last", 8), ("<s> $A </s>", "last", 7), ("<s> $A </s>", "projection", 7)):
+    for wrap, how, longest in (("$A", "mean", 9), ("$A", "last", 8), ("<s> $A </s>", "last", 7),
+                               ("<s> $A </s>", "projection", 7)):
         tokenizer = tiny_models.save_tokenizer(tmp_path, wrap=wrap)
         texts = ["0123456789"[:n] for n in range(10)]
         items = encode.tokenize(source, tokenizer, texts, SimpleNamespace(max_length=9), how)
@@ -159,9 +165,11 @@ def test_an_empty_text_has_a_mean(model):
     assert torch.isfinite(encode.text_forward(source, tokenizer, ARGS, "mean")(items)[0]).all()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "gemma2", "cohere"])  # gemma2 caps its logits, cohere scales them
+# gemma2 caps its logits, cohere scales them
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "gemma2", "cohere"])
 def test_language_features_and_nats_equal_a_loop_over_single_texts(model, kind, monkeypatch):
-    """The body runs once a batch and the head sees some tokens at a time, also where the start token is ours (gpt2, bloom)."""
+    """The body runs once a batch and the head sees some tokens at a time,
+    also where the start token is ours (gpt2, bloom)."""
     monkeypatch.setattr(encode, "SCORED_TOKENS", 7)
     source, tokenizer = opened(model(kind))
     limit, start = 40, tokenizer.bos_token_id
@@ -185,7 +193,8 @@ def test_language_features_and_nats_equal_a_loop_over_single_texts(model, kind, 
         with torch.no_grad():
             output = plain(input_ids=torch.tensor([item]), output_hidden_states=True)
         own = slice(None) if puts_start or len(item) == 1 else slice(1, None)
-        torch.testing.assert_close(row, torch.stack([h[0, own].mean(0) for h in output.hidden_states]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(row, torch.stack([h[0, own].mean(0) for h in output.hidden_states]),
+                                   rtol=1e-4, atol=1e-5)
         logits = output.logits[0].double()
         expected = -sum(F.log_softmax(logits[i], 0)[item[i + 1]] for i in range(len(item) - 1))
         assert math.isnan(value) if item.is_cut else float(value) == pytest.approx(float(expected), rel=1e-5)
@@ -195,7 +204,8 @@ def test_language_features_and_nats_equal_a_loop_over_single_texts(model, kind, 
 
 @pytest.mark.parametrize("kind", ["siglip", "clip", "blip2", "vit", "siglip_vision", "clip_vision"])
 def test_image_features_equal_the_model_on_one_picture(model, coco, kind):
-    (source, processor), files = encode.open_images(model(kind), ARGS), [coco / "images" / f"{i:012}.jpg" for i in (0, 5, 8)]
+    (source, processor), files = (encode.open_images(model(kind), ARGS),
+                                  [coco / "images" / f"{i:012}.jpg" for i in (0, 5, 8)])
     with encode.concurrent.futures.ThreadPoolExecutor(2) as workers:
         items = encode.image_preparer(files, processor, SimpleNamespace(readers=workers))(range(3))
     (found,) = encode.image_forward(source, ARGS)(items)
@@ -242,7 +252,8 @@ def test_text_towers_equal_the_model_on_one_text(model, kind):
     for row, item in zip(found, items, strict=True):
         with torch.no_grad():
             if kind == "blip2":
-                expected = plain.language_model.get_encoder()(input_ids=torch.tensor([item])).last_hidden_state[0].mean(0)
+                expected = plain.language_model.get_encoder()(
+                    input_ids=torch.tensor([item])).last_hidden_state[0].mean(0)
             else:
                 item = item + [tokenizer.pad_token_id] * (24 - len(item)) if kind == "siglip" else item
                 expected = plain.get_text_features(input_ids=torch.tensor([item])).pooler_output[0]
@@ -259,7 +270,8 @@ def test_vision_layers_are_the_cls_token_after_each_block(model, kind):
     with torch.no_grad():
         if kind == "vit_mae":
             plain.config.mask_ratio = 0.0
-            outputs = tower(pixel_values=pixels, noise=torch.rand(3, 16), output_hidden_states=True)  # any order of patches
+            # any order of patches
+            outputs = tower(pixel_values=pixels, noise=torch.rand(3, 16), output_hidden_states=True)
         else:
             outputs = tower(pixel_values=pixels, output_hidden_states=True)
         torch.testing.assert_close(found[:, 0], outputs.hidden_states[1][:, 0], rtol=1e-4, atol=1e-5)
@@ -268,12 +280,14 @@ def test_vision_layers_are_the_cls_token_after_each_block(model, kind):
         torch.testing.assert_close(norm(found[:, 1]), pooled, rtol=1e-4, atol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------------- coco
+# ----------------------------------------------------------------------------------------------------------------- coco
 
 def test_coco_files_hold_ids_in_order_and_count_bad_images(coco, model, tmp_path, capsys):
     run(*coco_args(coco, model, tmp_path, "--dtype", "float32"))
-    images, texts = (torch.load(tmp_path / f"train2017_{part}_embeddings.pt", weights_only=True) for part in ("image", "text"))
-    metadata, raw = (json.loads(path.read_text()) for path in (tmp_path / "train2017_metadata.json", coco / "captions.json"))
+    images, texts = (torch.load(tmp_path / f"train2017_{part}_embeddings.pt", weights_only=True)
+                     for part in ("image", "text"))
+    metadata, raw = (json.loads(path.read_text())
+                     for path in (tmp_path / "train2017_metadata.json", coco / "captions.json"))
     manifest = json.loads((tmp_path / "train2017_image_embeddings_manifest.json").read_text())
     broken = {f"{i:012}.jpg" for i in (3, 17, 20, 29)}
     assert set(manifest["bad_images"]) == broken
@@ -309,19 +323,22 @@ def test_coco_heads_trains_on_the_files(coco, model, tmp_path):
     images = torch.load(tmp_path / "data/train2017_image_embeddings.pt", weights_only=True)
     assert images.dtype == torch.float16
     assert len(images) == 26
-    assert exp_coco_heads.main([str(ROOT / "configs/siglip.yaml"), f"data.dir={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}", "device=cpu",
-                                "data.val=4", "data.test=6", "data.train=rest", "training.num_epochs=1", "training.batch_size=16",
+    assert exp_coco_heads.main([str(ROOT / "configs/siglip.yaml"), f"data.dir={tmp_path / 'data'}",
+                                f"output_dir={tmp_path / 'run'}", "device=cpu", "data.val=4", "data.test=6",
+                                "data.train=rest", "training.num_epochs=1", "training.batch_size=16",
                                 "--stage", "train"]) == 0
     assert len(json.loads((tmp_path / "run/splits.json").read_text())["image_ids"]["train"]) == 16
     assert (tmp_path / "run/best_model.pt").exists()
 
 
 def test_batch_size_does_not_change_a_row(coco, model, tmp_path):
-    """Rows agree to 1e-5 of the largest value in float32: other batches are other kernels and other padding, not other numbers."""
+    """Rows agree to 1e-5 of the largest value in float32: other batches are other kernels and other padding,
+    not other numbers."""
     rows = {}
     for size in (1, 3, 64):
         run(*coco_args(coco, model, tmp_path / str(size), "--dtype", "float32", "--batch-size", size))
-        rows[size] = [torch.load(tmp_path / str(size) / f"train2017_{part}_embeddings.pt", weights_only=True) for part in ("image", "text")]
+        rows[size] = [torch.load(tmp_path / str(size) / f"train2017_{part}_embeddings.pt", weights_only=True)
+                      for part in ("image", "text")]
     for size in (3, 64):
         for a, b in zip(rows[1], rows[size], strict=True):
             assert (a - b).abs().max() < 1e-5 * a.abs().max()
@@ -329,8 +346,10 @@ def test_batch_size_does_not_change_a_row(coco, model, tmp_path):
 
 def test_instruction_and_limit(coco, model, tmp_path):
     run(*coco_args(coco, model, tmp_path / "plain", "--limit", "3", "--dtype", "bfloat16"))
-    run(*coco_args(coco, model, tmp_path / "told", "--limit", "3", "--dtype", "bfloat16", "--instruction", "Find the picture"))
-    plain, told = (torch.load(tmp_path / name / "train2017_text_embeddings.pt", weights_only=True) for name in ("plain", "told"))
+    run(*coco_args(coco, model, tmp_path / "told", "--limit", "3", "--dtype", "bfloat16",
+                   "--instruction", "Find the picture"))
+    plain, told = (torch.load(tmp_path / name / "train2017_text_embeddings.pt", weights_only=True)
+                   for name in ("plain", "told"))
     assert plain.dtype == torch.bfloat16
     assert len(plain) == len(told) == 7
     assert ((plain - told).float().abs().amax(1) > 1e-3).all()
@@ -341,13 +360,14 @@ def test_instruction_and_limit(coco, model, tmp_path):
 def test_texts_at_unit_length(coco, model, tmp_path, capsys):
     run(*coco_args(coco, model, tmp_path / "plain", "--limit", "3", "--dtype", "float32"))
     run(*coco_args(coco, model, tmp_path / "unit", "--limit", "3", "--dtype", "float32", "--normalize-texts"))
-    plain, unit = (torch.load(tmp_path / name / "train2017_text_embeddings.pt", weights_only=True) for name in ("plain", "unit"))
+    plain, unit = (torch.load(tmp_path / name / "train2017_text_embeddings.pt", weights_only=True)
+                   for name in ("plain", "unit"))
     torch.testing.assert_close(unit, F.normalize(plain, dim=1))
-    assert "unit_length=false (now true)" in fails(capsys, *coco_args(coco, model, tmp_path / "plain", "--limit", "3", "--dtype", "float32",
-                                                                     "--normalize-texts", "--device", "cpu"))
+    assert "unit_length=false (now true)" in fails(capsys, *coco_args(
+        coco, model, tmp_path / "plain", "--limit", "3", "--dtype", "float32", "--normalize-texts", "--device", "cpu"))
 
 
-# ------------------------------------------------------------------------------------------------- kill, resume, other jobs
+# --------------------------------------------------------------------------------------------- kill, resume, other jobs
 
 DYING = """
 import os, signal, sys
@@ -369,7 +389,8 @@ def test_kill_and_resume_equals_an_uninterrupted_run_to_the_bit(coco, model, tmp
     monkeypatch.setattr(encode, "SHARD", 8)
     monkeypatch.setattr(encode, "TEXT_SHARD", 16)
     options = ["--batch-size", "4", "--max-length", "9"]
-    argv = [str(v) for v in coco_args(coco, model, tmp_path / "killed", *options)] + ["--device", "cpu", "--workers", "2"]
+    argv = ([str(v) for v in coco_args(coco, model, tmp_path / "killed", *options)]
+            + ["--device", "cpu", "--workers", "2"])
     code = DYING.format(root=str(ROOT), kill_at=kill_at, argv=argv)
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
@@ -377,17 +398,21 @@ def test_kill_and_resume_equals_an_uninterrupted_run_to_the_bit(coco, model, tmp
     state = json.loads(next((tmp_path / "killed").glob(".*.work/state.json")).read_text())
     assert state["done"] == {3: 16, 6: 16}[kill_at]
     written, write = [], encode.write_rows
-    monkeypatch.setattr(encode, "write_rows", lambda path, start, *rest: (written.append(start), write(path, start, *rest)))
+    monkeypatch.setattr(encode, "write_rows",
+                        lambda path, start, *rest: (written.append(start), write(path, start, *rest)))
     run(*argv[:-4])
     n_shards = len(written)
-    assert written[0] == {3: 15, 6: 16}[kill_at]  # one of 16 pictures cannot be read; finished shards are not encoded again
+    # one of 16 pictures cannot be read; finished shards are not encoded again
+    assert written[0] == {3: 15, 6: 16}[kill_at]
     run(*coco_args(coco, model, tmp_path / "whole", *options))
     assert common.read_json(tmp_path / "whole/train2017_text_embeddings_manifest.json")["n_cut"] > 0
     assert n_shards < len(written) - n_shards
     for name in ("image_embeddings.pt", "text_embeddings.pt", "metadata.json", "image_embeddings_manifest.json",
                  "text_embeddings_manifest.json"):
-        assert (tmp_path / "killed" / f"train2017_{name}").read_bytes() == (tmp_path / "whole" / f"train2017_{name}").read_bytes(), name
-    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+        assert ((tmp_path / "killed" / f"train2017_{name}").read_bytes()
+                == (tmp_path / "whole" / f"train2017_{name}").read_bytes()), name
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir())
 
 
 def test_a_finished_command_loads_no_model_and_another_job_is_refused(coco, model, tmp_path, capsys, monkeypatch):
@@ -414,7 +439,8 @@ def test_batches_are_of_like_lengths_and_rows_stay_in_order():
     (rows,), good = encode.run_batches(forward, items, 2)
     assert good == [i for i in range(11) if i != 4]
     assert rows[:, 0].tolist() == [len(items[i]) for i in good]
-    assert [n for batch in sizes for n in batch] == sorted((len(items[i]) for i in good), reverse=True)  # what does not fit fails at once
+    # what does not fit fails at once
+    assert [n for batch in sizes for n in batch] == sorted((len(items[i]) for i in good), reverse=True)
 
 
 @pytest.mark.filterwarnings("ignore:a batch does not fit")
@@ -435,7 +461,8 @@ def test_a_batch_that_does_not_fit_into_memory_is_run_in_halves(coco, model, tmp
     with pytest.warns(UserWarning, match="is run in halves; take a smaller --batch-size"):
         run(*coco_args(coco, model, tmp_path / "halves", "--dtype", "float32", "--batch-size", 64))
     assert sizes == [6, 7, 6, 7]
-    whole, halves = (torch.load(tmp_path / name / "train2017_image_embeddings.pt", weights_only=True) for name in ("whole", "halves"))
+    whole, halves = (torch.load(tmp_path / name / "train2017_image_embeddings.pt", weights_only=True)
+                     for name in ("whole", "halves"))
     assert (whole - halves).abs().max() < 1e-5 * whole.abs().max()
 
     def no_memory(items):
@@ -454,7 +481,8 @@ def test_rows_without_a_picture_are_left_out_also_before_the_first_good_one(tmp_
                 done.append(1)
                 raise KeyboardInterrupt  # stopped with two bad shards behind it
             return [torch.full((3, 2, 2), float(i)) if i in good else "broken" for i in rows]
-        return encode.encode_rows(tmp_path / "x.pt", job, names, 2, prepare, lambda: lambda items: (torch.stack(items)[:, 0, 0],),
+        return encode.encode_rows(tmp_path / "x.pt", job, names, 2, prepare,
+                                  lambda: lambda items: (torch.stack(items)[:, 0, 0],),
                                   lambda outputs, kept: ({"kept": kept}, outputs[0].clone()), args)
     with pytest.raises(KeyboardInterrupt):
         encode_them({5, 6, 8})
@@ -505,13 +533,14 @@ def test_a_model_too_large_for_memory_is_one_line(coco, model, tmp_path, capsys,
 
 def test_features_too_large_for_float16_name_the_remedy(coco, model, tmp_path, capsys, monkeypatch):
     original = encode.image_forward
-    monkeypatch.setattr(encode, "image_forward", lambda *args: lambda items: tuple(1e6 * x for x in original(*args)(items)))
+    monkeypatch.setattr(encode, "image_forward",
+                        lambda *args: lambda items: tuple(1e6 * x for x in original(*args)(items)))
     line = fails(capsys, *coco_args(coco, model, tmp_path))
     assert "not finite with --weights float32 --dtype float16; try float32" in line
     run(*coco_args(coco, model, tmp_path / "other", "--dtype", "bfloat16"))
 
 
-# ------------------------------------------------------------------------------------------------------------------ mmimdb
+# --------------------------------------------------------------------------------------------------------------- mmimdb
 
 def test_views_are_functions_of_id_and_view():
     picture = draw_picture(np.random.RandomState(0), (60, 90))
@@ -542,9 +571,11 @@ def test_mmimdb_latents_are_rows_of_views_that_the_workspace_trains_on(films, mo
     processor, args, size = encode.open_images(model(backbone), ARGS)[1], ARGS, (32, 32)
     for modality in ("image", "text"):
         path = films / "latents" / f"mm_imdb1_globals_aug3_{backbone}_{modality}.npy"
-        rows, manifest = np.load(path, mmap_mode="r"), json.loads(path.with_name(f"{path.stem}_manifest.json").read_text())
+        rows, manifest = (np.load(path, mmap_mode="r"),
+                          json.loads(path.with_name(f"{path.stem}_manifest.json").read_text()))
         assert rows.dtype == np.float16
-        assert rows.shape == (manifest["total_rows"], manifest["dims"]) == (270, {"imageblip2": 16, "textblip2": 20}.get(modality + backbone, 12))
+        assert rows.shape == (manifest["total_rows"], manifest["dims"]) == (
+            270, {"imageblip2": 16, "textblip2": 20}.get(modality + backbone, 12))
         assert (manifest["original_rows"], manifest["views_per_sample"], manifest["ids"]) == (90, 3, ids)
         broken = [3 * ids.index(bad) + view for view in range(3)] if modality == "image" else []
         assert np.flatnonzero(np.isnan(rows).any(1)).tolist() == sorted(broken)
@@ -557,27 +588,33 @@ def test_mmimdb_latents_are_rows_of_views_that_the_workspace_trains_on(films, mo
             item = ids[film]
             if modality == "image":
                 picture = encode.read_image(films / "dataset" / f"{item}.jpeg")
-                picture = encode.augment_image(picture, size, encode.view_draws(item, view, "image")) if view else picture
+                picture = (encode.augment_image(picture, size, encode.view_draws(item, view, "image"))
+                           if view else picture)
                 (row,) = encode.image_forward(source, args)([encode.pixels_of(picture, processor)])
             else:
                 plot = json.loads((films / "dataset" / f"{item}.json").read_text())["plot"][0]
-                plot = encode.mask_words(plot, tokenizer.mask_token, encode.view_draws(item, view, "text")) if view else plot
-                (row,) = encode.text_forward(source, tokenizer, args, how)(encode.tokenize(source, tokenizer, [plot], args, how))
+                plot = (encode.mask_words(plot, tokenizer.mask_token, encode.view_draws(item, view, "text"))
+                        if view else plot)
+                (row,) = encode.text_forward(source, tokenizer, args, how)(
+                    encode.tokenize(source, tokenizer, [plot], args, how))
             np.testing.assert_allclose(rows[3 * film + view].astype(np.float32), row[0].numpy(), rtol=2e-3, atol=2e-3)
-    assert exp_gw_mmimdb.main([str(ROOT / f"configs/gw_{backbone}_shared.yaml"), f"data.dir={films}", "data.views=3", "device=cpu",
-                               f"output_dir={tmp_path / 'run'}", "training.steps=6", "training.eval_every=3",
-                               "training.batch_size=16", "--stage", "train"]) == 0
+    assert exp_gw_mmimdb.main([str(ROOT / f"configs/gw_{backbone}_shared.yaml"), f"data.dir={films}",
+                               "data.views=3", "device=cpu", f"output_dir={tmp_path / 'run'}", "training.steps=6",
+                               "training.eval_every=3", "training.batch_size=16", "--stage", "train"]) == 0
     assert (tmp_path / "run/best_model.pt").exists()
 
 
 def test_a_view_that_fails_alone_is_a_row_of_nan(films, model, monkeypatch):
     augment, ids = encode.augment_image, (films / "labels/ids_all.txt").read_text().split()
     calls = []
-    monkeypatch.setattr(encode, "augment_image", lambda *args: "too narrow" if calls.append(1) or len(calls) == 3 else augment(*args))
-    assert encode.main(["mmimdb", "--data", str(films), "--model", model("clip"), "--views", "2", "--limit", "6", "--device", "cpu", "--workers", "1"]) == 0
+    monkeypatch.setattr(encode, "augment_image",
+                        lambda *args: "too narrow" if calls.append(1) or len(calls) == 3 else augment(*args))
+    assert encode.main(["mmimdb", "--data", str(films), "--model", model("clip"), "--views", "2", "--limit", "6",
+                        "--device", "cpu", "--workers", "1"]) == 0
     rows = np.load(films / "latents/mm_imdb1_globals_aug2_clip_image.npy")
     assert np.flatnonzero(np.isnan(rows).any(1)).tolist() == [5]
-    assert list(common.read_json(films / "latents/mm_imdb1_globals_aug2_clip_image_manifest.json")["bad_images"]) == [ids[2]]
+    assert (list(common.read_json(films / "latents/mm_imdb1_globals_aug2_clip_image_manifest.json")["bad_images"])
+            == [ids[2]])
 
 
 def test_labels_in_a_folder_of_their_own_fix_the_order_of_films(films, model, tmp_path, monkeypatch, capsys):
@@ -588,7 +625,8 @@ def test_labels_in_a_folder_of_their_own_fix_the_order_of_films(films, model, tm
     run("mmimdb", *options)  # sorted, as nothing says otherwise
     (labels / "ids_all.txt").write_text("\n".join(ids[::-1]))
     monkeypatch.setenv("IMDB1_LABELS_DIR_23", str(labels))
-    train = [str(ROOT / "configs/gw_clip_shared.yaml"), f"data.dir={films}", "data.views=1", "device=cpu", f"output_dir={tmp_path / 'run'}"]
+    train = [str(ROOT / "configs/gw_clip_shared.yaml"), f"data.dir={films}", "data.views=1", "device=cpu",
+             f"output_dir={tmp_path / 'run'}"]
     assert exp_gw_mmimdb.main([*train, "--stage", "train"]) == 2
     assert "not those of ids_all.txt in the same order" in capsys.readouterr().err
     assert "was made otherwise" in fails(capsys, "mmimdb", *options)
@@ -597,17 +635,19 @@ def test_labels_in_a_folder_of_their_own_fix_the_order_of_films(films, model, tm
     assert exp_gw_mmimdb.load_latents(tmp_path / "latents/mm_imdb1_globals_aug1_clip_text.npy", ids[::-1])[1] == 1
 
 
-# --------------------------------------------------------------------------------------------------------------- alignment
+# ------------------------------------------------------------------------------------------------------------ alignment
 
 def test_alignment_features_by_level_load_and_are_compared(coco, model, tmp_path):
     names = [f"{i:012}.jpg" for i in range(29)]  # three of them broken or missing
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
     out = tmp_path / "prh"
-    captions = [{f"Index - {i}": {"sentences": {f"Caption {u} - {u}%": f"{tiny_models.TEXTS[i % 3]} {u} {i}" for u in range(0, 101, 10)}}}
+    captions = [{f"Index - {i}": {"sentences": {f"Caption {u} - {u}%": f"{tiny_models.TEXTS[i % 3]} {u} {i}"
+                                                for u in range(0, 101, 10)}}}
                 for i in range(29)]
     (tmp_path / "captions.json").write_text(json.dumps(captions))
-    run("alignment", "--captions", tmp_path / "captions.json", "--images", coco / "images", "--image-names", tmp_path / "names.txt", "--out", out,
-        "--language", model("gpt2"), model("llama"), model("bloom"), "--vision", model("vit"), model("clip"), "--dtype", "float32")
+    run("alignment", "--captions", tmp_path / "captions.json", "--images", coco / "images",
+        "--image-names", tmp_path / "names.txt", "--out", out, "--language", model("gpt2"), model("llama"),
+        model("bloom"), "--vision", model("vit"), model("clip"), "--dtype", "float32")
     levels = exp_alignment_corr.read_captions(tmp_path / "captions.json")
     assert sorted(levels) == list(range(0, 101, 10))
     ids = [f"Index - {i}" for i in range(29) if i not in (3, 17, 20)]
@@ -626,9 +666,11 @@ def test_alignment_features_by_level_load_and_are_compared(coco, model, tmp_path
         fits = ~nats.isnan()
         n_bytes = sum(len(text.encode()) for text, fit in zip(texts, fits, strict=True) if fit)
         assert content["bpb"] == pytest.approx(float(nats[fits].sum()) / math.log(2) / n_bytes, rel=1e-5)
-    assert exp_alignment_corr.main([str(ROOT / "configs/alignment_prh.yaml"), f"features_dir={out}/gpt_u={{u}}_features", f"vision_dir={out}/vision",
-                                    f"captions_file={tmp_path}/captions.json", f"output_dir={tmp_path / 'run'}", "stages=[uniqueness]", "device=cpu",
-                                    "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]"]) == 0
+    assert exp_alignment_corr.main([str(ROOT / "configs/alignment_prh.yaml"),
+                                    f"features_dir={out}/gpt_u={{u}}_features", f"vision_dir={out}/vision",
+                                    f"captions_file={tmp_path}/captions.json", f"output_dir={tmp_path / 'run'}",
+                                    "stages=[uniqueness]", "device=cpu", "alignment.n_permutations=19",
+                                    "alignment.metrics=[mutual_knn]"]) == 0
     saved = common.load_checkpoint(tmp_path / "run/alignment/alignment_u=60.pt")
     assert len(list((tmp_path / "run/alignment").glob("alignment_u=*.pt"))) == 11
     assert len(saved["rows"]) == 3 * 2
@@ -637,25 +679,30 @@ def test_alignment_features_by_level_load_and_are_compared(coco, model, tmp_path
 
 def test_layers_of_a_text_encoder_have_no_bits_per_byte(films, model, tmp_path, capsys):
     film = films / "dataset" / f"{(films / 'labels/ids_all.txt').read_text().split()[2]}.json"
-    film.write_text(json.dumps(common.read_json(film) | {"plot": ["Short.", "A longer plot.", "Another one."]}))  # the first one that says something
-    run("alignment", "--mmimdb", films, "--language", model("bert"), "--out", tmp_path, "--limit", 5, "--dtype", "float32")
+    # the first one that says something
+    film.write_text(json.dumps(common.read_json(film) | {"plot": ["Short.", "A longer plot.", "Another one."]}))
+    run("alignment", "--mmimdb", films, "--language", model("bert"), "--out", tmp_path, "--limit", 5,
+        "--dtype", "float32")
     assert "a bert is no causal language model; its file has no bits per byte" in capsys.readouterr().out
     content = torch.load(tmp_path / "language/bert.pt", weights_only=True)
     assert "bpb" not in content
     source, tokenizer = opened(model("bert"))
     (item,) = encode.tokenize(source, tokenizer, ["A longer plot."], ARGS, "mean")
     with torch.no_grad():
-        hidden = transformers.AutoModel.from_pretrained(model("bert")).eval()(torch.tensor([item]), output_hidden_states=True).hidden_states
+        hidden = transformers.AutoModel.from_pretrained(model("bert")).eval()(
+            torch.tensor([item]), output_hidden_states=True).hidden_states
     torch.testing.assert_close(content["feats"][2], torch.stack([h[0].mean(0) for h in hidden]), rtol=1e-4, atol=1e-5)
 
 
 def test_alignment_of_films_trains_its_probes(films, model, tmp_path):
-    run("alignment", "--mmimdb", films, "--language", model("llama"), model("bloom"), "--vision", model("dinov2"), "--out", films / "features")
+    run("alignment", "--mmimdb", films, "--language", model("llama"), model("bloom"), "--vision", model("dinov2"),
+        "--out", films / "features")
     ids = (films / "labels/ids_all.txt").read_text().split()
     assert torch.load(films / "features/language/llama.pt", weights_only=True)["ids"] == ids
     cfg = common.load_config(exp_alignment_corr.Config, ROOT / "configs/alignment_mmimdb.yaml", [
-        f"mmimdb.dir={films}", f"mmimdb.language_dir={films / 'features/language'}", f"mmimdb.vision_dir={films / 'features/vision'}", "device=cpu",
-        "alignment.ladder=[]", f"output_dir={tmp_path / 'run'}"])
+        f"mmimdb.dir={films}", f"mmimdb.language_dir={films / 'features/language'}",
+        f"mmimdb.vision_dir={films / 'features/vision'}", "device=cpu", "alignment.ladder=[]",
+        f"output_dir={tmp_path / 'run'}"])
     data = exp_alignment_corr.load_data(cfg)
     network = exp_alignment_corr.build_model(cfg, data)
     losses = exp_alignment_corr.train_step(network, exp_alignment_corr.make_batch(data, data.splits["train"][:16]),
@@ -663,7 +710,7 @@ def test_alignment_of_films_trains_its_probes(films, model, tmp_path):
     assert all(math.isfinite(float(value)) for value in losses.values())
 
 
-# ----------------------------------------------------------------------------------------------------- flickr8k, messages
+# --------------------------------------------------------------------------------------------------- flickr8k, messages
 
 def test_flickr8k_features_by_file_name(coco, model, tmp_path):
     (tmp_path / "Flicker8k_Dataset").symlink_to(coco / "images")
@@ -676,12 +723,13 @@ def test_flickr8k_features_by_file_name(coco, model, tmp_path):
 
 @pytest.mark.parametrize("speech", ["whisper", "wav2vec2"])
 def test_flickr8k_features_of_all_modalities_and_corruptions(model, tmp_path, speech):
-    """What is written is what exp_flickr_ttt.py reads; a recording alone and in company is encoded alike, by its own frames."""
+    """What is written is what exp_flickr_ttt.py reads; a recording alone and in company is encoded alike,
+    by its own frames."""
     import demo_data
     import exp_flickr_ttt as exp
     root = demo_data.write_flickr8k(tmp_path / "tree", n_photos=(6, 4, 4))
-    args = ("flickr8k", "--data", root, "--model", model("convnext"), "--text-model", model("bert"), "--speech-model", model(speech),
-            "--out", tmp_path, "--dtype", "float32")
+    args = ("flickr8k", "--data", root, "--model", model("convnext"), "--text-model", model("bert"),
+            "--speech-model", model(speech), "--out", tmp_path, "--dtype", "float32")
     run(*args, "--corruptions")
     cfg = exp.Config(device="cpu", data=exp.DataConfig(dir=root, features_dir=str(tmp_path)))
     for m in exp.MODALITIES:
@@ -701,7 +749,7 @@ def test_flickr8k_features_of_all_modalities_and_corruptions(model, tmp_path, sp
     assert (found["feats"][found["ids"].index(wavs[1].name)] - alone).abs().max() < 1e-4
 
 
-# ------------------------------------------------------------------------------------------------------------------- pixmo
+# ---------------------------------------------------------------------------------------------------------------- pixmo
 
 def png(draws, size=(48, 40)):
     file = io.BytesIO()
@@ -711,21 +759,25 @@ def png(draws, size=(48, 40)):
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
-    """Two parquet files of row groups of 4: 11 + 6 rows, two without a picture that can be read, one without a caption."""
-    pyarrow, pq, root = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet"), tmp_path_factory.mktemp("pixmo")
+    """Two parquet files of row groups of 4: 11 + 6 rows, two without a picture that can be read,
+    one without a caption."""
+    pyarrow, pq, root = (pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet"),
+                         tmp_path_factory.mktemp("pixmo"))
     draws = np.random.RandomState(0)
     for name, n, first in (("a", 11, 0), ("b", 6, 100)):
         pictures = [{"bytes": png(draws), "path": f"{i}.png"} for i in range(n)]
         captions = [[f"picture {first + i}", "x" * (i + 1)] for i in range(n)]
         if name == "a":
             pictures[2]["bytes"], pictures[5], captions[7] = b"<html>404", None, [" ", None]
-        pq.write_table(pyarrow.table({"image": pictures, "captions": captions, "image_id": [first + i for i in range(n)]}),
+        pq.write_table(pyarrow.table({"image": pictures, "captions": captions,
+                                      "image_id": [first + i for i in range(n)]}),
                        root / f"{name}.parquet", row_group_size=4)
     return root
 
 
 def pixmo_args(model, parquet, out, *more):
-    return ["pixmo", "--data", parquet, "--image-model", model("convnext"), "--text-model", model("bert"), "--out", out, *more]
+    return ["pixmo", "--data", parquet, "--image-model", model("convnext"), "--text-model", model("bert"),
+            "--out", out, *more]
 
 
 def test_pixmo_features_are_matched_by_id(model, parquet, tmp_path, capsys, monkeypatch):
@@ -737,16 +789,19 @@ def test_pixmo_features_are_matched_by_id(model, parquet, tmp_path, capsys, monk
     captioned = [i for i in [*range(11), *range(100, 106)] if i != 7]
     assert text["ids"] == [i for i in captioned for _ in range(2)]
     assert image["fingerprint"] != text["fingerprint"]
-    groups = [(parquet / f"{name}.parquet", group, n, "image") for name, sizes in (("a", (4, 4, 3)), ("b", (4, 2))) for group, n in enumerate(sizes)]
+    groups = [(parquet / f"{name}.parquet", group, n, "image")
+              for name, sizes in (("a", (4, 4, 3)), ("b", (4, 2))) for group, n in enumerate(sizes)]
     rows = list(encode.read_images(groups, 0, encode.SHARD))
-    assert [list(encode.read_images(groups, first, encode.SHARD)) for first in (3, 9, 11, 16)] == [rows[n:] for n in (3, 9, 11, 16)]
+    assert [list(encode.read_images(groups, first, encode.SHARD)) for first in (3, 9, 11, 16)] == [
+        rows[n:] for n in (3, 9, 11, 16)]
     monkeypatch.setattr(encode, "SHARD", 2)
     assert list(encode.read_images(groups, 3, 8)) == [*rows[3:5], *rows[11:13]]  # of four processes the first's
     source, processor = encode.open_images(model("convnext"), ARGS)
     (row,) = encode.image_forward(source, ARGS)([encode.pixels_of(encode.read_image(rows[12]), processor)])
     torch.testing.assert_close(image["feats"][image["ids"].index(101)], row[0], rtol=1e-4, atol=1e-5)
     source, tokenizer, how = encode.open_texts(model("bert"), ARGS)
-    (row,) = encode.text_forward(source, tokenizer, ARGS, how)(encode.tokenize(source, tokenizer, ["picture 101"], ARGS, how))
+    (row,) = encode.text_forward(source, tokenizer, ARGS, how)(
+        encode.tokenize(source, tokenizer, ["picture 101"], ARGS, how))
     assert how == "mean"
     torch.testing.assert_close(text["feats"][text["ids"].index(101)], row[0], rtol=1e-4, atol=1e-5)
 
@@ -765,9 +820,11 @@ def test_pixmo_tokens_have_a_mask_and_resume_to_the_bit(model, parquet, tmp_path
         assert encode.main([*map(str, pixmo_args(model, parquet, tmp_path / "cut", *args)), "--device", "cpu"]) == 130
     monkeypatch.setattr(encode, "write_rows", write)
     run(*pixmo_args(model, parquet, tmp_path / "cut", *args))
-    image, text = (torch.load(tmp_path / "cut" / f"{part}_features.pt", weights_only=True, mmap=True) for part in ("image", "text"))
+    image, text = (torch.load(tmp_path / "cut" / f"{part}_features.pt", weights_only=True, mmap=True)
+                   for part in ("image", "text"))
     for part in ("image", "text"):
-        assert (tmp_path / "cut" / f"{part}_features.pt").read_bytes() == (tmp_path / "whole" / f"{part}_features.pt").read_bytes()
+        assert ((tmp_path / "cut" / f"{part}_features.pt").read_bytes()
+                == (tmp_path / "whole" / f"{part}_features.pt").read_bytes())
     assert list(image["feats"].shape) == [15, 1, 16]  # the places of a picture of 32 x 32
     assert list(text["feats"].shape) == [32, 12, 16]
     assert image["feats"].dtype == text["feats"].dtype == torch.float16
@@ -818,8 +875,8 @@ def test_a_parquet_file_without_pictures_or_captions_is_one_line(model, tmp_path
     pq.write_table(pyarrow.table({"image_url": ["http://x"], "caption": ["a"]}), tmp_path / "urls.parquet")
     pq.write_table(pyarrow.table({"jpg": [b"x"], "label": [1]}), tmp_path / "labels.parquet")
     (tmp_path / "junk.parquet").write_bytes(b"PAR1 junk")
-    for name, words in (("urls", "urls.parquet: holds no image bytes"), ("junk", "junk.parquet: "), ("none", "no parquet files"),
-                        ("labels", "labels.parquet: no captions")):
+    for name, words in (("urls", "urls.parquet: holds no image bytes"), ("junk", "junk.parquet: "),
+                        ("none", "no parquet files"), ("labels", "labels.parquet: no captions")):
         assert words in fails(capsys, *pixmo_args(model, tmp_path / f"{name}.parquet", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -827,24 +884,28 @@ def test_a_parquet_file_without_pictures_or_captions_is_one_line(model, tmp_path
 REAL, ENCODERS = ROOT.parent / "shared/data/pixmo", Path(os.environ.get("ENCODERS", ROOT.parent / "encoders"))
 
 
-@pytest.mark.skipif(not (REAL.is_dir() and (ENCODERS / "minilm").is_dir()), reason="needs the photos, and real encoders in $ENCODERS")
+@pytest.mark.skipif(not (REAL.is_dir() and (ENCODERS / "minilm").is_dir()),
+                    reason="needs the photos, and real encoders in $ENCODERS")
 def test_pixmo_rows_of_real_encoders_agree_with_the_features_of_the_data(tmp_path):
-    run("pixmo", "--data", REAL / "pixmo_val.parquet", "--image-model", ENCODERS / "efficientnet-lite2", "--text-model", ENCODERS / "minilm",
-        "--caption-column", "captions", "--limit", 24, "--out", tmp_path)
+    run("pixmo", "--data", REAL / "pixmo_val.parquet", "--image-model", ENCODERS / "efficientnet-lite2",
+        "--text-model", ENCODERS / "minilm", "--caption-column", "captions", "--limit", 24, "--out", tmp_path)
     for part, n in (("image", 1), ("text", 5)):
-        content, expected = (torch.load(folder / f"{part}_features.pt", weights_only=True) for folder in (tmp_path, REAL / "features"))
+        content, expected = (torch.load(folder / f"{part}_features.pt", weights_only=True)
+                             for folder in (tmp_path, REAL / "features"))
         first = expected["ids"].index(content["ids"][0])
         assert content["ids"] == expected["ids"][first:first + 24 * n]
         cosines = F.cosine_similarity(content["feats"].float(), expected["feats"][first:first + 24 * n].float(), dim=1)
         assert cosines.min() > 0.99
 
 
-# ---------------------------------------------------------------------------------------------- what is refused, and when
+# -------------------------------------------------------------------------------------------- what is refused, and when
 
-def test_models_that_do_not_fit_are_refused_before_anything_is_encoded(coco, model, films, parquet, tmp_path, capsys, monkeypatch):
+def test_models_that_do_not_fit_are_refused_before_anything_is_encoded(coco, model, films, parquet, tmp_path,
+                                                                       capsys, monkeypatch):
     loaded = []
     load_model = encode.load_model
-    monkeypatch.setattr(encode, "load_model", lambda source, *args: (loaded.append(source.stem), load_model(source, *args))[1])
+    monkeypatch.setattr(encode, "load_model",
+                        lambda source, *args: (loaded.append(source.stem), load_model(source, *args))[1])
     images = ["--images", coco / "images", "--captions", coco / "captions.json", "--out", tmp_path / "out"]
     whisper, bert, convnext = model("whisper"), model("bert"), model("convnext")
     no_eos = tmp_path / "no_eos"
@@ -854,50 +915,61 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_encoded(coco, mod
         capsys, "coco", *images, "--image-model", model("vit"), "--text-model", whisper)
     assert "no EOS token to pool at; use --text-pool mean" in fails(
         capsys, "coco", *images, "--image-model", model("vit"), "--text-model", no_eos, "--text-pool", "last")
-    assert "a vit takes no texts" in fails(capsys, "coco", *images, "--image-model", model("siglip"), "--text-model", model("vit"))
+    assert "a vit takes no texts" in fails(capsys, "coco", *images, "--image-model", model("siglip"),
+                                           "--text-model", model("vit"))
     assert "a bert takes no images; give one that does: facebook/dinov2-base" in fails(
         capsys, "coco", *images, "--image-model", bert, "--text-model", bert)
-    assert "--native-text" in fails(capsys, "coco", *images, "--image-model", model("vit"), "--text-model", bert, "--native-text")
+    assert "--native-text" in fails(capsys, "coco", *images, "--image-model", model("vit"), "--text-model", bert,
+                                    "--native-text")
     assert "a bert takes no speech; give one that does: openai/whisper-base.en" in fails(
-        capsys, "flickr8k", "--data", demo_data.write_flickr8k(tmp_path / "tree", n_photos=(3, 2, 2)), "--model", convnext, "--speech-model", bert)
-    assert "whisper takes no texts" in fails(capsys, *pixmo_args(model, parquet, tmp_path / "out"), "--text-model", whisper)
+        capsys, "flickr8k", "--data", demo_data.write_flickr8k(tmp_path / "tree", n_photos=(3, 2, 2)),
+        "--model", convnext, "--speech-model", bert)
+    assert "whisper takes no texts" in fails(capsys, *pixmo_args(model, parquet, tmp_path / "out"),
+                                             "--text-model", whisper)
     language = ["alignment", "--mmimdb", films, "--out", tmp_path / "out", "--language"]
     assert "a whisper takes no texts" in fails(capsys, *language, whisper)
     assert "a clip is no language model; give one, such as gpt2" in fails(capsys, *language, model("clip"))
     assert loaded == []
-    assert "convnext has no list of transformer blocks of one width" in fails(capsys, *language, model("gpt2"), "--vision", convnext)
-    assert "a ijepa has no CLS token; use --vision-pool avg" in fails(capsys, *language, model("gpt2"), "--vision", model("vit"), model("ijepa"))
+    assert "convnext has no list of transformer blocks of one width" in fails(
+        capsys, *language, model("gpt2"), "--vision", convnext)
+    assert "a ijepa has no CLS token; use --vision-pool avg" in fails(
+        capsys, *language, model("gpt2"), "--vision", model("vit"), model("ijepa"))
     assert "gpt2" not in loaded  # pictures are tried before hours of texts
     assert not (tmp_path / "out").exists()
 
 
 def test_a_cnn_and_a_sentence_encoder_of_ones_own(coco, films, model, tmp_path, monkeypatch):
     """coco and mmimdb with models that know nothing of each other; texts are pooled by what the model is."""
-    run("coco", "--images", coco / "images", "--captions", coco / "captions.json", "--image-model", model("convnext"), "--text-model", model("bert"),
-        "--out", tmp_path)
+    run("coco", "--images", coco / "images", "--captions", coco / "captions.json", "--image-model", model("convnext"),
+        "--text-model", model("bert"), "--out", tmp_path)
     assert list(torch.load(tmp_path / "train2017_image_embeddings.pt", weights_only=True).shape) == [26, 16]
     assert common.read_json(tmp_path / "train2017_text_embeddings_manifest.json")["job"]["pool"] == "mean"
-    run("mmimdb", "--data", films, "--backbone", "own", "--image-model", model("convnext"), "--text-model", model("bert"), "--views", 2, "--limit", 5)
+    run("mmimdb", "--data", films, "--backbone", "own", "--image-model", model("convnext"),
+        "--text-model", model("bert"), "--views", 2, "--limit", 5)
     rows = np.load(films / "latents/mm_imdb1_globals_aug2_own_text.npy")
     assert rows.shape == (10, 16)
     ids = common.read_json(films / "latents/mm_imdb1_globals_aug2_own_text_manifest.json")["ids"]
     source, tokenizer, _ = encode.open_texts(model("bert"), ARGS)
     (plot,) = encode.film_plots(films, ids[3:4])
     masked = encode.mask_words(" ".join(plot), tokenizer.mask_token, encode.view_draws(ids[3], 1, "text"))
-    (expected,) = encode.text_forward(source, tokenizer, ARGS, "mean")(encode.tokenize(source, tokenizer, [masked], ARGS, "mean"))
+    (expected,) = encode.text_forward(source, tokenizer, ARGS, "mean")(
+        encode.tokenize(source, tokenizer, [masked], ARGS, "mean"))
     np.testing.assert_allclose(rows[7].astype(np.float32), expected[0].numpy(), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["siglip", "clip"])
 def test_native_texts_are_those_of_the_image_models_own_tower(coco, model, tmp_path, kind):
-    run("coco", "--images", coco / "images", "--captions", coco / "captions.json", "--image-model", model(kind), "--text-model", model("bert"),
-        "--native-text", "--out", tmp_path, "--dtype", "float32")
-    images, native = (torch.load(tmp_path / f"train2017_{part}_embeddings.pt", weights_only=True) for part in ("image", "native_text"))
+    run("coco", "--images", coco / "images", "--captions", coco / "captions.json", "--image-model", model(kind),
+        "--text-model", model("bert"), "--native-text", "--out", tmp_path, "--dtype", "float32")
+    images, native = (torch.load(tmp_path / f"train2017_{part}_embeddings.pt", weights_only=True)
+                      for part in ("image", "native_text"))
     metadata = common.read_json(tmp_path / "train2017_metadata.json")
     assert native.shape == (len(metadata["captions"]), images.shape[1])
-    assert metadata["n_cut_native"] == common.read_json(tmp_path / "train2017_native_text_embeddings_manifest.json")["n_cut"]
+    assert (metadata["n_cut_native"]
+            == common.read_json(tmp_path / "train2017_native_text_embeddings_manifest.json")["n_cut"])
     source, tokenizer, how = encode.open_texts(model(kind), ARGS)
-    (row,) = encode.text_forward(source, tokenizer, ARGS, how)(encode.tokenize(source, tokenizer, [metadata["captions"][9]], ARGS, how))
+    (row,) = encode.text_forward(source, tokenizer, ARGS, how)(
+        encode.tokenize(source, tokenizer, [metadata["captions"][9]], ARGS, how))
     torch.testing.assert_close(native[9], row[0], rtol=1e-4, atol=1e-5)
     assert exp_coco_heads.load_embeddings(tmp_path, "train2017", torch.device("cpu"))[-1].shape == native.shape
 
@@ -908,12 +980,14 @@ def test_code_of_a_model_runs_only_when_it_is_asked_for(model, tmp_path, capsys)
     config = common.read_json(folder / "config.json")
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text("from transformers import BertConfig, BertModel\n\n\nclass OwnConfig(BertConfig):\n    model_type = 'own'\n\n\n"
+    (folder / "own.py").write_text("from transformers import BertConfig, BertModel\n\n\n"
+                                   "class OwnConfig(BertConfig):\n    model_type = 'own'\n\n\n"
                                    "class OwnModel(BertModel):\n    config_class = OwnConfig\n")
     (tmp_path / "Images").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "Images/a.jpg")
     (tmp_path / "Flickr8k.token.txt").write_text("".join(f"a.jpg#{k}\tA dog {k}\n" for k in range(5)))
-    args = ["flickr8k", "--data", tmp_path, "--model", model("convnext"), "--text-model", folder, "--out", tmp_path / "out"]
+    args = ["flickr8k", "--data", tmp_path, "--model", model("convnext"), "--text-model", folder,
+            "--out", tmp_path / "out"]
     assert "--trust-remote-code runs it" in fails(capsys, *args)
     run(*args, "--trust-remote-code")
     assert torch.load(tmp_path / "out/text_features.pt", weights_only=True)["feats"].shape == (5, 16)
@@ -925,7 +999,8 @@ def test_missing_packages_are_named(coco, model, tmp_path, capsys, package):
         pytest.skip(f"{package} is installed")
     timm = tmp_path / "timm_vit"
     timm.mkdir()
-    (timm / "config.json").write_text('{"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "num_classes": 0}')
+    (timm / "config.json").write_text(
+        '{"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "num_classes": 0}')
     (timm / "preprocessor_config.json").write_text('{"image_processor_type": "TimmWrapperImageProcessor"}')
     args = ["--device-map", "auto"] if package == "accelerate" else ["--image-model", timm]
     assert f"pip install {package}" in fails(capsys, *coco_args(coco, model, tmp_path / "out"), *args)
@@ -935,11 +1010,13 @@ def test_timm_layers_and_pooling_are_timms_own(tmp_path):
     timm = pytest.importorskip("timm")
     config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_classes=0, do_pooling=True)
     transformers.TimmWrapperModel(config).save_pretrained(tmp_path)
-    source, pixels = encode.find_model(str(tmp_path), "images"), torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    source, pixels = (encode.find_model(str(tmp_path), "images"),
+                      torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
     network = encode.load_model(source, ARGS).timm_model
     assert isinstance(network, timm.models.VisionTransformer)
     with torch.no_grad():
-        layers = network.forward_intermediates(pixels, return_prefix_tokens=True, norm=False, output_fmt="NLC", intermediates_only=True)
+        layers = network.forward_intermediates(pixels, return_prefix_tokens=True, norm=False, output_fmt="NLC",
+                                               intermediates_only=True)
         pooled = network(pixels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "pixels_of", lambda image, processor: pixels[0].numpy())
@@ -952,16 +1029,20 @@ def test_a_model_spread_by_accelerate_gives_the_same_bits(model):
     pytest.importorskip("accelerate")
     source, tokenizer = opened(model("gpt2"))
     items = encode.tokenize(source, tokenizer, CAPTIONS, ARGS, "start")
-    plain, spread = (encode.language_forward(source, tokenizer, SimpleNamespace(**{**vars(ARGS), "device_map": m}))(items) for m in (None, "auto"))
+    plain, spread = (
+        encode.language_forward(source, tokenizer, SimpleNamespace(**{**vars(ARGS), "device_map": m}))(items)
+        for m in (None, "auto"))
     assert all(torch.equal(a, b) for a, b in zip(plain, spread, strict=True))
 
 
 @pytest.mark.parametrize(("names", "family"), [
     (("bigscience/bloomz-560m", "bigscience/bloomz-7b1"), "bloomz"), (("openlm-research/open_llama_3b",), "open_llama"),
-    (("facebook/vit-mae-base", "facebook/vit-mae-large"), "vit_mae"), (("google/vit-base-patch16-224-in21k",), "vit_in21k"),
+    (("facebook/vit-mae-base", "facebook/vit-mae-large"), "vit_mae"),
+    (("google/vit-base-patch16-224-in21k",), "vit_in21k"),
     (("facebook/dinov2-small", "facebook/dinov2-giant"), "dinov2"), (("gpt2", "openai-community/gpt2"), "gpt2"),
     (("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"), "CLIP_ViT_laion2B"),
-    (("timm/vit_base_patch16_clip_224.laion2b_ft_in12k", "timm/vit_large_patch14_clip_224.laion2b_ft_in12k"), "vit_clip_laion2b_ft_in12k")])
+    (("timm/vit_base_patch16_clip_224.laion2b_ft_in12k", "timm/vit_large_patch14_clip_224.laion2b_ft_in12k"),
+     "vit_clip_laion2b_ft_in12k")])
 def test_models_of_one_family_differ_in_size_alone(names, family):
     assert {encode.Source(name, name, None, "", None).family for name in names} == {family}
 
@@ -982,17 +1063,23 @@ def test_user_mistakes_are_one_line(coco, model, films, tmp_path, capsys):
     assert "no such folder" in fails(capsys, "mmimdb", "--data", tmp_path / "none", "--model", model("clip"))
     assert "no bfloat16" in fails(capsys, "mmimdb", "--data", films, "--model", model("clip"), "--dtype", "bfloat16")
     assert "name models" in fails(capsys, "alignment", "--captions", tmp_path / "bad.json")
-    assert "expected [{name: {sentences" in fails(capsys, "alignment", "--captions", tmp_path / "bad.json", "--language", model("gpt2"))
-    (tmp_path / "two.json").write_text(json.dumps([{name: {"original": f"a {name}", "sentences": {}}} for name in ("dog", "cat")]))
-    assert "29 photos for 2 captions" in fails(capsys, "alignment", "--captions", tmp_path / "two.json", "--images", coco / "images",
-                                                  "--vision", model("vit"), "--out", tmp_path / "prh")
+    assert "expected [{name: {sentences" in fails(capsys, "alignment", "--captions", tmp_path / "bad.json",
+                                           "--language", model("gpt2"))
+    (tmp_path / "two.json").write_text(json.dumps([{name: {"original": f"a {name}", "sentences": {}}}
+                                                   for name in ("dog", "cat")]))
+    assert "29 photos for 2 captions" in fails(capsys, "alignment", "--captions", tmp_path / "two.json",
+                                               "--images", coco / "images", "--vision", model("vit"),
+                                               "--out", tmp_path / "prh")
     (tmp_path / "names.txt").write_text("000000000000.jpg\n000000000001.jpg")
     line = fails(capsys, "alignment", "--captions", tmp_path / "two.json", "--images", coco / "images", "--image-names",
                  tmp_path / "names.txt", "--vision", model("siglip"), "--out", tmp_path / "prh")
     assert "--vision-pool avg" in line
-    assert "a mistral takes no images; give one that does" in fails(capsys, "mmimdb", "--data", films, "--model", model("mistral"))
-    assert "--backbone own: name its models" in fails(capsys, "mmimdb", "--data", films, "--backbone", "own", "--text-model", model("bert"))
-    assert "Flickr8k_Dataset: no such file or folder; download" in fails(capsys, "flickr8k", "--data", tmp_path, "--model", model("clip"))
+    assert "a mistral takes no images; give one that does" in fails(
+        capsys, "mmimdb", "--data", films, "--model", model("mistral"))
+    assert "--backbone own: name its models" in fails(capsys, "mmimdb", "--data", films, "--backbone", "own",
+                                                      "--text-model", model("bert"))
+    assert "Flickr8k_Dataset: no such file or folder; download" in fails(
+        capsys, "flickr8k", "--data", tmp_path, "--model", model("clip"))
 
 
 def test_weights_that_the_files_lack_are_an_error(model, tmp_path, capsys):

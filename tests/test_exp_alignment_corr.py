@@ -1,4 +1,5 @@
-"""exp_alignment_corr.py: metrics against reference values and float64 loops, the null, statistics, stages, exact resume, bad input."""
+"""exp_alignment_corr.py: metrics against reference values and float64 loops, the null, statistics, stages,
+exact resume, bad input."""
 
 import dataclasses
 import itertools
@@ -28,7 +29,7 @@ from common import UserError
 SHARED = ROOT.parent / "shared"
 
 
-# ----------------------------------------------------------------------------------------- reference values of other code
+# --------------------------------------------------------------------------------------- reference values of other code
 
 def case_a():
     draws = np.random.RandomState(0)
@@ -41,16 +42,19 @@ def case_b(n=128, dims=(64, 96)):
     return torch.randn(n, dims[0]), torch.randn(n, dims[1])
 
 
-# Values of minyoungg/platonic-rep (neighbours exact; CKA of a version in float64 without epsilon; exact SVCCA; CKNNA without its epsilon).
+# Values of minyoungg/platonic-rep (neighbours exact; CKA of a version in float64 without epsilon; exact SVCCA; CKNNA
+# without its epsilon).
 REFERENCE = {
-    "A": (case_a, {"cycle_knn": 1.0, "mutual_knn": 0.6296875, "lcs_knn": 3.609375, "edit_distance_knn": 0.1625, "cka": 0.8324021428,
-                   "unbiased_cka": 0.8070474063, "cknna": 0.6829109, "svcca": 0.8055325923}),
-    "B": (case_b, {"cycle_knn": 0.5390625, "mutual_knn": 0.0703125, "lcs_knn": 0.6171875, "edit_distance_knn": 0.00703125, "cka": 0.3889131613,
-                   "unbiased_cka": 0.0171096896, "cknna": 0.0602027, "svcca": 0.2611224735}),
-    "C": (lambda: (case_a()[0],) * 2, {"cycle_knn": 1.0, "mutual_knn": 1.0, "lcs_knn": 10.0, "edit_distance_knn": 1.0, "cka": 1.0,
-                                       "unbiased_cka": 1.0, "cknna": 1.0, "svcca": 1.0}),
-    "D": (lambda: case_b(64, (8192, 8192)), {"cycle_knn": 0.78125, "mutual_knn": 0.146875, "lcs_knn": 1.09375, "edit_distance_knn": 0.01875,
-                                             "cka": 0.9923070718, "unbiased_cka": -0.0249187086, "cknna": 0.0973663, "svcca": 0.301776898}),
+    "A": (case_a, {"cycle_knn": 1.0, "mutual_knn": 0.6296875, "lcs_knn": 3.609375, "edit_distance_knn": 0.1625,
+                   "cka": 0.8324021428, "unbiased_cka": 0.8070474063, "cknna": 0.6829109, "svcca": 0.8055325923}),
+    "B": (case_b, {"cycle_knn": 0.5390625, "mutual_knn": 0.0703125, "lcs_knn": 0.6171875,
+                   "edit_distance_knn": 0.00703125, "cka": 0.3889131613, "unbiased_cka": 0.0171096896,
+                   "cknna": 0.0602027, "svcca": 0.2611224735}),
+    "C": (lambda: (case_a()[0],) * 2, {"cycle_knn": 1.0, "mutual_knn": 1.0, "lcs_knn": 10.0, "edit_distance_knn": 1.0,
+                                       "cka": 1.0, "unbiased_cka": 1.0, "cknna": 1.0, "svcca": 1.0}),
+    "D": (lambda: case_b(64, (8192, 8192)), {"cycle_knn": 0.78125, "mutual_knn": 0.146875, "lcs_knn": 1.09375,
+                                             "edit_distance_knn": 0.01875, "cka": 0.9923070718,
+                                             "unbiased_cka": -0.0249187086, "cknna": 0.0973663, "svcca": 0.301776898}),
 }
 
 
@@ -63,7 +67,8 @@ def test_reference_values(case, metric):
 
 def test_reference_values_at_other_k_and_swapped():
     a, b = case_a()
-    expected = {"cycle_knn": 0.96875, "mutual_knn": 0.540625, "lcs_knn": 1.890625, "cknna": 0.5593752, "edit_distance_knn": 0.190625}
+    expected = {"cycle_knn": 0.96875, "mutual_knn": 0.540625, "lcs_knn": 1.890625, "cknna": 0.5593752,
+                "edit_distance_knn": 0.190625}
     for metric, value in expected.items():
         assert getattr(exp, metric)(a, b, 5) == pytest.approx(value, abs=5e-7), metric
     x, y = case_b()
@@ -73,7 +78,8 @@ def test_reference_values_at_other_k_and_swapped():
 def case_f():
     draws = np.random.RandomState(7)
     z = draws.standard_normal((96, 6))
-    stacks = [np.stack([(base + step * i) * z @ draws.standard_normal((6, dim)) + draws.standard_normal((96, dim)) for i in range(layers)], axis=1)
+    stacks = [np.stack([(base + step * i) * z @ draws.standard_normal((6, dim)) + draws.standard_normal((96, dim))
+                        for i in range(layers)], axis=1)
               for layers, dim, base, step in ((3, 24, 0.3, 0.4), (4, 40, 0.2, 0.3))]
     for column, stack in enumerate(stacks):
         stack[:, :, column] *= 8
@@ -83,13 +89,15 @@ def case_f():
 @pytest.mark.parametrize(("exact", "thresholds", "matrix"), [
     (True, (5.42082405, 4.62809372), [[0.154167, 0.222917, 0.226042, 0.233333], [0.175, 0.340625, 0.404167, 0.427083],
                                       [0.214583, 0.402083, 0.546875, 0.579167]]),
-    (False, (4.97086906, 4.43497705), [[0.151042, 0.226042, 0.220833, 0.227083], [0.173958, 0.345833, 0.404167, 0.43125],
+    (False, (4.97086906, 4.43497705), [[0.151042, 0.226042, 0.220833, 0.227083],
+                                       [0.173958, 0.345833, 0.404167, 0.43125],
                                        [0.207292, 0.409375, 0.558333, 0.579167]])])
 def test_clamped_stacks_of_layers(exact, thresholds, matrix):
     clamped = [exp.clamp_outliers(stack, 0.95, exact) for stack in case_f()]
     for stack, threshold in zip(clamped, thresholds, strict=True):
         assert stack.abs().max().item() == pytest.approx(threshold, rel=1e-6)
-    assert torch.allclose(exp.alignment_matrix(*clamped, "mutual_knn"), torch.tensor(matrix, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(exp.alignment_matrix(*clamped, "mutual_knn"),
+                          torch.tensor(matrix, dtype=torch.float64), atol=1e-6)
     cka = exp.alignment_matrix(*clamped, "unbiased_cka")
     assert divmod(int(cka.argmax()), 4) == (2, 3)
     assert cka.max().item() == pytest.approx(0.793621 if exact else 0.80117, abs=1e-4)
@@ -115,15 +123,18 @@ def test_a_clamp_that_would_erase_sparse_features_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"m\.pt: most values are 0.*clamp_quantile=1"):
         exp.layers_to_compare(features, exp.AlignmentConfig())
     assert torch.equal(exp.layers_to_compare(features, exp.AlignmentConfig(clamp_quantile=1))[0], sparse[:, 0])
-    layers = torch.rand(40, 2, 5, generator=g) + torch.tensor([0.0, 9.0])[:, None]  # the second lies wholly above the threshold
+    # the second lies wholly above the threshold
+    layers = torch.rand(40, 2, 5, generator=g) + torch.tensor([0.0, 9.0])[:, None]
     write_features(tmp_path / "m.pt", feats=layers, ids=list(range(40)))
     with pytest.warns(UserWarning, match="40 constant rows"):
         exp.layers_to_compare(exp.read_features(tmp_path / "m.pt"), exp.AlignmentConfig(clamp_quantile=0.4))
 
 
 # The null's recipe: draws of RandomState(123).permutation, K = 99.
-@pytest.mark.parametrize(("metric", "tau", "calibrated"), [("mutual_knn", 0.1875, 0.5442307546), ("cka", 0.171073824, 0.7978133933),
-                                                           ("unbiased_cka", 0.0437373, 0.798214), ("cknna", 0.1898357, 0.608584)])
+@pytest.mark.parametrize(("metric", "tau", "calibrated"), [("mutual_knn", 0.1875, 0.5442307546),
+                                                           ("cka", 0.171073824, 0.7978133933),
+                                                           ("unbiased_cka", 0.0437373, 0.798214),
+                                                           ("cknna", 0.1898357, 0.608584)])
 def test_permutation_null_of_the_reference(metric, tau, calibrated):
     a, b = case_a()
     result = exp.permutation_null(a, b, metric, 10, n_permutations=99, seed=123)
@@ -133,7 +144,7 @@ def test_permutation_null_of_the_reference(metric, tau, calibrated):
     assert len(result["null"]) == 99
 
 
-# ------------------------------------------------------------------------------------------- each metric in float64 loops
+# ----------------------------------------------------------------------------------------- each metric in float64 loops
 
 def unit(x):
     return F.normalize(x.double(), dim=1)
@@ -187,7 +198,8 @@ def loop_metric(metric, a, b, k):
         return (hsic(gram_a, gram_b) / (hsic(gram_a, gram_a) * hsic(gram_b, gram_b)).sqrt()).item()
     if metric == "cknna":
         def masked(near_x, near_y, gram_x, gram_y):
-            mask = torch.tensor([[float(j in near_x[i] and j in near_y[i]) for j in range(n)] for i in range(n)], dtype=torch.float64)
+            mask = torch.tensor([[float(j in near_x[i] and j in near_y[i]) for j in range(n)] for i in range(n)],
+                                dtype=torch.float64)
             return loop_hsic_unbiased(mask * gram_x, mask * gram_y)
         own = masked(near_a, near_a, gram_a, gram_a) * masked(near_b, near_b, gram_b, gram_b)
         return (masked(near_a, near_b, gram_a, gram_b) / own.sqrt()).item()
@@ -197,8 +209,10 @@ def loop_metric(metric, a, b, k):
 
 
 def test_the_loops_themselves_against_hand_values():
-    gram_a = torch.tensor([[2, 1, 0, 1, 3], [1, 5, 2, 0, 1], [0, 2, 3, 1, 1], [1, 0, 1, 4, 2], [3, 1, 1, 2, 6]], dtype=torch.float64)
-    gram_b = torch.tensor([[1, 0, 2, 1, 1], [0, 3, 1, 2, 0], [2, 1, 4, 0, 1], [1, 2, 0, 2, 1], [1, 0, 1, 1, 5]], dtype=torch.float64)
+    gram_a = torch.tensor([[2, 1, 0, 1, 3], [1, 5, 2, 0, 1], [0, 2, 3, 1, 1], [1, 0, 1, 4, 2], [3, 1, 1, 2, 6]],
+                          dtype=torch.float64)
+    gram_b = torch.tensor([[1, 0, 2, 1, 1], [0, 3, 1, 2, 0], [2, 1, 4, 0, 1], [1, 2, 0, 2, 1], [1, 0, 1, 1, 5]],
+                          dtype=torch.float64)
     assert loop_hsic_unbiased(gram_a, gram_b).item() == pytest.approx(-0.2666668)
     assert loop_hsic(gram_a, gram_b).item() == pytest.approx(24.28)
     lists = [([5, 3, 9, 1], [3, 5, 1, 9]), ([0, 1, 2, 3], [3, 2, 1, 0]), ([7, 8, 2, 4], [7, 1, 8, 4])]
@@ -220,7 +234,8 @@ def toy_stacks(n=40, seed=0, duplicates=False):
 @pytest.mark.parametrize(("k", "duplicates"), [(1, False), (5, False), (5, True), (39, True)])
 def test_every_layer_pair_against_loops(metric, k, duplicates):
     a, b = toy_stacks(duplicates=duplicates)
-    expected = torch.tensor([[loop_metric(metric, a[:, i], b[:, j], k) for j in range(3)] for i in range(2)], dtype=torch.float64)
+    expected = torch.tensor([[loop_metric(metric, a[:, i], b[:, j], k) for j in range(3)] for i in range(2)],
+                            dtype=torch.float64)
     got = exp.alignment_matrix(a, b, metric, k)
     assert got.shape == (2, 3)
     assert torch.allclose(got, expected.nan_to_num(0), atol=3e-7), (got, expected)
@@ -244,14 +259,16 @@ def test_permuted_sides_equal_permuted_features(metric, kept_bytes, monkeypatch)
     turned = exp.alignment_matrix(exp.prepare(a, metric, 5).permuted(order), exp.prepare(b, metric, 5).kept(), metric)
     assert torch.allclose(turned, exp.alignment_matrix(a[order], b, metric, 5), atol=1e-6)
     # the items' order itself means nothing
-    assert torch.allclose(exp.alignment_matrix(a[order], b[order], metric, 5), exp.alignment_matrix(a, b, metric, 5), atol=1e-6)
+    assert torch.allclose(exp.alignment_matrix(a[order], b[order], metric, 5),
+                          exp.alignment_matrix(a, b, metric, 5), atol=1e-6)
 
 
 def test_more_neighbours_than_a_byte_counts():
     a = torch.randn(140, 8, generator=torch.Generator().manual_seed(0))
     assert exp.lcs_knn(a, a, 130) == 130
     assert exp.edit_distance_knn(a, a, 130) == 1
-    assert exp.edit_distance_knn(a, a.flip(1) ** 2, 130) == pytest.approx(loop_metric("edit_distance_knn", a, a.flip(1) ** 2, 130))
+    assert exp.edit_distance_knn(a, a.flip(1) ** 2, 130) == pytest.approx(
+        loop_metric("edit_distance_knn", a, a.flip(1) ** 2, 130))
 
 
 def test_symmetric_product_by_blocks():
@@ -263,10 +280,12 @@ def test_symmetric_product_by_blocks():
 
 def test_a_common_offset_changes_no_neighbour_and_no_unbiased_cka_of_itself():
     g = torch.Generator().manual_seed(3)
-    x = torch.randn(200, 64, generator=g, dtype=torch.float64) + 30 * torch.randn(64, generator=g, dtype=torch.float64)  # mean cosine .999
+    # mean cosine .999
+    x = torch.randn(200, 64, generator=g, dtype=torch.float64) + 30 * torch.randn(64, generator=g, dtype=torch.float64)
     y = x + 0.5 * torch.randn(200, 64, generator=g, dtype=torch.float64)
     for metric in exp.METRICS:
-        assert getattr(exp, metric)(x.float(), y.float()) == pytest.approx(loop_metric(metric, x.float(), y.float(), 10), abs=2e-6), metric
+        assert getattr(exp, metric)(x.float(), y.float()) == pytest.approx(
+            loop_metric(metric, x.float(), y.float(), 10), abs=2e-6), metric
     assert exp.unbiased_cka(x.float(), x.float()) == pytest.approx(1, abs=2e-8)
 
 
@@ -283,7 +302,8 @@ def test_svcca_of_flat_spectra_low_rank_and_few_features():
     x = F.normalize(torch.randn(300, 250, generator=g, dtype=torch.float64), dim=0)
     exact = torch.linalg.svd(x)[0][:, :10]
     assert torch.linalg.svdvals(exp.left_singular_vectors(x).T @ exact).min() > 1 - 1e-10
-    low = exp.left_singular_vectors(torch.randn(50, 3, generator=g, dtype=torch.float64) @ torch.randn(3, 40, generator=g, dtype=torch.float64), 10)
+    low = exp.left_singular_vectors(torch.randn(50, 3, generator=g, dtype=torch.float64)
+                                    @ torch.randn(3, 40, generator=g, dtype=torch.float64), 10)
     assert (low != 0).any(0).sum() == 3
     narrow = torch.randn(60, 4, generator=g)
     assert exp.svcca(narrow, narrow) == pytest.approx(1)
@@ -307,10 +327,11 @@ def test_chance_levels():
     assert exp.cka(a, b) > 0.05  # the biased one is not
 
 
-# ---------------------------------------------------------------------------------------------------------- null, statistics
+# ----------------------------------------------------------------------------------------------------- null, statistics
 
 def test_p_values_of_independent_features_are_uniform():
-    """200 draws, the null of the maximum over 2 x 3 layer pairs: a p against the null of one pair alone would be far too small."""
+    """200 draws, the null of the maximum over 2 x 3 layer pairs:
+    a p against the null of one pair alone would be far too small."""
     g, jitter, p_values = torch.Generator().manual_seed(11), np.random.RandomState(11), []
     for draw in range(200):
         a, b = torch.randn(24, 2, 6, generator=g), torch.randn(24, 3, 6, generator=g)
@@ -340,8 +361,9 @@ def shared_factors(n, g, weights, noise=1.0):
 
 @torch.inference_mode()  # a fifth faster: thousands of tiny operations
 def test_intervals_cover_the_expected_score():
-    """1,000 draws of 64 items: the nominal 95% interval holds the mean score of all draws in 92.5 to 97.5% of them. Rows are drawn anew each time, as a
-    new set of items would be; tests/bench_alignment.py has the other metrics, sizes and stacks of layers."""
+    """1,000 draws of 64 items: the nominal 95% interval holds the mean score of all draws in 92.5 to 97.5% of them.
+    Rows are drawn anew each time, as a new set of items would be; tests/bench_alignment.py has the other metrics, sizes
+    and stacks of layers."""
     g = torch.Generator().manual_seed(0)
     weights = [torch.randn(8, width, generator=g) for width in (32, 48)]
     for metric, n_draws in (("unbiased_cka", 500), ("mutual_knn", 500)):
@@ -366,7 +388,8 @@ def test_intervals_shrink_and_need_enough_items():
     assert exp.part_scores(a[:15], b[:15], "unbiased_cka") is None  # quarters of 3 rows
     assert exp.interval("score", 0.5, None) == {}
     parts = [np.tile([0.4, 0.6], (16, 1)), np.tile([0.3, 0.7, 0.3, 0.7], (8, 1))]  # V(N/2) = .02, V(N/4) = .0533
-    assert exp.interval("score", 0.5, parts)["score high"] == pytest.approx(0.5 + 2.45 * math.sqrt(0.75 * 0.02 - 0.16 / 3 / 8))
+    assert exp.interval("score", 0.5, parts)["score high"] == pytest.approx(
+        0.5 + 2.45 * math.sqrt(0.75 * 0.02 - 0.16 / 3 / 8))
 
 
 def peak_kilobytes():
@@ -428,8 +451,10 @@ def test_spearman_against_scipy(n, tied):
         assert out["p"] == pytest.approx(scipy.stats.spearmanr(x, y).pvalue, rel=1e-4)
     else:
         rho = [scipy.stats.spearmanr(x, p).statistic for p in itertools.permutations(y)] if n < 7 else None
-        exact = scipy.stats.permutation_test((x,), lambda v: scipy.stats.spearmanr(v, y).statistic, permutation_type="pairings", n_resamples=10**6)
-        assert out["p"] == pytest.approx(np.mean(np.abs(rho) >= abs(out["rho"]) - 1e-9) if rho else exact.pvalue, rel=1e-6)
+        exact = scipy.stats.permutation_test((x,), lambda v: scipy.stats.spearmanr(v, y).statistic,
+                                             permutation_type="pairings", n_resamples=10**6)
+        assert out["p"] == pytest.approx(np.mean(np.abs(rho) >= abs(out["rho"]) - 1e-9) if rho else exact.pvalue,
+                                         rel=1e-6)
 
 
 def test_spearman_needs_587_at_n_12():
@@ -463,7 +488,7 @@ def test_slope_and_false_discovery_rate_against_scipy():
     assert math.isnan(exp.benjamini_hochberg([0.01, math.nan])[1])
 
 
-# ------------------------------------------------------------------------------------------------------------- the synthetic label
+# -------------------------------------------------------------------------------------------------- the synthetic label
 
 def test_label_information_of_the_published_file():
     p = exp.label_distribution(2)
@@ -499,8 +524,10 @@ def test_encoders_trained_at_once_equal_single_ones():
     model = exp.Encoders(3, 2)
     singles = []
     for e in range(3):
-        single = nn.Sequential(nn.Linear(12, 12), nn.LeakyReLU(0.01), nn.Linear(12, 12), nn.LeakyReLU(0.01), nn.Linear(12, 4))
-        parts = [(model.weight[e, 0], model.bias[e, 0, 0]), (model.weight[e, 1], model.bias[e, 1, 0]), (model.head_weight[e], model.head_bias[e, 0])]
+        single = nn.Sequential(nn.Linear(12, 12), nn.LeakyReLU(0.01), nn.Linear(12, 12), nn.LeakyReLU(0.01),
+                               nn.Linear(12, 4))
+        parts = [(model.weight[e, 0], model.bias[e, 0, 0]), (model.weight[e, 1], model.bias[e, 1, 0]),
+                 (model.head_weight[e], model.head_bias[e, 0])]
         for layer, (weight, bias) in zip(single[::2], parts, strict=True):
             layer.weight.data, layer.bias.data = weight.detach().T.clone(), bias.detach().clone()
         singles.append(single)
@@ -520,7 +547,8 @@ def test_encoders_trained_at_once_equal_single_ones():
 
 def test_alignment_falls_with_uniqueness_to_chance(tmp_path):
     path = tmp_path / "toy.yaml"
-    path.write_text("""synthetic: {uniqueness: [0, 4, 8], transform_depths: [1], x2_depths: [3], n_samples: 16384, epochs: 6}
+    path.write_text("""synthetic: {uniqueness: [0, 4, 8], transform_depths: [1], x2_depths: [3], n_samples: 16384,
+            epochs: 6}
 alignment: {n_permutations: 19}
 seed: 1
 """)
@@ -540,16 +568,18 @@ seed: 1
 
 def test_rho_over_seeds_has_an_interval_and_counts_monotone_ones():
     curves = {0: (0.9, 0.5, 0.4, 0.1), 1: (0.8, 0.4, 0.5, 0.2), 2: (0.7, 0.6, 0.3, 0.3)}
-    rows = [{"seed": seed, "U": u, "cka": {"score": y + e}} for seed, ys in curves.items() for u, y in zip((0, 2, 4, 8), ys, strict=True)
+    rows = [{"seed": seed, "U": u, "cka": {"score": y + e}}
+            for seed, ys in curves.items() for u, y in zip((0, 2, 4, 8), ys, strict=True)
             for e in (-0.01, 0.01)]
     row = exp.correlation_over_seeds(rows, "cka")
     of_seeds = [scipy.stats.spearmanr((0, 2, 4, 8), y).statistic for y in curves.values()]
     assert (row["n"], row["seeds"], row["monotone"]) == (12, 3, 1)
     low, high = scipy.stats.t.interval(0.95, 2, np.mean(of_seeds), scipy.stats.sem(of_seeds))
-    assert (row["mean rho"], row["mean rho low"], row["mean rho high"]) == pytest.approx((np.mean(of_seeds), max(-1, low), min(1, high)), abs=1e-3)
+    assert (row["mean rho"], row["mean rho low"], row["mean rho high"]) == pytest.approx(
+        (np.mean(of_seeds), max(-1, low), min(1, high)), abs=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------------- features and captions
+# ------------------------------------------------------------------------------------------------ features and captions
 
 def write_features(path, n=30, layers=2, dim=6, seed=0, **changes):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -560,8 +590,8 @@ def write_features(path, n=30, layers=2, dim=6, seed=0, **changes):
 
 
 def align_config(tmp_path, *overrides):
-    defaults = [f"features_dir={tmp_path}/language", f"vision_dir={tmp_path}/vision", "stages=[align]", "alignment.n_permutations=19",
-                f"output_dir={tmp_path}/run", "device=cpu"]
+    defaults = [f"features_dir={tmp_path}/language", f"vision_dir={tmp_path}/vision", "stages=[align]",
+                "alignment.n_permutations=19", f"output_dir={tmp_path}/run", "device=cpu"]
     path = tmp_path / "toy.yaml"
     path.write_text("")
     return common.load_config(exp.Config, path, [*defaults, *overrides])
@@ -570,8 +600,8 @@ def align_config(tmp_path, *overrides):
 def cli(tmp_path, *overrides):
     path = tmp_path / "cli.yaml"
     path.write_text("")
-    return exp.main([str(path), "stages=[align]", f"features_dir={tmp_path}/language", f"vision_dir={tmp_path}/vision", f"output_dir={tmp_path}/run",
-                     "alignment.n_permutations=19", "device=cpu", *overrides])
+    return exp.main([str(path), "stages=[align]", f"features_dir={tmp_path}/language", f"vision_dir={tmp_path}/vision",
+                     f"output_dir={tmp_path}/run", "alignment.n_permutations=19", "device=cpu", *overrides])
 
 
 def test_padding_is_cut_off_before_the_clamp(tmp_path):
@@ -581,7 +611,8 @@ def test_padding_is_cut_off_before_the_clamp(tmp_path):
     found = exp.read_features(tmp_path / "a.pt")
     assert [x.shape[1] for x in found.layers] == [4, 6]
     found.layers = exp.layers_to_compare(found, exp.AlignmentConfig())
-    values = torch.cat([content["feats"][:, 0, :4], content["feats"][:, 1]], dim=1).float().abs().flatten().sort().values
+    values = torch.cat(
+        [content["feats"][:, 0, :4], content["feats"][:, 1]], dim=1).float().abs().flatten().sort().values
     assert max(x.abs().max() for x in found.layers) == values[int(0.95 * len(values))]
 
 
@@ -594,7 +625,8 @@ def test_files_of_another_pooling_are_left_out(tmp_path):
         cfg = align_config(tmp_path, f"features_dir={tmp_path}", "vision_dir=", *overrides)
         return exp.read_models(cfg, exp.load_features(cfg, "align").source[None])
     language, vision = models("pool_x=avg", "pool_y=cls")
-    assert ([m.model for m in language], [m.model for m in vision]) == (["gpt", "llama_pool-avg"], ["clip_pool-cls", "vit"])
+    assert ([m.model for m in language], [m.model for m in vision]) == (
+        ["gpt", "llama_pool-avg"], ["clip_pool-cls", "vit"])
     with pytest.raises(UserError, match="both sides"):
         models()
     with pytest.raises(UserError, match="no features of pool max; correct pool_x="):
@@ -630,17 +662,19 @@ def test_bad_features_are_one_line_naming_the_file(tmp_path, capsys, case):
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["alignment.metrics=[mutual_nn]"], "mutual_knn"), (["features_dir="], "features_dir=: no language features"), (["alignment.metrics=[cka, cka]"], "each once"),
+    (["alignment.metrics=[mutual_nn]"], "mutual_knn"), (["features_dir="], "features_dir=: no language features"),
+    (["alignment.metrics=[cka, cka]"], "each once"),
     (["synthetic.x1_depths=[]"], "synthetic.x1_depths must name"), (["alignment.k=30"], "too few for alignment.k=30"),
-                                                    (["features_dir=nowhere"], "no language features"),
-    (["stages=[uniqueness]"], r"expected files at levels {u}"), (["stages=[uniqueness]", "features_dir=nowhere_{u}"], "nowhere_{u}: expected files"),
-                                                    (["stages=[align, align]"], "each once"),
-    (["features_dir={BASE_DIR}/x"], "BASE_DIR"), (["alignment.ladder=[pca:99]"], "6 features of 30"),
-                                                    (["alignment.ladder=[tfidf:9]"], "needs the texts"),
+    (["features_dir=nowhere"], "no language features"), (["stages=[uniqueness]"], r"expected files at levels {u}"),
+    (["stages=[uniqueness]", "features_dir=nowhere_{u}"], "nowhere_{u}: expected files"),
+    (["stages=[align, align]"], "each once"), (["features_dir={BASE_DIR}/x"], "BASE_DIR"),
+    (["alignment.ladder=[pca:99]"], "6 features of 30"), (["alignment.ladder=[tfidf:9]"], "needs the texts"),
     (["alignment.ladder=[lsa:9]"], "expected pca:WIDTH"), (["captions_file=nowhere.json"], "nowhere.json"),
-                                                    (["features_dir=", "stages=[n_sweep]"], "features_dir=: no language features"),
-    (["stages=[mmimdb]", "mmimdb.dir=nowhere"], "nowhere/split.json"), (["stages=[synthetic]", "synthetic.uniqueness=[9]"], "from 0 to 8"),
-    (["stages=[synthetic]", "synthetic.k=600"], "synthetic.k: must be < 512"), (["synthetic.x2_depths=[1, 1]"], "each once")])
+    (["features_dir=", "stages=[n_sweep]"], "features_dir=: no language features"),
+    (["stages=[mmimdb]", "mmimdb.dir=nowhere"], "nowhere/split.json"),
+    (["stages=[synthetic]", "synthetic.uniqueness=[9]"], "from 0 to 8"),
+    (["stages=[synthetic]", "synthetic.k=600"], "synthetic.k: must be < 512"),
+    (["synthetic.x2_depths=[1, 1]"], "each once")])
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, overrides, message):
     monkeypatch.delenv("BASE_DIR", raising=False)
     write_features(tmp_path / "language/m.pt")
@@ -663,7 +697,8 @@ def test_damaged_file_bare_tensor_and_constant_rows(tmp_path, capsys):
     with pytest.warns(UserWarning) as caught:
         found = exp.read_features(tmp_path / "vision/m.pt")
         exp.layers_to_compare(found, exp.AlignmentConfig())
-    assert ["order of its items was not checked" in str(w.message) or "1 constant rows" in str(w.message) for w in caught] == [True, True]
+    assert ["order of its items was not checked" in str(w.message) or "1 constant rows" in str(w.message)
+            for w in caught] == [True, True]
     assert [tuple(x.shape) for x in found.layers] == [(30, 6)]
     with pytest.raises(UserError, match="30 and 20"):
         exp.alignment_matrix(tensor, tensor[:20], "cka")
@@ -718,7 +753,8 @@ def test_models_of_one_modality_are_compared_once_a_pair(tmp_path, capsys):
     assert cli(tmp_path, *overrides, "alignment.ladder=[pca:2, pca:3, pca:4]", "--fresh") == 0
     tables = results_of(tmp_path)["tables"]
     assert len(tables["cka: best layer pair, 40 items"]) == 3 + 3 * 3
-    assert [row["n"] for row in tables["rank correlation"].values()] == [4, 4, 3]  # m0 whole is not compared with itself
+    # m0 whole is not compared with itself
+    assert [row["n"] for row in tables["rank correlation"].values()] == [4, 4, 3]
     for i in (1, 2):
         (tmp_path / f"vision/m{i}.pt").unlink()
     assert cli(tmp_path, *overrides, "--fresh") == 2
@@ -741,11 +777,13 @@ def test_align_stage_reports_every_pair_and_resumes_from_its_matrices(tmp_path, 
         noise = torch.randn(60, 3, 8, generator=torch.Generator().manual_seed(i))
         noise[:, 1, :5] += 3 * shared  # the middle layer agrees
         write_features(tmp_path / folder / f"m{i}.pt", n=60, layers=3, dim=8, feats=noise)
-    overrides = ["alignment.metrics=[mutual_knn, lcs_knn, svcca]", "alignment.k=5", "alignment.ladder=[pca:2, pca:4, pca:6]"]
+    overrides = ["alignment.metrics=[mutual_knn, lcs_knn, svcca]", "alignment.k=5",
+                 "alignment.ladder=[pca:2, pca:4, pca:6]"]
     assert cli(tmp_path, *overrides) == 0
     out = capsys.readouterr().out
     results = results_of(tmp_path)
-    tables = {metric: results["tables"][f"{metric}: best layer pair, 60 items"] for metric in ("mutual_knn", "lcs_knn", "svcca")}
+    tables = {metric: results["tables"][f"{metric}: best layer pair, 60 items"]
+              for metric in ("mutual_knn", "lcs_knn", "svcca")}
     assert {len(table) for table in tables.values()} == {5}
     best = tables["mutual_knn"]["m0 - m2"]
     assert (best["layers"], best["p"]) == ("1, 1", 0.05)
@@ -774,13 +812,17 @@ def test_n_sweep_has_both_kinds_of_k_both_kinds_of_captions_and_nulls(tmp_path):
     for folder, seed in (("language", 0), ("several", 1), ("vision", 2)):
         noise = 0.7 * torch.randn(200, 1, 6, generator=torch.Generator().manual_seed(seed))
         write_features(tmp_path / folder / "m.pt", n=200, feats=kinds[:, None] + noise)
-    assert cli(tmp_path, "stages=[n_sweep]", f"n_sweep.several_dir={tmp_path}/several", "n_sweep.sizes=[50, 100, 5000]", "n_sweep.n_draws=3") == 0
+    assert cli(tmp_path, "stages=[n_sweep]", f"n_sweep.several_dir={tmp_path}/several", "n_sweep.sizes=[50, 100, 5000]",
+               "n_sweep.n_draws=3") == 0
     tables = results_of(tmp_path)["tables"]
     assert list(tables) == ["mutual_knn, k = 10", "mutual_knn, k / N = 0.2", "unbiased_cka"]
-    assert {row.partition(":")[0] for table in tables.values() for row in table} == {"m, one caption", "m, several captions"}
-    fixed, share = ({row.replace(", one caption", ""): values for row, values in tables[f"mutual_knn, {how}"].items()} for how in ("k = 10", "k / N = 0.2"))
+    assert {row.partition(":")[0] for table in tables.values() for row in table} == {
+        "m, one caption", "m, several captions"}
+    fixed, share = ({row.replace(", one caption", ""): values for row, values in tables[f"mutual_knn, {how}"].items()}
+                    for how in ("k = 10", "k / N = 0.2"))
     assert list(fixed["m"]) == ["N = 50", "N = 100", "N = 200"]
-    assert fixed["m"]["N = 50"] > fixed["m"]["N = 200"] + 0.1  # with more items of a kind ten neighbours are a matter of detail
+    # with more items of a kind ten neighbours are a matter of detail
+    assert fixed["m"]["N = 50"] > fixed["m"]["N = 200"] + 0.1
     assert share["m"]["N = 200"] == pytest.approx(share["m"]["N = 50"], abs=0.08)
     assert share["m: chance"]["N = 200"] == pytest.approx(0.2, abs=0.03)
     assert fixed["m: chance"]["N = 200"] == pytest.approx(0.05, abs=0.02)
@@ -809,7 +851,8 @@ def test_both_shapes_of_captions_and_the_text_only_baseline(tmp_path):
     for content in (one, two):
         (tmp_path / "c.json").write_text(json.dumps(content))
         assert exp.read_captions(tmp_path / "c.json") == {0: ["a b"], 10: ["a c"]}
-    for broken in ([{"Index - 0": {"sentences": {"Caption 1 - 10%": "a"}}}], {"a": 1}, [1], [{"Index - 0": {"original": None, "sentences": {}}}]):
+    for broken in ([{"Index - 0": {"sentences": {"Caption 1 - 10%": "a"}}}], {"a": 1}, [1],
+                   [{"Index - 0": {"original": None, "sentences": {}}}]):
         (tmp_path / "c.json").write_text(json.dumps(broken))
         with pytest.raises(UserError, match=r"c\.json"):
             exp.read_captions(tmp_path / "c.json")
@@ -819,7 +862,8 @@ def test_both_shapes_of_captions_and_the_text_only_baseline(tmp_path):
     row = {"a": idf["a"], "b": math.sqrt(2) * idf["b"]}
     length = math.hypot(*row.values())
     assert sorted(vectors[0][vectors[0] > 0].tolist()) == pytest.approx(sorted(v / length for v in row.values()))
-    assert (vectors[0] @ vectors[1]).item() == pytest.approx(row["a"] / length * idf["a"] / math.hypot(idf["a"], idf["c"]))
+    assert (vectors[0] @ vectors[1]).item() == pytest.approx(
+        row["a"] / length * idf["a"] / math.hypot(idf["a"], idf["c"]))
 
 
 @pytest.mark.skipif(not (SHARED / "data/alignment").exists(), reason="real features are not here")
@@ -827,7 +871,8 @@ def test_real_features_and_captions():
     captions = exp.read_captions(SHARED / "data/alignment/wit_rewritten_captions.json")
     original = exp.tfidf(captions[0], captions[0])
     curve = [exp.mutual_knn(original, exp.tfidf(captions[u], captions[0])) for u in range(10, 101, 10)]
-    assert curve == pytest.approx([0.0865, 0.0466, 0.0436, 0.0311, 0.0280, 0.0277, 0.0254, 0.0275, 0.0238, 0.0185], abs=2e-4)
+    assert curve == pytest.approx([0.0865, 0.0466, 0.0436, 0.0311, 0.0280, 0.0277, 0.0254, 0.0275, 0.0238, 0.0185],
+                                  abs=2e-4)
     assert exp.spearman(range(10), curve)["rho"] == pytest.approx(-0.988, abs=1e-3)
     assert len(exp.read_captions(SHARED / "data/alignment/flickr8k_rule_based_captions.json")[100]) == 1024
     vision = exp.read_features(SHARED / "data/alignment/vision/mobilenet_v2_1.0_224.pt")
@@ -842,12 +887,12 @@ def test_real_features_and_captions():
 
 
 def test_families_of_models():
-    names = {"vit_small_patch14_dinov2": "vit_dinov2", "vit_huge_patch14_clip": "vit_clip", "mobilenet_v1_0.25_128": "mobilenet_v1",
-             "vit_tiny_in21k": "vit_in21k"}
+    names = {"vit_small_patch14_dinov2": "vit_dinov2", "vit_huge_patch14_clip": "vit_clip",
+             "mobilenet_v1_0.25_128": "mobilenet_v1", "vit_tiny_in21k": "vit_in21k"}
     assert {name: exp.family_of(name) for name in names} == names
 
 
-# --------------------------------------------------------------------------------------------------------- films, fine-tuning
+# --------------------------------------------------------------------------------------------------- films, fine-tuning
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
@@ -857,8 +902,9 @@ def films(tmp_path_factory):
 def film_config(tmp_path, films, *overrides):
     path = tmp_path / "films.yaml"
     path.write_text("")
-    return common.load_config(exp.Config, path, [f"mmimdb.dir={films}", "stages=[finetune]", "finetune.class_idx=Drama", "device=cpu",
-                                                 f"output_dir={tmp_path}/run", "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]",
+    return common.load_config(exp.Config, path, [f"mmimdb.dir={films}", "stages=[finetune]",
+                                                 "finetune.class_idx=Drama", "device=cpu", f"output_dir={tmp_path}/run",
+                                                 "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]",
                                                  *overrides])
 
 
@@ -876,7 +922,8 @@ def test_labels_are_tied_by_id_and_by_name_and_training_inputs_are_whole(tmp_pat
     data, other = (load(tmp_path, f) for f in (films, shuffled))
     reference, other = data.source, other.source
     for genre in demo_data.GENRES:
-        assert torch.equal(reference.labels[:, reference.genres.index(genre)], other.labels[:, other.genres.index(genre)])
+        assert torch.equal(reference.labels[:, reference.genres.index(genre)],
+                           other.labels[:, other.genres.index(genre)])
     assert reference.labels[5].tolist() == labels[ids.index(reference.ids[5])].tolist()
     rows = torch.from_numpy(np.load(next(Path(films, "latents").glob("*_text.npy")))[::3].astype(np.float32))
     rows = rows[[ids.index(film) for film in reference.ids]]
@@ -898,7 +945,8 @@ def test_index_folders_choose_films(tmp_path, films, capsys, form):
     for part, names in chosen.items():
         (root / part).mkdir()
         places = np.array([split[part].index(film) for film in names])
-        np.save(root / part / "sampled_ids.npy", {"words": np.array(names), "bytes": np.array(names, dtype="S"), "places": places,
+        np.save(root / part / "sampled_ids.npy", {"words": np.array(names), "bytes": np.array(names, dtype="S"),
+                                                  "places": places,
                                                   "whole numbers": np.array([int(film) for film in names])}[form])
     data = load(tmp_path, root)
     found = data.source
@@ -922,24 +970,30 @@ def sampled(root, values, part="test"):
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda root: (root / "labels/ids_all.txt").write_text("1\n2\n"), "expected 2 x 23 of 0, 1"),
     (lambda root: (root / "labels/labels_all_23.npy").write_bytes(b"junk"), "labels_all_23.npy: cannot be read"),
-    (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_text.npy").write_bytes(b"junk"), "clip_text.npy: cannot be read"),
-    (lambda root: (root / "split.json").write_text(json.dumps({"train": ["nobody"], "dev": ["x"], "test": ["y"]})), "labels/ids_all.txt: 3 of the split's films are not there, the first is nobody"),
-    (lambda root: np.save(root / "latents/mm_imdb1_globals_aug3_clip_text.npy", np.zeros((7, 4))), "expected 120 films x 3 views"),
-    (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_image.npy").unlink(), "no mm_imdb1_globals_aug*_image.npy"),
+    (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_text.npy").write_bytes(b"junk"),
+     "clip_text.npy: cannot be read"),
+    (lambda root: (root / "split.json").write_text(json.dumps({"train": ["nobody"], "dev": ["x"], "test": ["y"]})),
+     "labels/ids_all.txt: 3 of the split's films are not there, the first is nobody"),
+    (lambda root: np.save(root / "latents/mm_imdb1_globals_aug3_clip_text.npy", np.zeros((7, 4))),
+     "expected 120 films x 3 views"),
+    (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_image.npy").unlink(),
+     "no mm_imdb1_globals_aug*_image.npy"),
     (lambda root: np.save(root / "latents/mm_imdb1_globals_aug3_clip_text.npy", np.full((360, 4), np.nan)), "NaN"),
     (lambda root: np.save(root / "labels/labels_all_23.npy", np.full((120, 23), 2)), "of 0, 1"),
     (lambda root: (root / "split.json").write_text(json.dumps({"train": []})), "expected films of train, dev and test"),
     (lambda root: sampled(root, np.array([["0"]])), "expected [n] film ids or places, found <U1 [1, 1]"),
     (lambda root: sampled(root, np.array([None, 3])), "sampled_ids.npy: cannot be read"),  # a pickle
     (lambda root: sampled(root, np.array([0.5])), "expected [n] film ids or places, found float64"),
-    (lambda root: sampled(root, np.array(["0", "tt99"])), "1 entries are no films of split.json's part, the first is tt99"),
+    (lambda root: sampled(root, np.array(["0", "tt99"])),
+     "1 entries are no films of split.json's part, the first is tt99"),
     (lambda root: sampled(root, np.arange(10)), "10 test films are too few")])
 def test_bad_films_are_one_line(tmp_path, films, capsys, damage, message):
     root = tmp_path / "damaged"
     shutil.copytree(films, root)
     damage(root)
     (tmp_path / "x.yaml").write_text("")
-    assert exp.main([str(tmp_path / "x.yaml"), "stages=[mmimdb]", f"mmimdb.dir={root}", "device=cpu", f"output_dir={tmp_path}/run"]) == 2
+    assert exp.main([str(tmp_path / "x.yaml"), "stages=[mmimdb]", f"mmimdb.dir={root}", "device=cpu",
+                     f"output_dir={tmp_path}/run"]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
@@ -947,14 +1001,15 @@ def test_bad_films_are_one_line(tmp_path, films, capsys, damage, message):
 
 def test_plots_are_the_first_summary_longer_than_one_word(tmp_path):
     (tmp_path / "dataset").mkdir()
-    for film, plot in (("1", ["Short", "Two words", "More of it"]), ("2", "One line"), ("3", []), ("4", ["Word"]), ("5", None)):
+    for film, plot in (("1", ["Short", "Two words", "More of it"]), ("2", "One line"), ("3", []),
+                       ("4", ["Word"]), ("5", None)):
         (tmp_path / f"dataset/{film}.json").write_text(json.dumps({"plot": plot}))
     assert exp.film_texts(tmp_path, ["1", "2", "3", "4", "5"]) == ["Two words", "One line", "", "Word", ""]
 
 
 def test_every_weight_gets_the_same_steps_rates_batches_and_start(tmp_path, films):
-    cfg = film_config(tmp_path, films, "finetune.weights=[0, 2]", "finetune.n_seeds=2", "finetune.epochs=4", "finetune.warmup_epochs=2",
-                      "finetune.n_labelled=20")
+    cfg = film_config(tmp_path, films, "finetune.weights=[0, 2]", "finetune.n_seeds=2", "finetune.epochs=4",
+                      "finetune.warmup_epochs=2", "finetune.n_labelled=20")
     data = exp.load_data(cfg)
     history = exp.train(cfg, data)
     jobs = {}
@@ -977,7 +1032,8 @@ def test_every_weight_gets_the_same_steps_rates_batches_and_start(tmp_path, film
 
 def test_few_labels_many_pairs(tmp_path, films):
     """InfoNCE has every pair once an epoch; the classifier's loss has no label but those of the labelled films."""
-    cfg = film_config(tmp_path, films, "finetune.n_labelled=20", "finetune.weights=[1]", "finetune.batch_size=16", "finetune.n_seeds=2")
+    cfg = film_config(tmp_path, films, "finetune.n_labelled=20", "finetune.weights=[1]", "finetune.batch_size=16",
+                      "finetune.n_seeds=2")
     data = exp.load_data(cfg)
     assert [job["labelled"] for job in data.jobs] == [20, 20, "all", "all"]
     labelled = [set(exp.select(data, job).splits["labelled"].tolist()) for job in data.jobs[:2]]
@@ -1016,7 +1072,8 @@ def test_contrastive_weight_zero_trains_no_image_tower_and_scale_is_clamped(tmp_
 
 def test_the_learnt_scale_moves_and_is_logged(tmp_path, films):
     """It has a rate of its own; at the towers' it stayed where it began."""
-    cfg = film_config(tmp_path, films, "finetune.weights=[5]", "finetune.n_seeds=1", "finetune.epochs=4", "finetune.warmup_epochs=1")
+    cfg = film_config(tmp_path, films, "finetune.weights=[5]", "finetune.n_seeds=1", "finetune.epochs=4",
+                      "finetune.warmup_epochs=1")
     history = exp.train(cfg, exp.load_data(cfg))
     assert abs(history[-1]["logit_scale"] - 1 / 0.07) > 0.1  # 4 steps at the towers' rate: at most .006
 
@@ -1035,7 +1092,8 @@ def test_a_genre_that_dev_lacks_is_refused(tmp_path, films):
     root = tmp_path / "lacking"
     shutil.copytree(films, root)
     labels, ids = np.load(root / "labels/labels_all_23.npy"), (root / "labels/ids_all.txt").read_text().split()
-    labels[[ids.index(film) for film in common.read_json(root / "split.json")["dev"]], demo_data.GENRES.index("War")] = 0
+    labels[[ids.index(film) for film in common.read_json(root / "split.json")["dev"]],
+           demo_data.GENRES.index("War")] = 0
     np.save(root / "labels/labels_all_23.npy", labels)
     with pytest.raises(UserError, match="War has none or all of the 12 films of dev"):
         load(tmp_path, root, "finetune.class_idx=War")
@@ -1071,12 +1129,13 @@ def test_probes_are_adam_with_l2(tmp_path, films):
         own = torch.optim.Adam(single.parameters(), lr=rate, weight_decay=decay)
         for _ in range(3):
             own.zero_grad()
-            F.binary_cross_entropy_with_logits(single(batch["features"]), batch["labels"], pos_weight=model.pos_weight).backward()
+            F.binary_cross_entropy_with_logits(single(batch["features"]), batch["labels"],
+                                               pos_weight=model.pos_weight).backward()
             own.step()
         assert torch.allclose(model.weight[i], single.weight.T, atol=1e-5), i
 
 
-# ------------------------------------------------------------------------------------------------------------------ whole runs
+# ----------------------------------------------------------------------------------------------------------- whole runs
 
 def toy_yaml(tmp_path, films):
     path = tmp_path / "toy.yaml"
@@ -1084,7 +1143,8 @@ def toy_yaml(tmp_path, films):
 mmimdb: {{dir: {films}, epochs: 4}}
 alignment: {{n_permutations: 19, k: 5, ladder: ["pca:4", "pca:8", "tfidf:64"]}}
 finetune: {{class_idx: Drama, weights: [0, 1], n_seeds: 2, epochs: 4, warmup_epochs: 1, embed_dim: 16, n_labelled: 30}}
-synthetic: {{uniqueness: [0, 4, 8], transform_depths: [1], x1_depths: [1, 2], x2_depths: [1], n_samples: 4000, epochs: 2, n_seeds: 2}}
+synthetic: {{uniqueness: [0, 4, 8], transform_depths: [1], x1_depths: [1, 2], x2_depths: [1], n_samples: 4000,
+             epochs: 2, n_seeds: 2}}
 device: cpu
 """)
     return path
@@ -1111,14 +1171,15 @@ def assert_same_run(folder, whole):
 def test_a_run_leaves_the_documented_files(whole):
     folder = whole[1]
     names = {p.name for p in folder.iterdir()}
-    assert names >= {"config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "best_model.pt", "results.json", "report.md", "per_item.pt",
-                     "finetune.png", "mmimdb_correlations.png", "alignment_vs_uniqueness_mutual_knn.png", "alignment_vs_performance_unbiased_cka.png"}
+    assert names >= {"config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "best_model.pt",
+                     "results.json", "report.md", "per_item.pt", "finetune.png", "mmimdb_correlations.png",
+                     "alignment_vs_uniqueness_mutual_knn.png", "alignment_vs_performance_unbiased_cka.png"}
     results = common.read_json(folder / "results.json")
     assert results["synthetic"] is True
     assert results["data_fingerprint"] == common.read_json(folder / "environment.json")["data_fingerprint"]
     state = common.load_checkpoint(folder / "checkpoint_latest.pt")
-    assert state.keys() >= {"epoch", "global_step", "best_val_loss", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
-                            "scaler_state_dict", "history", "config", "rng", "position"}
+    assert state.keys() >= {"epoch", "global_step", "best_val_loss", "model_state_dict", "optimizer_state_dict",
+                            "scheduler_state_dict", "scaler_state_dict", "history", "config", "rng", "position"}
     tables = results["tables"]
     assert set(tables["alignment against uniqueness U"]) == {"D = 1, U = 0", "D = 1, U = 4", "D = 1, U = 8"}
     assert tables["alignment against uniqueness U"]["D = 1, U = 4"]["n"] == 4  # 2 seeds x 2 depths of x1
@@ -1130,12 +1191,15 @@ def test_a_run_leaves_the_documented_files(whole):
     assert len(genres) == 24
     assert not any("models" in title for title in tables)  # one model is no sample
     rows = tables["Drama: F1, AP and alignment against w"]
-    assert list(rows) == ["chance: all positive", "30 labelled, w = 0", "30 labelled, w = 1", "all labelled, w = 0", "all labelled, w = 1"]
+    assert list(rows) == ["chance: all positive", "30 labelled, w = 0", "30 labelled, w = 1", "all labelled, w = 0",
+                          "all labelled, w = 1"]
     for row in list(rows.values())[1:]:
         assert row["AP low"] < row["AP"] < row["AP high"]
         assert row["unbiased_cka low"] < row["unbiased_cka"] < row["unbiased_cka high"]
-    assert list(tables["paired difference"]) == ["30 labelled, w = 1 - 30 labelled, w = 0", "all labelled, w = 1 - all labelled, w = 0",
-                                                 "all labelled, w = 0 - 30 labelled, w = 0", "all labelled, w = 1 - 30 labelled, w = 1"]
+    assert list(tables["paired difference"]) == ["30 labelled, w = 1 - 30 labelled, w = 0",
+                                                 "all labelled, w = 1 - all labelled, w = 0",
+                                                 "all labelled, w = 0 - 30 labelled, w = 0",
+                                                 "all labelled, w = 1 - 30 labelled, w = 1"]
     assert tables["rank correlation"]["unbiased_cka: U, alignment; D = 1"]["seeds"] == 2
     assert tables["finetune: rank correlation"]["w, AP; 30 labelled"]["n"] == 4
 
@@ -1150,7 +1214,8 @@ def test_finished_models_load_and_give_the_reported_scores(whole, films):
         model = models[f"finetune genre=Drama labelled=30 weight=1.0 seed={seed}"]
         assert not model.training
         values.append(model.score(data, "test").item())
-    assert np.mean(values) == pytest.approx(results["Drama: F1, AP and alignment against w"]["30 labelled, w = 1"]["AP"])
+    assert np.mean(values) == pytest.approx(
+        results["Drama: F1, AP and alignment against w"]["30 labelled, w = 1"]["AP"])
     assert isinstance(models["synthetic seed=1 side=x2 depth=1"], exp.Encoders)
     assert sum(name.startswith("mmimdb") for name in models) == 4
 
@@ -1166,7 +1231,8 @@ def test_nothing_is_chosen_on_test(whole, films, tmp_path):
     path = tmp_path / "toy.yaml"
     path.write_text(whole[0].read_text())
     assert exp.main([str(path), f"output_dir={tmp_path / 'run'}", f"mmimdb.dir={root}"]) == 0
-    for changed in (("Drama: F1, AP and alignment against w", "30 labelled, w = 1", "AP"), ("linear probes; alignment with clip_image", "clip_text", "mAP")):
+    for changed in (("Drama: F1, AP and alignment against w", "30 labelled, w = 1", "AP"),
+                    ("linear probes; alignment with clip_image", "clip_text", "mAP")):
         assert_nothing_chosen_on_test(tmp_path / "run", whole[1], changed=("tables", *changed))
 
 
@@ -1193,8 +1259,9 @@ def test_killed_at_any_moment_and_rerun_equals_uninterrupted(whole, tmp_path):
 
 
 def test_ctrl_c_ends_after_the_job_in_hand(whole, tmp_path):
-    process = subprocess.Popen([sys.executable, "exp_alignment_corr.py", str(whole[0]), f"output_dir={tmp_path / 'run'}"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "exp_alignment_corr.py", str(whole[0]), f"output_dir={tmp_path / 'run'}"], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run/metrics.csv"
     while process.poll() is None and not log.exists():
         time.sleep(0.002)
@@ -1221,10 +1288,13 @@ def test_a_finished_run_only_reports_and_another_config_is_refused(whole, capsys
 def test_stages_with_and_without_training_share_a_run(tmp_path, films):
     for i, folder in enumerate(("language", "vision")):
         write_features(tmp_path / folder / "m.pt", n=40, seed=i)
-    command = ["stages=[align, finetune]", f"mmimdb.dir={films}", "finetune.class_idx=Drama", "finetune.weights=[1]", "finetune.n_seeds=1", "finetune.epochs=2",
-               "finetune.warmup_epochs=1", "finetune.embed_dim=8", "alignment.metrics=[cka]", "alignment.k=5"]
+    command = ["stages=[align, finetune]", f"mmimdb.dir={films}", "finetune.class_idx=Drama", "finetune.weights=[1]",
+               "finetune.n_seeds=1", "finetune.epochs=2", "finetune.warmup_epochs=1", "finetune.embed_dim=8",
+               "alignment.metrics=[cka]", "alignment.k=5"]
     assert cli(tmp_path, *command) == 0
-    assert list(results_of(tmp_path)["tables"]) == ["cka: best layer pair, 40 items", "Drama: F1, AP and alignment against w", "paired difference", "rank correlation"]
+    assert list(results_of(tmp_path)["tables"]) == ["cka: best layer pair, 40 items",
+                                                    "Drama: F1, AP and alignment against w", "paired difference",
+                                                    "rank correlation"]
     (tmp_path / "run/results.json").unlink()
     assert cli(tmp_path, *command, "--stage", "evaluate") == 0
 
@@ -1244,7 +1314,8 @@ def test_runs_are_compared_pair_by_pair_over_films(whole, tmp_path, monkeypatch,
 
 def test_non_finite_loss_names_job_and_rate(tmp_path, films, capsys):
     (tmp_path / "x.yaml").write_text("")
-    code = exp.main([str(tmp_path / "x.yaml"), "stages=[finetune]", f"mmimdb.dir={films}", "finetune.learning_rate=1e30", "finetune.warmup_epochs=0",
+    code = exp.main([str(tmp_path / "x.yaml"), "stages=[finetune]", f"mmimdb.dir={films}",
+                     "finetune.learning_rate=1e30", "finetune.warmup_epochs=0",
                      "finetune.class_idx=Drama", "device=cpu", f"output_dir={tmp_path}/run"])
     error = capsys.readouterr().err
     assert code == 1
@@ -1278,10 +1349,12 @@ def test_score_matrices_and_pictures_go_where_the_config_says(tmp_path, monkeypa
         for i in range(3):
             write_features(tmp_path / f"gpt_u={u}_features/m{i}.pt", n=40, seed=10 * u + i, bpb=1 - 0.1 * i, pool="avg")
     write_features(tmp_path / "vision/vit_base.pt", n=40, seed=5)
-    assert cli(tmp_path, "stages=[uniqueness]", "features_dir={BASE_DIR}/gpt_u={}_features", "align_dir={BASE_DIR}/gpt_u={}_alignment",
-               "plot_dir={BASE_DIR}/plots", "same_scale=true", "pool_x=avg", "alignment.metrics=[mutual_knn]") == 0
+    assert cli(tmp_path, "stages=[uniqueness]", "features_dir={BASE_DIR}/gpt_u={}_features",
+               "align_dir={BASE_DIR}/gpt_u={}_alignment", "plot_dir={BASE_DIR}/plots", "same_scale=true", "pool_x=avg",
+               "alignment.metrics=[mutual_knn]") == 0
     assert (tmp_path / "gpt_u=0_alignment/alignment_u=0.pt").exists()
     assert (tmp_path / "gpt_u=50_alignment/alignment_u=50.pt").exists()
-    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"alignment_vs_uniqueness_mutual_knn.png", "performance_mutual_knn_vit.png"}
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {
+        "alignment_vs_uniqueness_mutual_knn.png", "performance_mutual_knn_vit.png"}
     correlations = results_of(tmp_path)["tables"]["rank correlation"]
     assert correlations["mutual_knn: performance (- bits per byte), alignment with vit; u = 50"]["n"] == 3

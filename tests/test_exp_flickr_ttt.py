@@ -26,9 +26,10 @@ import profile_flops
 from common import UserError
 
 SHARED = ROOT.parent / "shared"
-SMALL = ["model.latent_dim=16", "model.memory_size=12", "model.num_heads=2", "model.num_layers=1", "model.image_size=14",
-         "model.patch_size=7", "model.audio_channels=[4, 8]", "training.batch_size=10", "training.epochs=3",
-         "evaluation.n_orders=1", "evaluation.n_severities=1", "evaluation.stream_batch=35", "num_workers=1", "device=cpu"]
+SMALL = ["model.latent_dim=16", "model.memory_size=12", "model.num_heads=2", "model.num_layers=1",
+         "model.image_size=14", "model.patch_size=7", "model.audio_channels=[4, 8]", "training.batch_size=10",
+         "training.epochs=3", "evaluation.n_orders=1", "evaluation.n_severities=1", "evaluation.stream_batch=35",
+         "num_workers=1", "device=cpu"]
 CACHED = [f"model.{m}_encoder=cached" for m in exp.MODALITIES]
 
 
@@ -406,7 +407,8 @@ def test_every_parameter_gets_gradient_and_a_batch_is_learnt(tmp_path, tree, cac
     model = exp.build_model(cfg, data).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rows = data.splits["train"]
-    rows = rows[data.speech[rows, 1] > 0][::2][:12]  # one caption a photo: those of one photo cannot be told apart by it
+    # one caption a photo: those of one photo cannot be told apart by it
+    rows = rows[data.speech[rows, 1] > 0][::2][:12]
     batch, history = exp.make_batch(data, rows), []
     touched = dict.fromkeys(dict(model.named_parameters()), 0.0)
     for step in range(150):
@@ -662,7 +664,8 @@ def test_a_model_that_starts_at_cca_retrieves_from_the_start(tmp_path, tree, cac
             norm.momentum = 1.0
         with torch.no_grad():
             exp.retrieval_losses(model, exp.make_batch(data, train))
-        z = {m: exp.embed(model.eval(), data, (m,), data.photo_of[train] if m == "image" else train) for m in exp.MODALITIES}
+        z = {m: exp.embed(model.eval(), data, (m,), data.photo_of[train] if m == "image" else train)
+             for m in exp.MODALITIES}
         recalls[init] = [common.retrieval_metrics(z[a], z[b], data.photo_of[train], data.photo_of[train])["R@1"]
                          for a, b in itertools.permutations(exp.MODALITIES, 2)]
     assert min(recalls["cca"]) > 0.6
@@ -818,7 +821,8 @@ def test_tcr_against_plain_loops(monkeypatch):
         p = [torch.tensor([float(x @ y) / 0.1 for y in g], dtype=torch.float64).softmax(0) for x in q]
         h = [float(-(x * x.log()).sum()) for x in p]
         centre, centre_g = q.mean(0), g.mean(0)
-        scores = [float(2 * (q[i] - g[i]).norm() - (q[i] - centre).norm() - (g[i] - centre_g).norm()) for i in range(10)]
+        scores = [float(2 * (q[i] - g[i]).norm() - (q[i] - centre).norm() - (g[i] - centre_g).norm())
+                  for i in range(10)]
         for i in sorted(range(10), key=lambda i: scores[i])[:3]:
             queue.append((scores[i], q[i], g[i], h[i]))
         queue = sorted(queue, key=lambda entry: entry[0])[:10]
@@ -853,7 +857,8 @@ def assert_same_run(run, whole, tested=True):
 def test_a_run_leaves_the_documented_files_and_its_tables_agree(whole):
     names = {path.name for path in whole.iterdir()}
     assert names >= {"config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "best_model.pt", "ttt",
-                     "results.json", "per_item.pt", "report.md", "training_curves.png", "ttt_R10.png", "ttt_changes.png"}
+                     "results.json", "per_item.pt", "report.md", "training_curves.png", "ttt_R10.png",
+                     "ttt_changes.png"}
     results = common.read_json(whole / "results.json")
     assert results["synthetic"] is True
     tables = results["tables"]
@@ -880,7 +885,8 @@ def test_a_run_leaves_the_documented_files_and_its_tables_agree(whole):
 
 def test_a_null_result_is_called_one():
     def row(low, high):
-        return {f"{on} R@10 {side}": bound for on in ("clean", "corrupted") for side, bound in (("low", low), ("high", high))}
+        return {f"{on} R@10 {side}": bound
+                for on in ("clean", "corrupted") for side, bound in (("low", low), ("high", high))}
     changes = {("text -> image", method): row(-1, 1) for method in ("tent", "tcr", "random")}
     assert "0 of 2 intervals" in exp.verdicts(changes)[0]
     assert "NULL RESULT" in exp.verdicts(changes)[0]
@@ -1061,7 +1067,8 @@ def test_cached_features_go_to_their_captions_and_recordings(tmp_path, tree, cac
         names = [data.names[m][i] for i in items.tolist()]
         assert torch.equal(batch[m], stored[m]["feats"][[stored[m]["ids"].index(name) for name in names]])
     model = exp.build_model(config(tmp_path, tree, cache, *CACHED), data)
-    train = (data.features["text"][data.splits["train"]] - model.encoders["text"].mean) / model.encoders["text"].deviation
+    train = ((data.features["text"][data.splits["train"]] - model.encoders["text"].mean)
+             / model.encoders["text"].deviation)
     assert train.mean(0).abs().max() < 1e-4
     assert train.var(0)[train.var(0) > 0].sub(1).abs().max() < 0.01
 
@@ -1088,8 +1095,8 @@ def spoil(content, how):
 
 @pytest.mark.parametrize(("how", "message"), [
     ("no dict", "expected a dict of feats"), ("no ids", "expected a dict of feats"), ("twice", "N different ids"),
-    ("short", "N different ids"), ("other photos", "no features of 54 of 54 items, such as"), ("nan", "NaN or infinite"),
-    ("gone", "no such file; make it with encode.py flickr8k"), ("junk", "cannot be read")])
+    ("short", "N different ids"), ("other photos", "no features of 54 of 54 items, such as"),
+    ("nan", "NaN or infinite"), ("gone", "no such file; make it with encode.py flickr8k"), ("junk", "cannot be read")])
 def test_features_of_other_files_are_one_line(tmp_path, tree, cache, features, capsys, how, message):
     folder = copied(features, tmp_path / "f")
     path = folder / "image_features.pt"
@@ -1164,7 +1171,8 @@ def gone(name):
 
 
 BAD = {
-    "no photos": (lambda r: shutil.rmtree(Path(r, "Flickr8k_Dataset")), "Flickr8k_Dataset: no such file or folder; download"),
+    "no photos": (lambda r: shutil.rmtree(Path(r, "Flickr8k_Dataset")),
+                  "Flickr8k_Dataset: no such file or folder; download"),
     "no captions": (gone("Flickr8k_text/Flickr8k.token.txt"), "Flickr8k.token.txt: no such file"),
     "no list": (gone("Flickr8k_text/Flickr_8k.devImages.txt"), "Flickr_8k.devImages.txt: no such file"),
     "caption line": (append("Flickr8k.token.txt", "photo.jpg no tab\n"), "line 272: expected name.jpg#k<TAB>caption"),
@@ -1198,7 +1206,8 @@ def test_mistakes_in_the_command(tmp_path, tree, cache, capsys):
     for overrides, message in ((["model.num_heads=3"], "model.latent_dim=16 must be a multiple of model.num_heads=3"),
                                (["model.patch_size=5"], "must be a multiple of model.patch_size=5"),
                                (["model.init=cca"], "starts the maps of precomputed features"),
-                               (["model.text_encoder=cached"], "text_features.pt: no such file; make it with encode.py"),
+                               (["model.text_encoder=cached"],
+                                "text_features.pt: no such file; make it with encode.py"),
                                (["training.optimizer=sgd"], "expected one of adamw"),
                                (["--stage", "ttt", "--fresh"], "needs a trained one"),
                                (["--stage", "ttt"], "run the command without --stage first"),

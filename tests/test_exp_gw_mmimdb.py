@@ -1,4 +1,5 @@
-"""exp_gw_mmimdb.py and profile_flops.py: data, model, losses against loops, conditions, leaks, exact resume, FLOPs, bad input."""
+"""exp_gw_mmimdb.py and profile_flops.py: data, model, losses against loops, conditions, leaks, exact resume, FLOPs,
+bad input."""
 
 import functools
 import itertools
@@ -46,7 +47,8 @@ def few_conditions(monkeypatch):
 def config(tmp_path, films, *overrides):
     path = tmp_path / "toy.yaml"
     path.write_text("training:\n  learning_rate: 3e-3\n")
-    return common.load_config(exp.Config, path, [f"data.dir={films}", f"output_dir={tmp_path / 'run'}", *SMALL, *overrides])
+    return common.load_config(exp.Config, path,
+                              [f"data.dir={films}", f"output_dir={tmp_path / 'run'}", *SMALL, *overrides])
 
 
 def cli(tmp_path, films, *overrides):
@@ -64,17 +66,20 @@ def toy_model(selector="shared", dims=(10, 8, 23), dropout=0.0, **changes):
 
 def toy_batch(size=6, dims=(10, 8, 23)):
     g = torch.Generator().manual_seed(1)
-    image, text, image_target, text_target = (torch.randn(size, d, generator=g, dtype=torch.float64) for d in (*dims[:2], *dims[:2]))
-    return {"image": image, "text": text, "labels": (torch.rand(size, dims[2], generator=g) < 0.3).double(), "image_target": image_target,
-            "text_target": text_target, "film": torch.tensor([0, 0, 1, 2, 3, 4, 5, 6][:size]), "genre_set": torch.tensor([0, 0, 1, 1, 2, 3, 4, 4][:size])}
+    image, text, image_target, text_target = (torch.randn(size, d, generator=g, dtype=torch.float64)
+                                              for d in (*dims[:2], *dims[:2]))
+    return {"image": image, "text": text, "labels": (torch.rand(size, dims[2], generator=g) < 0.3).double(),
+            "image_target": image_target, "text_target": text_target,
+            "film": torch.tensor([0, 0, 1, 2, 3, 4, 5, 6][:size]),
+            "genre_set": torch.tensor([0, 0, 1, 1, 2, 3, 4, 4][:size])}
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 def test_labels_from_raw_files(tmp_path):
     (tmp_path / "dataset").mkdir()
-    for film, genres in (("0000002", ["drama", "SCIENCE FICTION", "News"]), ("0000001", ["Sci Fi", "film-noir"]), ("0000003", None),
-                         ("0000004", ["War"])):
+    for film, genres in (("0000002", ["drama", "SCIENCE FICTION", "News"]), ("0000001", ["Sci Fi", "film-noir"]),
+                         ("0000003", None), ("0000004", ["War"])):
         (tmp_path / f"dataset/{film}.json").write_text(json.dumps({"genres": genres, "plot": ["a", "b"]}))
         if film != "0000004":  # no poster: no film
             (tmp_path / f"dataset/{film}.jpeg").write_bytes(b"")
@@ -108,7 +113,8 @@ def test_labels_stage_reproduces_the_label_files(tmp_path, films, capsys):
 def test_rows_are_views_times_film_plus_view_and_targets_clean(tmp_path, films):
     cfg = config(tmp_path, films)
     data = exp.load_data(cfg)
-    raw = {m: np.load(f"{films}/latents/mm_imdb1_globals_aug3_clip_{m}.npy").astype(np.float32) for m in ("image", "text")}
+    raw = {m: np.load(f"{films}/latents/mm_imdb1_globals_aug3_clip_{m}.npy").astype(np.float32)
+           for m in ("image", "text")}
     ids = Path(films, "labels/ids_all.txt").read_text().split()
     split = common.read_json(f"{films}/split.json")
     assert [ids[i] for i in data.splits["test"].tolist()] == split["test"]
@@ -140,12 +146,13 @@ def test_statistics_of_all_rows_are_the_stats_files(tmp_path, films):
 
 
 def test_environment_names_the_folders_and_config_keys_win(monkeypatch, tmp_path):
-    for variable, value in (("MMIMDB1_DIR", "/raw"), ("OTHER_BACKBONES_DIR_IMDB1_AUG70", "/lat"), ("IMDB1_LABELS_DIR_23", "/lab"),
-                            ("MMIMDB_TEXT_EMBEDS", "t.npy")):
+    for variable, value in (("MMIMDB1_DIR", "/raw"), ("OTHER_BACKBONES_DIR_IMDB1_AUG70", "/lat"),
+                            ("IMDB1_LABELS_DIR_23", "/lab"), ("MMIMDB_TEXT_EMBEDS", "t.npy")):
         monkeypatch.setenv(variable, value)
     root, image, text, labels = map(str, exp.paths(exp.DataConfig(backbone="clip", views=70)))
     assert (root, image, text, labels) == ("/raw", "/lat/mm_imdb1_globals_aug70_clip_image.npy", "/lat/t.npy", "/lab")
-    root, image, text, labels = map(str, exp.paths(exp.DataConfig(dir="/d", latents_dir="/l", text_file="mine.npy", backbone="blip2", views=70)))
+    root, image, text, labels = map(str, exp.paths(
+        exp.DataConfig(dir="/d", latents_dir="/l", text_file="mine.npy", backbone="blip2", views=70)))
     assert (root, image, text, labels) == ("/d", "/l/mm_imdb1_globals_aug70_blip2_image.npy", "/l/mine.npy", "/lab")
 
 
@@ -161,7 +168,7 @@ def test_an_epoch_is_every_view_of_every_training_film_once(tmp_path, films):
     assert torch.equal(exp.batch_rows(data, cfg, 3), exp.batch_rows(data, cfg, 3))
 
 
-# ----------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------------------- model
 
 @pytest.mark.parametrize(("backbone", "trained"), [("clip", 6_078_999), ("blip2", 7_915_799)])
 def test_parameter_counts_at_the_real_sizes(backbone, trained):
@@ -207,8 +214,8 @@ def test_random_selector_statistics(temperature, largest):
 
 
 def test_the_chosen_selector_weighs_exactly_image_and_text():
-    for selector, kind in (("shared", exp.SharedKeySelector), ("constant", exp.ConstantSelector), ("random", exp.RandomSelector),
-                           ("uniform", exp.UniformSelector)):
+    for selector, kind in (("shared", exp.SharedKeySelector), ("constant", exp.ConstantSelector),
+                           ("random", exp.RandomSelector), ("uniform", exp.UniformSelector)):
         model = toy_model(selector)
         assert isinstance(model.selector, kind)
         assert model.eval_selector is None
@@ -217,7 +224,8 @@ def test_the_chosen_selector_weighs_exactly_image_and_text():
     assert model.fuse({d: e[d] for d in ("image", "text")})[1].tolist() == [[0.5, 0.5]] * 4
     assert model.fuse({d: e[d] for d in ("image", "labels")})[1].std() > 0  # random, as every other set
     assert model.fuse({"text": e["text"]})[0].tolist() == torch.tanh(e["text"]).tolist()
-    reference, both = toy_model("reference-random"), {d: e[d] for d in ("image", "text")}  # trains with attention, is tested with random weights
+    # trains with attention, is tested with random weights
+    reference, both = toy_model("reference-random"), {d: e[d] for d in ("image", "text")}
     assert torch.equal(reference.fuse(both)[1], reference.selector(torch.stack(list(both.values()), dim=1)))
     assert not torch.equal(reference.eval().fuse(both)[1], reference.fuse(both)[1])
     assert reference.eval_selector.temperature == 0.1
@@ -230,7 +238,8 @@ def loop_losses(model, batch):
     targets = {"image": batch["image_target"], "text": batch["text_target"], "labels": batch["labels"]}
 
     def loss(d, decoded):
-        return F.binary_cross_entropy_with_logits(decoded, targets[d]) if d == "labels" else F.mse_loss(decoded, targets[d])
+        return (F.binary_cross_entropy_with_logits(decoded, targets[d])
+                if d == "labels" else F.mse_loss(decoded, targets[d]))
     terms = {name: [] for name in exp.LOSSES}
     for s in exp.SUBSETS:
         z = model.fuse({d: model.encoders[d](batch[d]) for d in s})[0]
@@ -243,10 +252,12 @@ def loop_losses(model, batch):
             again = model.fuse({d: model.encoders[d](model.decoders[d](z)) for d in outside})[0]
             terms["cycle"] += [loss(d, model.decoders[d](again)) for d in s]
     for a, b in itertools.combinations(exp.DOMAINS, 2):
-        logits = F.normalize(model.encoders[a](batch[a]), dim=1) @ F.normalize(model.encoders[b](batch[b]), dim=1).T / 0.07
+        logits = (F.normalize(model.encoders[a](batch[a]), dim=1)
+                  @ F.normalize(model.encoders[b](batch[b]), dim=1).T / 0.07)
         targets_ = torch.arange(len(logits))
         terms["contrastive"].append((F.cross_entropy(logits, targets_) + F.cross_entropy(logits.T, targets_)) / 2)
-    assert {name: len(v) for name, v in terms.items()} == {"translation": 9, "demi_cycle": 3, "cycle": 9, "contrastive": 3, "fused": 9}
+    assert {name: len(v) for name, v in terms.items()} == {
+        "translation": 9, "demi_cycle": 3, "cycle": 9, "contrastive": 3, "fused": 9}
     return {name: torch.stack(v).mean() for name, v in terms.items()}
 
 
@@ -271,7 +282,8 @@ def test_rare_genres_weigh_more_and_pairs_of_a_film_or_of_equal_genres_are_no_ne
     data = exp.load_data(cfg)
     model, p = exp.build_model(cfg, data), data.labels[data.splits["train"]].mean(0)
     assert model.pos_weight.numpy() == pytest.approx(((1 - p) / p).sqrt().numpy(), rel=1e-5)
-    assert exp.build_model(config(tmp_path, films, "training.pos_weight_power=0"), data).pos_weight.unique().tolist() == [1]
+    assert (exp.build_model(config(tmp_path, films, "training.pos_weight_power=0"), data).pos_weight.unique().tolist()
+            == [1])
     logits, labels = torch.randn(2, 5, 23), data.labels[:5]
     expected = F.binary_cross_entropy_with_logits(logits, labels.expand(2, 5, 23), reduction="none")
     expected = (expected * torch.where(labels > 0, model.pos_weight, 1.0)).mean((1, 2))
@@ -287,7 +299,8 @@ def test_rare_genres_weigh_more_and_pairs_of_a_film_or_of_equal_genres_are_no_ne
         torch.manual_seed(0)
         values[model.false_negatives] = exp.workspace_losses(model, batch)["contrastive"]
     directions = {d: F.normalize(model.encoders[d](batch[d]), dim=1) for d in exp.DOMAINS}
-    terms = [common.info_nce(directions[a], directions[b], 1 / 0.07, batch["film" if b == "text" else "genre_set"], "mask")
+    terms = [common.info_nce(directions[a], directions[b], 1 / 0.07,
+                             batch["film" if b == "text" else "genre_set"], "mask")
              for a, b in itertools.combinations(exp.DOMAINS, 2)]
     assert values["mask"].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
     assert values["mask"] < values["ignore"]
@@ -349,7 +362,8 @@ def test_one_cycle_of_500_steps():
         optimizer.step()
         if len(rates) < 500:
             scheduler.step()
-    assert [rates[i] for i in (0, 50, 99, 250, 499)] == pytest.approx([5.38e-5, 2.99741e-4, 5.38e-4, 3.71667e-4, 5.38e-6], rel=1e-5)
+    assert [rates[i] for i in (0, 50, 99, 250, 499)] == pytest.approx(
+        [5.38e-5, 2.99741e-4, 5.38e-4, 3.71667e-4, 5.38e-6], rel=1e-5)
     assert (betas[0], betas[99], betas[499]) == (pytest.approx(0.95), pytest.approx(0.85), pytest.approx(0.95))
 
 
@@ -364,7 +378,7 @@ def test_every_parameter_gets_gradient_and_one_batch_is_learnt():
     assert last["loss"] < 0.4 * first["loss"]
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 def test_corruption_has_its_size_and_its_modality(tmp_path, films):
     data = exp.load_data(config(tmp_path, films))
@@ -411,7 +425,8 @@ def test_a_film_that_misses_a_modality_is_a_set_of_one_domain_and_filled_in_by_i
         present = [d for d, index in (("image", 0), ("text", 1)) if index != what]
         alone, own = exp.predict(model, {d: inputs[d][i:i + 1] for d in present})
         assert torch.allclose(logits[i], alone[0], atol=1e-5)
-        assert weights[i].tolist() == ([1.0, 0.0] if what == 1 else [0.0, 1.0] if what == 0 else pytest.approx(own[0].tolist(), abs=1e-5))
+        assert weights[i].tolist() == ([1.0, 0.0] if what == 1 else [0.0, 1.0] if what == 0
+                                       else pytest.approx(own[0].tolist(), abs=1e-5))
     filled = exp.fill_in(data, inputs, lost)
     i = int((lost == 0).nonzero()[0])  # no image: the mean image of the ten films whose texts are most like its own
     cosine = F.cosine_similarity(inputs["text"][i], train["text"])
@@ -425,7 +440,8 @@ def test_replaced_weights(tmp_path, films):
     model = exp.build_model(cfg, data)
     own = exp.logits_under(model, data, "test", 0)[1]
     asked = exp.conditions("shared")
-    of = {name: exp.logits_under(model, data, "test", 0, **asked[f"clean, both, {name} weights"])[1] for name in ("mean", "equal", "another film's")}
+    of = {name: exp.logits_under(model, data, "test", 0, **asked[f"clean, both, {name} weights"])[1]
+          for name in ("mean", "equal", "another film's")}
     assert torch.allclose(of["mean"], own.mean(0).expand_as(own))
     assert of["equal"].unique().tolist() == [0.5]
     assert torch.equal(of["another film's"][1:], own[:-1])
@@ -438,12 +454,15 @@ def test_metrics_against_scikit_learn_over_the_whole_split(tmp_path, films):
     labels = data.labels[data.splits["test"]]
     got = exp.genre_scores(logits, labels)
     for average in ("micro", "macro", "weighted", "samples"):
-        assert got[f"f1_{average}"] == pytest.approx(sklearn.metrics.f1_score(labels, logits > 0, average=average, zero_division=0))
+        assert got[f"f1_{average}"] == pytest.approx(
+            sklearn.metrics.f1_score(labels, logits > 0, average=average, zero_division=0))
     assert got["bce"] == pytest.approx(F.binary_cross_entropy_with_logits(logits, labels).item())
     values = {"logits": logits[None], "above_thresholds": logits[None] - 0.3, "labels": labels}
     whole, twice = exp.row_scores(values), exp.row_scores(values, np.full((1, len(labels)), 2.0))  # every film twice
-    assert {name: x[0] for name, x in twice.items()} == pytest.approx({name: whole[name] for name in ("f1_macro", "mAP", "f1_macro_tuned")})
-    assert whole["f1_macro_tuned"] == pytest.approx(sklearn.metrics.f1_score(labels, logits > 0.3, average="macro", zero_division=0))
+    assert {name: x[0] for name, x in twice.items()} == pytest.approx(
+        {name: whole[name] for name in ("f1_macro", "mAP", "f1_macro_tuned")})
+    assert whole["f1_macro_tuned"] == pytest.approx(
+        sklearn.metrics.f1_score(labels, logits > 0.3, average="macro", zero_division=0))
 
 
 def test_logistic_regression_against_scikit_learn():
@@ -454,7 +473,8 @@ def test_logistic_regression_against_scikit_learn():
     for strength in (1.0, 0.1):
         theta = exp.logistic_regression(x, y, 1.0, strength)
         for c in range(3):
-            reference = LogisticRegression(class_weight="balanced", C=1 / (200 * strength), tol=1e-8, max_iter=1000).fit(x, y[:, c])
+            reference = LogisticRegression(class_weight="balanced", C=1 / (200 * strength), tol=1e-8,
+                                           max_iter=1000).fit(x, y[:, c])
             assert (x @ theta[1:, c] + theta[0, c]).numpy() == pytest.approx(reference.decision_function(x), abs=0.01)
 
 
@@ -471,7 +491,7 @@ def test_tuned_thresholds_reach_the_best_f1_of_a_grid():
     assert 0 < tied.item() < 1  # there is no cut between the equal ones
 
 
-# ------------------------------------------------------------------------------------------------------------------ whole runs
+# ----------------------------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, films):
@@ -491,24 +511,28 @@ def assert_same_run(folder, whole):
         if path.suffix in (".csv", ".json", ".png") and path.name != "environment.json":
             assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
     reports = [(f / "report.md").read_text().splitlines() for f in (folder, whole)]
-    assert [line for line in reports[0][:-1] if "    python" not in line] == [line for line in reports[1][:-1] if "    python" not in line]
+    assert ([line for line in reports[0][:-1] if "    python" not in line]
+            == [line for line in reports[1][:-1] if "    python" not in line])
     one, other = (common.load_checkpoint(f / "checkpoint_latest.pt")["model_state_dict"] for f in (folder, whole))
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_a_run_leaves_the_documented_files(whole):
     assert {p.name for p in whole.iterdir()} == {
-        ".lock", "config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "checkpoint_latest.pt.previous", "best_model.pt",
-        "results.json", "per_item.pt", "report.md", "training_curves.png", "corruption.png", "missing.png", "attention_histogram.png",
-        "missing_modality.csv"}
+        ".lock", "config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt",
+        "checkpoint_latest.pt.previous", "best_model.pt", "results.json", "per_item.pt", "report.md",
+        "training_curves.png", "corruption.png", "missing.png", "attention_histogram.png", "missing_modality.csv"}
     results = common.read_json(whole / "results.json")
     assert results["synthetic"] is True
     genres = results["tables"]["genres from image and text"]
-    assert genres.keys() >= {"chance", "logistic regression, both", "logistic regression, the state", "clean, both", "clean, text only",
-                             "clean, both, mean weights", "one corrupted by 0.5", "text missing in 0.5", "text missing in 0.5, filled in"}
-    assert genres["clean, both"].keys() >= {"f1_micro", "f1_macro", "f1_macro low", "f1_macro high", "f1_weighted", "mAP", "mAP low"}
+    assert genres.keys() >= {"chance", "logistic regression, both", "logistic regression, the state", "clean, both",
+                             "clean, text only", "clean, both, mean weights", "one corrupted by 0.5",
+                             "text missing in 0.5", "text missing in 0.5, filled in"}
+    assert genres["clean, both"].keys() >= {"f1_micro", "f1_macro", "f1_macro low", "f1_macro high", "f1_weighted",
+                                            "mAP", "mAP low"}
     assert all(0 <= row["mAP"] <= 1 for row in genres.values())
-    assert results["curves"].keys() >= {"mAP, one corrupted", "weight of the image, text corrupted", "macro F1 (dev thresholds), both missing"}
+    assert results["curves"].keys() >= {"mAP, one corrupted", "weight of the image, text corrupted",
+                                        "macro F1 (dev thresholds), both missing"}
     items = common.load_checkpoint(whole / "per_item.pt")
     assert items["ids"] == common.read_json(next(Path(results_root(whole)).glob("split.json")))["test"]
     for row, values in items["rows"].items():  # the table is the statistic of what --compare reads
@@ -565,7 +589,8 @@ def test_selector_after_freeze_trains_first_the_workspace_then_the_selector_alon
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_killed_and_rerun_equals_uninterrupted(whole, films, tmp_path, sent, code):
     (tmp_path / "toy.yaml").write_text("training:\n  learning_rate: 3e-3\n")
-    command = [sys.executable, "exp_gw_mmimdb.py", str(tmp_path / "toy.yaml"), f"data.dir={films}", f"output_dir={tmp_path / 'run'}", *SMALL]
+    command = [sys.executable, "exp_gw_mmimdb.py", str(tmp_path / "toy.yaml"), f"data.dir={films}",
+               f"output_dir={tmp_path / 'run'}", *SMALL]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "run/best_model.pt").exists():
         time.sleep(0.001)
@@ -579,7 +604,8 @@ def test_compare_tabulates_pairs_and_draws(whole, films, tmp_path, capsys, monke
     monkeypatch.setattr(common, "bootstrap", common.bootstrap.func)  # as many draws as `whole` has
     for selector, seed in (("random", 42), ("random", 7)):
         (tmp_path / f"{selector}{seed}").mkdir()
-        assert cli(tmp_path / f"{selector}{seed}", films, "model.selector=random", f"seed={seed}", f"output_dir={tmp_path}/random,seed={seed}") == 0
+        assert cli(tmp_path / f"{selector}{seed}", films, "model.selector=random", f"seed={seed}",
+                   f"output_dir={tmp_path}/random,seed={seed}") == 0
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
     assert exp.main(["--compare", str(whole), *(f"random,seed={seed}" for seed in (42, 7))]) == 0
@@ -603,12 +629,14 @@ def test_a_finished_run_only_reports_and_an_unfinished_one_is_not_tested(tmp_pat
         assert cli(tmp_path, films) == 0
     assert (tmp_path / "run/results.json").read_bytes() == before
     assert "clean, both" in capsys.readouterr().out
-    (tmp_path / "run/results.json").write_text(before.decode().replace('"source": "', '"source": "x'))  # of another version of the script
+    # of another version of the script
+    (tmp_path / "run/results.json").write_text(before.decode().replace('"source": "', '"source": "x'))
     assert cli(tmp_path, films) == 0
     assert "the evaluation runs again" in capsys.readouterr().out
     assert (tmp_path / "run/results.json").read_bytes() == before
     latest = common.load_checkpoint(tmp_path / "run/checkpoint_latest.pt")
-    common.save_checkpoint(tmp_path / "run/checkpoint_latest.pt", {**latest, "global_step": 8, "position": {**latest["position"], "finished": False}})
+    common.save_checkpoint(tmp_path / "run/checkpoint_latest.pt",
+                           {**latest, "global_step": 8, "position": {**latest["position"], "finished": False}})
     (tmp_path / "run/results.json").unlink()
     assert cli(tmp_path, films, "--stage", "evaluate") == 2
     assert "stopped at step 8; the same command without --stage goes on" in capsys.readouterr().err
@@ -618,8 +646,10 @@ def test_a_finished_run_only_reports_and_an_unfinished_one_is_not_tested(tmp_pat
 
 
 @pytest.mark.parametrize(("name", "change", "told"), [
-    ("results.json", lambda p: p.write_text(""), "cannot be read as JSON"), ("results.json", lambda p: p.write_text("{}"), "headline is missing or damaged"),
-    ("per_item.pt", lambda p: p.write_bytes(p.read_bytes()[:-999]), "per_item.pt"), ("corruption.png", lambda p: p.unlink(), "corruption.png is gone"),
+    ("results.json", lambda p: p.write_text(""), "cannot be read as JSON"),
+    ("results.json", lambda p: p.write_text("{}"), "headline is missing or damaged"),
+    ("per_item.pt", lambda p: p.write_bytes(p.read_bytes()[:-999]), "per_item.pt"),
+    ("corruption.png", lambda p: p.unlink(), "corruption.png is gone"),
     ("environment.json", lambda p: p.write_text("{"), "")])
 def test_a_finished_run_mends_its_outputs(whole, films, tmp_path, capsys, name, change, told):
     shutil.copytree(whole, tmp_path / "run")
@@ -639,7 +669,8 @@ def test_load_model_predicts_raw_latents(whole, films):
     raw = {m: data.latents[m][rows].float() for m in ("image", "text")}
     inputs = {m: (x - model.statistics[m][0]) / model.statistics[m][1] for m, x in raw.items()}
     logits = model(inputs)[0]
-    assert torch.allclose(logits, common.load_checkpoint(whole / "per_item.pt")["rows"]["clean, both"]["logits"][0], atol=1e-5)
+    assert torch.allclose(logits, common.load_checkpoint(whole / "per_item.pt")["rows"]["clean, both"]["logits"][0],
+                          atol=1e-5)
     assert model.genres == data.genres
     assert not model.training
 
@@ -655,11 +686,13 @@ def test_nothing_is_chosen_on_test(films, tmp_path):
     np.save(root / "labels/labels_all_23.npy", labels)
     (tmp_path / "whole").mkdir()
     assert cli(tmp_path, root) == cli(tmp_path / "whole", films) == 0
-    assert_nothing_chosen_on_test(tmp_path / "run", tmp_path / "whole/run", changed=("tables", "genres from image and text", "clean, both", "mAP"))
+    assert_nothing_chosen_on_test(tmp_path / "run", tmp_path / "whole/run",
+                                  changed=("tables", "genres from image and text", "clean, both", "mAP"))
 
 
 def test_patience_and_the_monitor_are_the_configs(tmp_path, films):
-    cfg = config(tmp_path, films, "training.monitor=bce", "training.patience=1", "training.steps=40", "training.learning_rate=0.05")
+    cfg = config(tmp_path, films, "training.monitor=bce", "training.patience=1", "training.steps=40",
+                 "training.learning_rate=0.05")
     history = exp.train(cfg, exp.load_data(cfg))
     scores = [-row["dev_bce"] for row in history]
     best = common.load_checkpoint(tmp_path / "run/best_model.pt")["step"]
@@ -668,25 +701,29 @@ def test_patience_and_the_monitor_are_the_configs(tmp_path, films):
 
 
 def test_learned_attention_beats_random_weights_where_modalities_differ_in_noise(tmp_path):
-    """On the stand-in, whose views differ in how noisy each modality is, the learned weight leaves a corrupted modality; a random one cannot."""
+    """On the stand-in, whose views differ in how noisy each modality is,
+    the learned weight leaves a corrupted modality; a random one cannot."""
     root = demo_data.write_mmimdb(tmp_path / "films", n_films=400, views=4, dims=(24, 20))
     weights = {}
     for selector in ("shared", "random"):
-        cfg = config(tmp_path, root, "data.views=4", f"model.selector={selector}", "training.steps=150", "training.eval_every=50", "model.dim=64",
-                     "training.batch_size=128", "model.hidden_dim=48", f"output_dir={tmp_path / selector}", "model.input_dropout=0",
+        cfg = config(tmp_path, root, "data.views=4", f"model.selector={selector}", "training.steps=150",
+                     "training.eval_every=50", "model.dim=64", "training.batch_size=128", "model.hidden_dim=48",
+                     f"output_dir={tmp_path / selector}", "model.input_dropout=0",
                      "model.selector_scale=none", "training.pos_weight_power=0")
         data = exp.load_data(cfg)
         exp.train(cfg, data)
         model = exp.build_model(cfg, data)
         common.load_best(cfg.output_dir, model)
         for kind, column in (("image", 0), ("text", 1)):
-            weights[selector, kind] = [exp.logits_under(model, data, "test", 0, noise=(kind, a))[1][:, column].mean().item() for a in (0.0, 1.0)]
+            weights[selector, kind] = [
+                exp.logits_under(model, data, "test", 0, noise=(kind, a))[1][:, column].mean().item()
+                for a in (0.0, 1.0)]
     assert weights["shared", "image"][1] < weights["shared", "image"][0] - 0.1
     assert weights["shared", "text"][1] < weights["shared", "text"][0] - 0.1
     assert weights["random", "image"][0] == weights["random", "image"][1]
 
 
-# ---------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 def spoil(root, name, change):
     path = next(Path(root).rglob(name))
@@ -712,33 +749,48 @@ def set_nan(x):
 
 
 BAD = {
-    "rows": (lambda r: spoil(r, "*aug3_clip_text.npy", lambda x: x[:-1]), "total_rows is 450, but mm_imdb1_globals_aug3_clip_text.npy has 449"),
-    "manifest dims": (lambda r: spoil(r, "*clip_image_manifest.json", lambda m: {**m, "dims": 512}), "dims is 512, but"),
+    "rows": (lambda r: spoil(r, "*aug3_clip_text.npy", lambda x: x[:-1]),
+             "total_rows is 450, but mm_imdb1_globals_aug3_clip_text.npy has 449"),
+    "manifest dims": (lambda r: spoil(r, "*clip_image_manifest.json", lambda m: {**m, "dims": 512}),
+                      "dims is 512, but"),
     "manifest films": (lambda r: spoil(r, "*clip_image_manifest.json", lambda m: {**m, "original_rows": 9}),
                        "original_rows is 9, but ids_all.txt has 150"),
-    "views": (lambda r: spoil(r, "*clip_image_manifest.json", lambda m: {**m, "views_per_sample": 2}), "expected 150 films x 2 views"),
+    "views": (lambda r: spoil(r, "*clip_image_manifest.json", lambda m: {**m, "views_per_sample": 2}),
+              "expected 150 films x 2 views"),
     "films in another order": (lambda r: spoil(r, "*clip_text_manifest.json", lambda m: {
-        **m, "ids": Path(r, "labels/ids_all.txt").read_text().split()[::-1]}), "not those of ids_all.txt in the same order; encode again"),
-    "no manifest": (lambda r: next(Path(r).rglob("*clip_image_manifest.json")).unlink(), "clip_image_manifest.json: cannot be read"),
-    "names no list": (lambda r: Path(r, "labels/class_names_23.json").write_text("5"), "class_names_23.json: expected a list of names"),
-    "names twice": (lambda r: Path(r, "labels/class_names_23.json").write_text(json.dumps(["a"] * 23)), "class_names_23.json: expected a list of names"),
-    "a zip for an array": (lambda r: zip_instead(next(Path(r).rglob("*aug3_clip_text.npy"))), "expected float16 or float32 [rows, dims], found NpzFile"),
-    "constant latents": (lambda r: spoil(r, "*aug3_clip_image.npy", lambda x: x * 0 + 3), "clip_image.npy: cannot be read (ValueError: all 10 features "
+        **m, "ids": Path(r, "labels/ids_all.txt").read_text().split()[::-1]}),
+        "not those of ids_all.txt in the same order; encode again"),
+    "no manifest": (lambda r: next(Path(r).rglob("*clip_image_manifest.json")).unlink(),
+                    "clip_image_manifest.json: cannot be read"),
+    "names no list": (lambda r: Path(r, "labels/class_names_23.json").write_text("5"),
+                      "class_names_23.json: expected a list of names"),
+    "names twice": (lambda r: Path(r, "labels/class_names_23.json").write_text(json.dumps(["a"] * 23)),
+                    "class_names_23.json: expected a list of names"),
+    "a zip for an array": (lambda r: zip_instead(next(Path(r).rglob("*aug3_clip_text.npy"))),
+                           "expected float16 or float32 [rows, dims], found NpzFile"),
+    "constant latents": (lambda r: spoil(r, "*aug3_clip_image.npy", lambda x: x * 0 + 3),
+                         "clip_image.npy: cannot be read (ValueError: all 10 features "
                          "are constant over 270 rows"),
     "no genres": (lambda r: spoil(r, "labels_all_23.npy", lambda x: x * 0), "no film of train has a genre"),
     "trailing bytes": (lambda r: grow(r, "*aug3_clip_image.npy"), "expected 9128 bytes by its header, found 9131"),
     "nan": (lambda r: spoil(r, "*aug3_clip_image.npy", set_nan), "NaN or infinite values, first in row 5"),
     "labels": (lambda r: spoil(r, "labels_all_23.npy", lambda x: x[:-1]), "expected 0/1 of 150 different ids"),
-    "split id": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": ["nobody", *s["dev"]]}), "1 films of dev are not in"),
-    "overlap": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": s["dev"] + s["train"][:1]}), "in two parts of the split"),
+    "split id": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": ["nobody", *s["dev"]]}),
+                 "1 films of dev are not in"),
+    "overlap": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": s["dev"] + s["train"][:1]}),
+                "in two parts of the split"),
     "no split": (lambda r: spoil(r, "split.json", lambda s: {"train": s["train"]}), "no films of dev"),
-    "dtype": (lambda r: spoil(r, "*aug3_clip_image.npy", lambda x: x.astype(np.float64)), "expected float16 or float32"),
+    "dtype": (lambda r: spoil(r, "*aug3_clip_image.npy", lambda x: x.astype(np.float64)),
+              "expected float16 or float32"),
     "no labels": (lambda r: shutil.rmtree(Path(r, "labels")), "--stage labels"),
     "no latents": (lambda r: shutil.rmtree(Path(r, "latents")), "mm_imdb1_globals_aug3_clip_image.npy: no such file"),
-    "labels junk": (lambda r: Path(r, "labels/labels_all_23.npy").write_bytes(b"junk"), "labels_all_23.npy: cannot be read"),
-    "names junk": (lambda r: Path(r, "labels/class_names_23.json").write_text("{"), "class_names_23.json: cannot be read"),
+    "labels junk": (lambda r: Path(r, "labels/labels_all_23.npy").write_bytes(b"junk"),
+                    "labels_all_23.npy: cannot be read"),
+    "names junk": (lambda r: Path(r, "labels/class_names_23.json").write_text("{"),
+                   "class_names_23.json: cannot be read"),
     "null split": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": None}), "no films of dev"),
-    "not a file of numpy": (lambda r: next(Path(r).rglob("*aug3_clip_text.npy")).write_bytes(b"x" * 99), "clip_text.npy: cannot be read"),
+    "not a file of numpy": (lambda r: next(Path(r).rglob("*aug3_clip_text.npy")).write_bytes(b"x" * 99),
+                            "clip_text.npy: cannot be read"),
 }
 
 
@@ -768,18 +820,20 @@ def test_mistakes_in_the_command(tmp_path, films, capsys):
                                (["training.lr=1"], "did you mean training.learning_rate?"),
                                (["--steps", "7"], "--steps: no such option; did you mean training.steps=7?"),
                                (["model.dim=1000000000"], "model.dim: must be <= 65536"),
-                               (["--compare", "x"], "--compare takes folders alone"), (["experiment=x"], "it cannot be set")):
+                               (["--compare", "x"], "--compare takes folders alone"),
+                               (["experiment=x"], "it cannot be set")):
         assert cli(tmp_path, films, *overrides) == 2
         assert message in capsys.readouterr().err
     assert cli(tmp_path, films, "training.learning_rate=1e30") == 1
     assert "non-finite" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------- profile_flops
+# -------------------------------------------------------------------------------------------------------- profile_flops
 
-# (MFLOP by FlopCounterMode, by torch.profiler) of one training step at batch 1, and GFLOP by FlopCounterMode at batch 512
-COUNTS = {("clip", "shared"): (246.866, 253.06, 128.81), ("clip", "random"): (242.147, 248.08, None), ("blip2", "shared"): (322.101, 330.14, 167.33),
-          ("blip2", "random"): (317.383, 325.15, None)}
+# (MFLOP by FlopCounterMode, by torch.profiler) of one training step at batch 1,
+# and GFLOP by FlopCounterMode at batch 512
+COUNTS = {("clip", "shared"): (246.866, 253.06, 128.81), ("clip", "random"): (242.147, 248.08, None),
+          ("blip2", "shared"): (322.101, 330.14, 167.33), ("blip2", "random"): (317.383, 325.15, None)}
 
 
 @pytest.mark.parametrize(("backbone", "selector"), COUNTS)
@@ -787,7 +841,8 @@ def test_flops_of_the_published_table(backbone, selector, monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)  # no data here
     for variable in ("MMIMDB1_DIR", "OTHER_BACKBONES_DIR_IMDB1_AUG70", "IMDB1_LABELS_DIR_23"):
         monkeypatch.delenv(variable, raising=False)
-    found = profile_flops.profile(ROOT / f"configs/gw_{backbone}_{selector}.yaml", batch_size=1, device="cpu", repeats=1)
+    found = profile_flops.profile(ROOT / f"configs/gw_{backbone}_{selector}.yaml", batch_size=1,
+                                  device="cpu", repeats=1)
     by_counter, by_profiler, large = COUNTS[backbone, selector]
     assert found["flops_counter"] / 1e6 == pytest.approx(by_counter, abs=1e-3)
     assert found["flops_profiler"] / 1e6 == pytest.approx(by_profiler, abs=0.02)
@@ -801,8 +856,9 @@ def test_flops_of_the_published_table(backbone, selector, monkeypatch, tmp_path)
 
 
 def test_flops_of_a_hand_counted_step(tmp_path):
-    """Towers of images, of texts, and of the labelled films' texts with a linear head: products of the layers, twice in the backward
-    but for the inputs' gradient, and of one similarity matrix, whose loss forms its two gradients in the forward pass."""
+    """Towers of images, of texts, and of the labelled films' texts with a linear head: products of the layers, twice in
+    the backward but for the inputs' gradient, and of one similarity matrix, whose loss forms its two gradients in the
+    forward pass."""
     n, d, e = 64, 512, 512
     found = profile_flops.profile(ROOT / "configs/clip_finetune.yaml", device="cpu", repeats=1)
     layers = 3 * (2 * n * d * e + 2 * n * e * e) + 2 * n * e
@@ -816,7 +872,8 @@ def test_flops_of_a_hand_counted_step(tmp_path):
 
 
 def test_profile_prints_ratios_writes_files_and_passes_over_what_does_not_train(tmp_path, capsys):
-    configs = [str(ROOT / f"configs/{name}.yaml") for name in ("alignment_synthetic", "alignment_prh", "clip_finetune", "siglip")]
+    configs = [str(ROOT / f"configs/{name}.yaml")
+               for name in ("alignment_synthetic", "alignment_prh", "clip_finetune", "siglip")]
     assert profile_flops.main([*configs, "--batch-size", "16", "--device", "cpu", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "alignment_prh.yaml: has no training step; passed over" in out
@@ -824,14 +881,16 @@ def test_profile_prints_ratios_writes_files_and_passes_over_what_does_not_train(
     assert "1 multiply-add = 2 FLOPs" in out
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png"}
     files = sorted(tmp_path.glob("*.json"))  # report.md quotes no other batch size than a run's own
-    assert [path.name for path in files] == [f"{name},batch=16.json" for name in ("alignment_synthetic", "clip_finetune", "siglip")]
+    assert [path.name for path in files] == [f"{name},batch=16.json"
+                                             for name in ("alignment_synthetic", "clip_finetune", "siglip")]
     assert [common.read_json(path)["results"][0]["batch_size"] for path in files] == [16, 16, 16]
 
 
 def test_profile_measures_the_overrides_and_both_phases(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     path = ROOT / "configs/gw_clip_shared.yaml"
-    found = profile_flops.profile(path, 1, "cpu", 1, ["training.selector_after_freeze=true", "model.dim=64", "training.steps=50"])
+    found = profile_flops.profile(path, 1, "cpu", 1,
+                                  ["training.selector_after_freeze=true", "model.dim=64", "training.steps=50"])
     first, second = found["phases"]
     random = profile_flops.profile(ROOT / "configs/gw_clip_random.yaml", 1, "cpu", 1, ["model.dim=64"])
     assert first["flops_counter"] == random["flops_counter"]  # mean weights cost nothing
@@ -857,11 +916,14 @@ def test_profile_measures_a_copied_script(tmp_path):
     (tmp_path / "mine.yaml").write_text("experiment: gw_mmimdb\n")
     refused = subprocess.run([sys.executable, "exp_mine.py", "mine.yaml"], cwd=tmp_path, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "is a config of exp_gw_mmimdb.py (experiment: gw_mmimdb), not of exp_mine.py; a copied script takes a copied YAML" in refused.stderr
+    assert ("is a config of exp_gw_mmimdb.py (experiment: gw_mmimdb), not of exp_mine.py; "
+            "a copied script takes a copied YAML") in refused.stderr
 
 
 def test_profile_measures_flickrs_settings():
-    with_fused, without = (profile_flops.profile(ROOT / "configs/flickr8k_tiny.yaml", 4, "cpu", 1, [f"losses.fused={share}"]) for share in (0.5, 0))
+    with_fused, without = (
+        profile_flops.profile(ROOT / "configs/flickr8k_tiny.yaml", 4, "cpu", 1, [f"losses.fused={share}"])
+        for share in (0.5, 0))
     assert without["flops_counter"] < with_fused["flops_counter"]
 
 

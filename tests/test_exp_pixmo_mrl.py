@@ -62,8 +62,8 @@ def scenes(tmp_path_factory):
 
 
 def arguments(tmp_path, scenes, *overrides):
-    return [*(f"dataset.{part}_parquet={scenes}/pixmo_{part}.parquet" for part in ("train", "val", "test")), f"output_dir={tmp_path / 'run'}",
-            f"dataset.cache_dir={tmp_path / 'cache'}", *SMALL, *overrides]
+    return [*(f"dataset.{part}_parquet={scenes}/pixmo_{part}.parquet" for part in ("train", "val", "test")),
+            f"output_dir={tmp_path / 'run'}", f"dataset.cache_dir={tmp_path / 'cache'}", *SMALL, *overrides]
 
 
 def config(tmp_path, scenes, *overrides):
@@ -88,12 +88,14 @@ def failing(tmp_path, scenes, capsys, *overrides, code=2):
 def cached(scenes, *overrides):
     """Overrides for the features of frozen encoders."""
     features = demo_data.write_pixmo_features(scenes, widths=(24, 12))
-    return ["vision_encoder.name=cached", "text_encoder.name=cached", f"vision_encoder.features_file={features}/image_features.pt",
+    return ["vision_encoder.name=cached", "text_encoder.name=cached",
+            f"vision_encoder.features_file={features}/image_features.pt",
             f"text_encoder.features_file={features}/text_features.pt", *overrides]
 
 
 def write(path, group_rows=4, **columns):
-    table = pa.table({name: value if isinstance(value, pa.Array) else pa.array(value) for name, value in columns.items()})
+    table = pa.table({name: value if isinstance(value, pa.Array) else pa.array(value)
+                      for name, value in columns.items()})
     pq.write_table(table, path, row_group_size=group_rows)
     return path
 
@@ -106,7 +108,8 @@ def encoded(image, kind="PNG", **options):
 def picture(width=60, height=40, seed=0):
     """A smooth RGB picture, different in every corner."""
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC)
 
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -114,20 +117,23 @@ def picture(width=60, height=40, seed=0):
 def centre(image, size):
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))).astype(int)
+    return np.asarray(image.convert("RGB").resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))).astype(int)
 
 
 def test_every_file_format_gives_the_same_picture():
     image = picture()
     expected = centre(image, 16)
     for data in (encoded(image), encoded(image, "WEBP", lossless=True), encoded(image, "BMP"), encoded(image, "TIFF"),
-                 encoded(image, "JPEG", quality=98), encoded(image.convert("CMYK"), "JPEG", quality=98), encoded(image.convert("RGBA"))):
+                 encoded(image, "JPEG", quality=98), encoded(image.convert("CMYK"), "JPEG", quality=98),
+                 encoded(image.convert("RGBA"))):
         got = common.decode_image(data, 16)
         assert got.shape == (16, 16, 3)
         assert got.dtype == np.uint8
         assert abs(got.astype(int) - expected).mean() < 3
     palette = image.quantize(256)
-    assert abs(common.decode_image(encoded(palette, "GIF"), 16).astype(int) - centre(palette.convert("RGB"), 16)).max() <= 2
+    assert abs(common.decode_image(encoded(palette, "GIF"), 16).astype(int)
+               - centre(palette.convert("RGB"), 16)).max() <= 2
 
 
 def test_transparency_lies_on_white():
@@ -155,9 +161,10 @@ def test_exif_orientation_turns_the_picture():
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        pixels = np.asarray(image).astype(int)  # Exif 2.3, 4.6.4.A: which row and column of the scene the stored ones are
-        expected = [pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1], pixels.swapaxes(0, 1), np.rot90(pixels, -1),
-                    pixels[::-1, ::-1].swapaxes(0, 1), np.rot90(pixels)][orientation - 1]
+        # Exif 2.3, 4.6.4.A: which row and column of the scene the stored ones are
+        pixels = np.asarray(image).astype(int)
+        expected = [pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1], pixels.swapaxes(0, 1),
+                    np.rot90(pixels, -1), pixels[::-1, ::-1].swapaxes(0, 1), np.rot90(pixels)][orientation - 1]
         assert abs(common.decode_image(encoded(image, "PNG", exif=exif), 40).astype(int) - expected).max() <= 1
     assert common.decode_image(encoded(image, "PNG", exif=b"Exif\0\0broken"), 8).shape == (8, 8, 3)
 
@@ -188,9 +195,10 @@ JPEG = encoded(picture(200, 150), "JPEG")
 
 
 @pytest.mark.parametrize(("data", "cause"), [
-    (None, "no image bytes"), (b"", "no image bytes"), (b"<html><body>404</body></html>", "HTML"), (b"\n<!DOCTYPE html>", "HTML"),
-    (b"\x00" * 50, "not an image"), (JPEG[:len(JPEG) // 2], "truncated"), (encoded(picture())[:-300], "."), (JPEG[:20], "."),
-    (encoded(picture(400, 300)), "400 x 300 pixels are more than max_pixels=100000"),
+    (None, "no image bytes"), (b"", "no image bytes"), (b"<html><body>404</body></html>", "HTML"),
+    (b"\n<!DOCTYPE html>", "HTML"),
+    (b"\x00" * 50, "not an image"), (JPEG[:len(JPEG) // 2], "truncated"), (encoded(picture())[:-300], "."),
+    (JPEG[:20], "."), (encoded(picture(400, 300)), "400 x 300 pixels are more than max_pixels=100000"),
     (encoded(Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)), "TIFF"), "floating-point"),
     (encoded(Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)), "TIFF"), "32-bit")])
 def test_what_is_no_whole_picture_has_a_cause(data, cause):
@@ -204,10 +212,11 @@ def test_a_bomb_is_refused_by_its_header_alone():
         common.decode_image(header, 16)
 
 
-# --------------------------------------------------------------------------------------------------------------- parquet
+# -------------------------------------------------------------------------------------------------------------- parquet
 
 def prepared(tmp_path, pattern, each=map, size=8, **changes):
-    cfg = common.load_config(exp.Config, None, [f"dataset.cache_dir={tmp_path / 'cache'}", *(f"dataset.{k}={v}" for k, v in changes.items())])
+    cfg = common.load_config(exp.Config, None, [f"dataset.cache_dir={tmp_path / 'cache'}",
+                                                *(f"dataset.{k}={v}" for k, v in changes.items())])
     split = exp.read_split(str(pattern), "dataset.train_parquet", cfg, size, each)
     split.same = exp.group_equal(split.picture[:, None].tolist(), split.captions)
     return split
@@ -227,7 +236,8 @@ def test_every_column_layout_is_read(tmp_path, columns):
     assert [texts[0] for texts in split.captions] == list("abcdef")
     assert [len(texts) for texts in split.captions] == [2 if "transcripts" in columns else 1] * 6
     assert np.array_equal(exp.gather_images(split, np.arange(6)), np.stack([common.decode_image(g, 8) for g in GOOD]))
-    assert split.ids.tolist() == (list("uvwxyz") if "url" in columns else list("012345") if "id" in columns else [f"a.parquet:{i}" for i in range(6)])
+    assert split.ids.tolist() == (list("uvwxyz") if "url" in columns else list("012345") if "id" in columns
+                                  else [f"a.parquet:{i}" for i in range(6)])
 
 
 def test_bad_rows_are_named_counted_and_left_out(tmp_path):
@@ -238,31 +248,38 @@ def test_bad_rows_are_named_counted_and_left_out(tmp_path):
     for pattern in (tmp_path / "parts", tmp_path / "parts/*.parquet"):
         split = prepared(tmp_path, pattern)
         assert [texts[0] for texts in split.captions] == ["a", "e", "f"]
-        assert [(file, row) for file, row, _ in split.bad] == [("a.parquet", 1), ("a.parquet", 2), ("a.parquet", 3), ("b.parquet", 1)]
+        assert [(file, row) for file, row, _ in split.bad] == [
+            ("a.parquet", 1), ("a.parquet", 2), ("a.parquet", 3), ("b.parquet", 1)]
         assert [cause for *_, cause in split.bad][:3] == ["HTML, not an image", "no image bytes", "no caption"]
-        assert np.array_equal(exp.gather_images(split, np.array([2, 0])), np.stack([common.decode_image(GOOD[i], 8) for i in (3, 0)]))
+        assert np.array_equal(exp.gather_images(split, np.array([2, 0])),
+                              np.stack([common.decode_image(GOOD[i], 8) for i in (3, 0)]))
 
 
 def test_rows_of_equal_image_or_caption_belong_together(tmp_path):
-    path = write(tmp_path / "a.parquet", image=[GOOD[i] for i in (0, 1, 0, 2, 3, 4)], captions=[["a"], ["b"], ["c"], ["d", "b"], ["e", "c"], ["f"]])
+    path = write(tmp_path / "a.parquet", image=[GOOD[i] for i in (0, 1, 0, 2, 3, 4)],
+                 captions=[["a"], ["b"], ["c"], ["d", "b"], ["e", "c"], ["f"]])
     assert prepared(tmp_path, path).same.tolist() == [0, 1, 0, 1, 0, 5]
 
 
 def test_images_of_later_splits_are_taken_out_of_earlier_ones(tmp_path):
-    paths = {name: write(tmp_path / f"{name}.parquet", image=[GOOD[i] for i in rows], caption=[f"{name}{i}" for i in rows])
+    paths = {name: write(tmp_path / f"{name}.parquet", image=[GOOD[i] for i in rows],
+                         caption=[f"{name}{i}" for i in rows])
              for name, rows in {"train": (0, 1, 2, 3), "val": (3, 4), "test": (4, 1)}.items()}
     sets = {name: prepared(tmp_path, path) for name, path in paths.items()}
     exp.leave_out_overlap(sets)
     assert [texts[0] for texts in sets["train"].captions] == ["train0", "train2"]
     assert [texts[0] for texts in sets["val"].captions] == ["val3"]
-    assert sets["train"].bad == [("train.parquet", 3, "its image is also in val"), ("train.parquet", 1, "its image is also in test")]
+    assert sets["train"].bad == [("train.parquet", 3, "its image is also in val"),
+                                 ("train.parquet", 1, "its image is also in test")]
     with pytest.raises(UserError, match="hold the same images"):
         exp.leave_out_overlap({"train": prepared(tmp_path, paths["val"]), "val": prepared(tmp_path, paths["val"])})
 
 
 @pytest.mark.parametrize(("columns", "message"), [
-    ({"image_url": ["http://x"], "caption": ["a"]}, "holds no image bytes .*not their URLs alone"), ({"image": GOOD[:1]}, "no captions"),
-    ({"image": ["text"], "caption": ["a"]}, "holds no image bytes"), ({"image": [b"x"], "caption": ["a"]}, "none of 1 rows .*not an image")])
+    ({"image_url": ["http://x"], "caption": ["a"]}, "holds no image bytes .*not their URLs alone"),
+    ({"image": GOOD[:1]}, "no captions"),
+    ({"image": ["text"], "caption": ["a"]}, "holds no image bytes"),
+    ({"image": [b"x"], "caption": ["a"]}, "none of 1 rows .*not an image")])
 def test_files_without_what_is_needed(tmp_path, columns, message):
     with pytest.raises(UserError, match=message):
         prepared(tmp_path, write(tmp_path / "a.parquet", **columns))
@@ -270,7 +287,8 @@ def test_files_without_what_is_needed(tmp_path, columns, message):
 
 def test_a_glob_reaches_every_depth_and_an_empty_one_nothing(tmp_path, monkeypatch):
     (tmp_path / "one/two").mkdir(parents=True)
-    paths = [write(tmp_path / place, image=GOOD[:1], caption=["a"]) for place in ("a.parquet", "one/b.parquet", "one/two/c.parquet")]
+    paths = [write(tmp_path / place, image=GOOD[:1], caption=["a"])
+             for place in ("a.parquet", "one/b.parquet", "one/two/c.parquet")]
     assert exp.parquet_files(f"{tmp_path}/**/*.parquet", "key") == exp.parquet_files(str(tmp_path), "key") == paths
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"dataset.val_parquet is empty"):
@@ -408,7 +426,7 @@ def test_rows_are_the_same_with_and_without_cache_and_threads(tmp_path, scenes, 
     assert sum(map(len, decoded.held.values())) <= 40
 
 
-# ---------------------------------------------------------------------------------------------------------------- tokens
+# --------------------------------------------------------------------------------------------------------------- tokens
 
 def test_words_are_read_by_their_longest_pieces():
     captions = ["the red circle", "the red square is red"] * 3 + ["walking", "talking", "a jumping dog"]
@@ -432,7 +450,7 @@ def test_words_are_read_by_their_longest_pieces():
     assert exp.build_vocabulary(captions, 60) == vocabulary
 
 
-# --------------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------------------------------- batches
 
 def test_batches_are_a_pure_function_of_seed_epoch_and_row(tmp_path, scenes):
     for overrides in (["dataset.horizontal_flip_prob=0.5"], cached(scenes)):
@@ -510,7 +528,7 @@ def test_uniform_numbers_are_uniform_and_independent():
         assert abs(np.corrcoef(x, other)[0, 1]) < 0.015
 
 
-# -------------------------------------------------------------------------------------------------------------- features
+# ------------------------------------------------------------------------------------------------------------- features
 
 def write_features(path, ids, feats, **more):
     torch.save({"feats": feats, "ids": ids, "model": "x", **more}, path)
@@ -537,7 +555,8 @@ def test_features_go_with_their_rows_and_captions(tmp_path, scenes):
     captions = [(i, torch.randn(3, 5, generator=g).half(), 1 + k) for i in ids for k in range(i % 3 + 1)]
     mask = torch.arange(3) < torch.tensor([n for *_, n in captions])[:, None]
     cfg = feature_config(tmp_path, scenes, image=(ids[::-1], torch.stack([images[i] for i in ids[::-1]])),
-                         text=(torch.tensor([i for i, *_ in captions]), torch.stack([x for _, x, _ in captions]), {"mask": mask}))
+                         text=(torch.tensor([i for i, *_ in captions]), torch.stack([x for _, x, _ in captions]),
+                               {"mask": mask}))
     data = exp.load_data(cfg)
     assert data.facts["widths"] == {"vision": 6, "text": 5}
     rows = np.array([3, 50, 0, 17])
@@ -556,7 +575,8 @@ def test_features_go_with_their_rows_and_captions(tmp_path, scenes):
 
 
 def test_captions_alone_will_do_where_features_are_given(tmp_path):
-    paths = {name: write(tmp_path / f"{name}.parquet", id=list(ids), caption=[f"caption {i}" for i in ids], image_url=["http://x"] * len(ids))
+    paths = {name: write(tmp_path / f"{name}.parquet", id=list(ids), caption=[f"caption {i}" for i in ids],
+                         image_url=["http://x"] * len(ids))
              for name, ids in {"train": "abcdefgh", "val": "ijk", "test": "lmn"}.items()}
     g = torch.Generator().manual_seed(0)
     ids = list("abcdefgijklmn")  # h has none
@@ -577,11 +597,14 @@ def test_captions_alone_will_do_where_features_are_given(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (None, "no such file; make it with encode.py pixmo"), (b"no archive", "cannot be read"), ({"feats": torch.zeros(2, 3)}, "cannot be read (KeyError: 'ids')"),
+    (None, "no such file; make it with encode.py pixmo"), (b"no archive", "cannot be read"),
+    ({"feats": torch.zeros(2, 3)}, "cannot be read (KeyError: 'ids')"),
     ({"feats": torch.zeros(2, 3), "ids": [1]}, "expected feats [N, D] or [N, T, D] and ids [N]"),
     ({"feats": torch.full((2, 3), torch.nan), "ids": [1, 2]}, "NaN or infinite features in row 0"),
-    ({"feats": torch.zeros(2, 3), "ids": [1, 2]}, "has no features of pixmo_train.parquet, ids such as 1000000; its own are such as 1"),
-    ({"feats": torch.zeros(2, 3, 4), "ids": [1, 2], "mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "padding must be at the end")])
+    ({"feats": torch.zeros(2, 3), "ids": [1, 2]},
+     "has no features of pixmo_train.parquet, ids such as 1000000; its own are such as 1"),
+    ({"feats": torch.zeros(2, 3, 4), "ids": [1, 2], "mask": torch.tensor([[0, 1, 1], [1, 1, 1]])},
+     "padding must be at the end")])
 def test_features_that_are_wrong(tmp_path, scenes, capsys, content, message):
     path = tmp_path / "features.pt"
     if isinstance(content, bytes):
@@ -598,10 +621,11 @@ def test_a_flipped_byte_in_a_feature_file_is_refused(tmp_path, scenes, capsys):
     content = bytearray((demo_data.Path(scenes) / "features/text_features.pt").read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert "does not match its checksum" in failing(tmp_path, scenes, capsys, *overrides, f"text_encoder.features_file={file}")
+    assert "does not match its checksum" in failing(tmp_path, scenes, capsys, *overrides,
+                                                    f"text_encoder.features_file={file}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------------------- model
 
 @pytest.mark.parametrize("kind", ["simple", "multihead", "mean"])
 def test_pooling_ignores_padding_and_survives_a_row_without_tokens(kind):
@@ -707,11 +731,12 @@ def test_weight_decay_is_for_matrices_and_scores_and_temperature_have_rates_of_t
     assert scale == {"log_scale"}
     assert query == {"vision.pool.query", "text.pool.query"}
     assert {"vision.encoder.position", "text.encoder.embed.weight", "text.norm.weight"} <= vectors
-    assert {"vision.encoder.embed.weight", "text.encoder.blocks.0.linear1.weight", "vision.projector.1.weight"} <= matrices
+    assert {"vision.encoder.embed.weight", "text.encoder.blocks.0.linear1.weight",
+            "vision.projector.1.weight"} <= matrices
     assert len(matrices) + len(vectors) + 3 == len(names)
 
 
-# ------------------------------------------------------------------------------------------------------------- objective
+# ------------------------------------------------------------------------------------------------------------ objective
 
 def oracle_pairs():
     i, j = torch.arange(1, 5, dtype=torch.float64)[:, None], torch.arange(1, 17, dtype=torch.float64)
@@ -747,7 +772,9 @@ def test_prefix_accumulation_equals_separate_losses_and_gradients(masked):
     for separate in (False, True):
         image, text, scale = (x.clone().requires_grad_() for x in (*pairs, torch.tensor(9.0, dtype=torch.float64)))
         if separate:
-            losses = [common.info_nce(F.normalize(image[:, :d], dim=1), F.normalize(text[:, :d], dim=1), scale, **options) for d in dims]
+            losses = [
+                common.info_nce(F.normalize(image[:, :d], dim=1), F.normalize(text[:, :d], dim=1), scale, **options)
+                for d in dims]
             loss = sum(w * value for w, value in zip(weights, losses, strict=True)) / sum(weights)
         else:
             loss, _ = exp.matryoshka_loss(image, text, dims, scale, weights, **options)
@@ -761,7 +788,8 @@ def test_lengths_of_the_vectors_do_not_matter():
     image, text = oracle_pairs()
     factors = torch.tensor([[0.1], [3.0], [70.0], [1.0]], dtype=torch.float64)
     expected, _ = exp.matryoshka_loss(image, text, [16, 4], 10.0)
-    torch.testing.assert_close(exp.matryoshka_loss(factors * image, F.normalize(text, dim=1), [16, 4], 10.0)[0], expected)
+    torch.testing.assert_close(exp.matryoshka_loss(factors * image, F.normalize(text, dim=1), [16, 4], 10.0)[0],
+                               expected)
 
 
 def test_a_zero_prefix_is_finite():
@@ -792,8 +820,9 @@ def test_expected_floor_of_literal_dropout():
 
 
 @pytest.mark.parametrize("call", [
-    lambda x: exp.matryoshka_loss(x, x[:3], [4], 1.0), lambda x: exp.matryoshka_loss(x, x, [17], 1.0), lambda x: exp.matryoshka_loss(x, x, [0], 1.0),
-    lambda x: exp.matryoshka_loss(x, x, [], 1.0), lambda x: exp.matryoshka_loss(x, x, [4, 8], 1.0, [1.0]),
+    lambda x: exp.matryoshka_loss(x, x[:3], [4], 1.0), lambda x: exp.matryoshka_loss(x, x, [17], 1.0),
+    lambda x: exp.matryoshka_loss(x, x, [0], 1.0), lambda x: exp.matryoshka_loss(x, x, [], 1.0),
+    lambda x: exp.matryoshka_loss(x, x, [4, 8], 1.0, [1.0]),
     lambda x: exp.matryoshka_loss(x, x, [4], 1.0, false_negatives="mask")])
 def test_wrong_arguments_of_the_loss(call):
     with pytest.raises(ValueError, match=r"must"):
@@ -818,27 +847,30 @@ def test_the_drawn_sizes_are_unbiased_and_a_function_of_seed_and_step(tmp_path, 
     g = torch.Generator().manual_seed(0)
     image, text, ids = torch.randn(6, 16, generator=g), torch.randn(6, 16, generator=g), torch.arange(6)
     whole = exp.objective(model, image, text, ids)
-    mean = sum(w * exp.objective(model, image, text, ids, [d])["loss"] for w, d in zip(model.weights, model.dims, strict=True))
+    mean = sum(w * exp.objective(model, image, text, ids, [d])["loss"]
+               for w, d in zip(model.weights, model.dims, strict=True))
     torch.testing.assert_close(mean, whole["loss"])
     torch.testing.assert_close(whole["loss"], 0.25 * whole["loss_clip"] + whole["loss_mrl"])
     repeated = exp.objective(model, image, text, ids, [4, 4, 8])["loss_mrl"]
     parts = [exp.objective(model, image, text, ids, [d])["loss_mrl"] for d in (4, 8)]
     torch.testing.assert_close(repeated, (2 * parts[0] + parts[1]) / 3)
-    for losses, expected in ((exp.LossConfig(), 1), (exp.LossConfig(n_dims_per_step=2), 2), (exp.LossConfig(sample_single_mrl_dim=True), 1)):
+    for losses, expected in ((exp.LossConfig(), 1), (exp.LossConfig(n_dims_per_step=2), 2),
+                             (exp.LossConfig(sample_single_mrl_dim=True), 1)):
         cfg.losses = losses
         assert len(exp.draw_dims(cfg, model, 0)) == expected
-    for losses in (exp.LossConfig(n_dims_per_step="all"), exp.LossConfig(sample_single_mrl_dim=False), exp.LossConfig(mrl=0)):
+    for losses in (exp.LossConfig(n_dims_per_step="all"), exp.LossConfig(sample_single_mrl_dim=False),
+                   exp.LossConfig(mrl=0)):
         cfg.losses = losses
         assert exp.draw_dims(cfg, model, 0) is None
 
 
 def test_schedule_of_the_reference():
-    for step, rate in ((0, 0), (1, 2e-6), (50, 1e-4), (100, 2e-4), (325, 1.707107e-4), (550, 1e-4), (775, 2.928932e-5), (999, 6.092342e-10),
-                       (1000, 0), (1500, 0)):
+    for step, rate in ((0, 0), (1, 2e-6), (50, 1e-4), (100, 2e-4), (325, 1.707107e-4), (550, 1e-4), (775, 2.928932e-5),
+                       (999, 6.092342e-10), (1000, 0), (1500, 0)):
         assert 2e-4 * common.warmup_cosine(step, 1000, 100) == pytest.approx(rate, rel=1e-6, abs=1e-15)
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 def test_two_stages_of_everything_are_the_exact_search_and_a_collapsed_model_is_chance():
     g = torch.Generator().manual_seed(0)
@@ -902,7 +934,7 @@ def test_bytes_and_what_they_hold():
     assert offset["one bit, 64"]["mean R@5"] < recalls["one bit, 64"] - 10  # signs about zero say little of these
 
 
-# --------------------------------------------------------------------------------------------------------------- the run
+# -------------------------------------------------------------------------------------------------------------- the run
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, scenes):
@@ -924,16 +956,16 @@ def assert_same_run(folder, whole):
 
 def test_a_run_leaves_the_documented_files(whole, scenes, tmp_path):
     names = {p.name for p in whole.iterdir()}
-    assert {"config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "best_model.pt", "results.json", "per_item.pt",
-            "report.md", "left_out.csv"} <= names
+    assert {"config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "best_model.pt", "results.json",
+            "per_item.pt", "report.md", "left_out.csv"} <= names
     header, *rows = (whole / "metrics.csv").read_text().splitlines()
-    assert {"train/loss", "train/loss_clip", "train/loss_mrl", "train/lr", "train/step", "train/epoch", "val/loss", "val/loss_clip", "val/loss_mrl",
-            "val/temperature", "val/entropy_image", "val/entropy_text",
+    assert {"train/loss", "train/loss_clip", "train/loss_mrl", "train/lr", "train/step", "train/epoch", "val/loss",
+            "val/loss_clip", "val/loss_mrl", "val/temperature", "val/entropy_image", "val/entropy_text",
             *(f"val/{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))} == set(header.split(","))
     assert [row.split(",")[0] for row in rows] == ["2", "3", "4", "5", "6", "8", "9", "10"]
     state = common.load_checkpoint(whole / "checkpoint_latest.pt")
-    assert {"epoch", "global_step", "best_val_loss", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict",
-            "history", "config", "rng", "position"} <= set(state)
+    assert {"epoch", "global_step", "best_val_loss", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
+            "scaler_state_dict", "history", "config", "rng", "position"} <= set(state)
     assert [line.split(",")[:3] for line in (whole / "left_out.csv").read_text().splitlines()[1:]] == [
         [part, f"pixmo_{part}.parquet", "7"] for part in ("train", "val", "test")]
     shutil.copytree(whole, tmp_path / "run")
@@ -943,17 +975,19 @@ def test_a_run_leaves_the_documented_files(whole, scenes, tmp_path):
             patch.setattr(common, name, real)
         patch.setattr(exp, "plot_sizes", REAL_SIZES)
         assert cli(tmp_path, scenes) == 0
-    for name in ("training_curves", "loss_components", "lr_schedule", "embedding_space", "similarity_matrix", "mrl_performance", "bytes"):
+    for name in ("training_curves", "loss_components", "lr_schedule", "embedding_space", "similarity_matrix",
+                 "mrl_performance", "bytes"):
         assert (tmp_path / f"run/{name}.png").read_bytes()[:4] == b"\x89PNG", name
 
 
 def test_the_tables_are_named_as_they_are_read(whole):
     results = common.read_json(whole / "results.json")
-    assert [*results["tables"]] == ["retrieval", "paired difference", "ranks", "adaptive retrieval", "bytes of a gallery item",
-                                    "geometry", "parts"]
+    assert [*results["tables"]] == ["retrieval", "paired difference", "ranks", "adaptive retrieval",
+                                    "bytes of a gallery item", "geometry", "parts"]
     assert results["synthetic"] is True
     table, differences = results["tables"]["retrieval"], results["tables"]["paired difference"]
-    assert [*table] == ["chance", "MRL 16", "MRL 8", "MRL 4", "PCA 16", "PCA 8", "PCA 4", "random coordinates 8", "random coordinates 4"]
+    assert [*table] == ["chance", "MRL 16", "MRL 8", "MRL 4", "PCA 16", "PCA 8", "PCA 4", "random coordinates 8",
+                        "random coordinates 4"]
     for k in (1, 5, 10):
         assert table["chance"][f"I2T R@{k}"] == pytest.approx(100 * k / 23, abs=0.5)
     for row in table.values():
@@ -968,7 +1002,8 @@ def test_the_tables_are_named_as_they_are_read(whole):
     assert [*results["tables"]["parts"]] == ["MRL 16", *(f"MRL 16, {change}, {side}" for side in ("vision", "text")
                                                          for change in ("even weights", "no positions"))]
     assert {"I2T MRR", "I2T median rank", "T2I MRR", "T2I median rank"} == results["tables"]["ranks"]["MRL 4"].keys()
-    assert results["tables"]["adaptive retrieval"]["4, best 10 again by 16"]["multiply-adds a query"] == 23 * 4 + 10 * 16
+    assert (results["tables"]["adaptive retrieval"]["4, best 10 again by 16"]["multiply-adds a query"]
+            == 23 * 4 + 10 * 16)
     items = common.load_checkpoint(whole / "per_item.pt")
     assert len(items["ids"]) == results["n"] == 23
     for row in table:
@@ -1080,7 +1115,8 @@ def test_weights_that_have_overflowed_never_replace_a_good_checkpoint(scenes, tm
 
 
 def test_a_learned_scale_ends_at_100_and_comes_back_and_a_fixed_one_is_what_was_set(tmp_path, scenes):
-    cfg = config(tmp_path, scenes, "losses.learnable_temperature=true", "losses.temperature=0.0101", "optimization.lr=0.01")
+    cfg = config(tmp_path, scenes, "losses.learnable_temperature=true", "losses.temperature=0.0101",
+                 "optimization.lr=0.01")
     data = exp.load_data(cfg)
     model = exp.build_model(cfg, data)
     optimizer, batch = exp.build_optimizer(cfg, model), exp.make_batch(data, np.arange(16))
@@ -1091,13 +1127,16 @@ def test_a_learned_scale_ends_at_100_and_comes_back_and_a_fixed_one_is_what_was_
     for _ in range(3):  # of random embeddings the loss falls with the scale
         exp.train_step(model, {**batch, "image": torch.randn_like(batch["image"])}, optimizer)
     assert model.logit_scale.item() < 99
-    assert exp.build_model(config(tmp_path, scenes, "losses.temperature=0.005"), data).logit_scale.item() == pytest.approx(200)
+    assert (exp.build_model(config(tmp_path, scenes, "losses.temperature=0.005"), data).logit_scale.item()
+            == pytest.approx(200))
 
 
 def test_periodic_checkpoints_and_the_control_without_mrl(scenes, tmp_path):
-    assert cli(tmp_path, scenes, "optimization.save_every_epochs=1", "losses.mrl=0", "losses.contrastive=1", "dataset.test_parquet=",
-               "vision_encoder.use_attention_pooling=false", "vision_encoder.projector=linear") == 0
-    assert {p.name for p in (tmp_path / "run").glob("checkpoint_epoch_*")} == {"checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt"}
+    assert cli(tmp_path, scenes, "optimization.save_every_epochs=1", "losses.mrl=0", "losses.contrastive=1",
+               "dataset.test_parquet=", "vision_encoder.use_attention_pooling=false",
+               "vision_encoder.projector=linear") == 0
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint_epoch_*")} == {
+        "checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt"}
     assert common.load_checkpoint(tmp_path / "run/checkpoint_epoch_1.pt")["epoch"] == 1
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert {"plain 16", "plain 4", "PCA 4"} <= results["tables"]["retrieval"].keys()
@@ -1109,19 +1148,23 @@ def test_periodic_checkpoints_and_the_control_without_mrl(scenes, tmp_path):
 
 
 def test_embed_writes_normalised_prefixes_of_any_parquet(whole, scenes, tmp_path, capsys):
-    path = write(tmp_path / "more.parquet", image=[GOOD[0], b"<html>", GOOD[2]], caption=["a red circle", "b", "日本"], id=["x", "y", "z"])
+    path = write(tmp_path / "more.parquet", image=[GOOD[0], b"<html>", GOOD[2]], caption=["a red circle", "b", "日本"],
+                 id=["x", "y", "z"])
     assert cli(tmp_path, scenes, f"output_dir={whole}", "--stage", "embed", "dim=8", f"parquet={path}") == 0
     assert "2 pairs x 8 dimensions, 1 rows left out" in capsys.readouterr().out
     got = torch.load(whole / "embeddings_more_8.pt", weights_only=True)
     assert got["ids"] == ["x", "z"]
     assert got["image"].shape == got["text"].shape == (2, 8)
-    assert cli(tmp_path, scenes, f"output_dir={whole}", "--stage", "embed", f"parquet={path}", "dataset.train_parquet=gone.parquet") == 0
+    assert cli(tmp_path, scenes, f"output_dir={whole}", "--stage", "embed", f"parquet={path}",
+               "dataset.train_parquet=gone.parquet") == 0
     full = torch.load(whole / "embeddings_more_16.pt", weights_only=True)
     for side in ("image", "text"):
         torch.testing.assert_close(got[side], F.normalize(full[side][:, :8], dim=1))
         torch.testing.assert_close(got[side].norm(dim=1), torch.ones(2))
-    assert "dim=17 is more than" in failing(tmp_path, scenes, capsys, f"output_dir={whole}", "--stage", "embed", "dim=17")
-    assert "no trained run to embed" in failing(tmp_path, scenes, capsys, f"output_dir={tmp_path / 'none'}", "--stage", "embed")
+    assert "dim=17 is more than" in failing(tmp_path, scenes, capsys, f"output_dir={whole}",
+                                            "--stage", "embed", "dim=17")
+    assert "no trained run to embed" in failing(tmp_path, scenes, capsys, f"output_dir={tmp_path / 'none'}",
+                                                "--stage", "embed")
 
 
 def test_features_end_to_end_and_compared_over_seeds(scenes, tmp_path, monkeypatch, capsys):
@@ -1146,13 +1189,18 @@ def test_features_end_to_end_and_compared_over_seeds(scenes, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["vision_encoder.mrl_dimensions=[32]"], "32 is more than vision_encoder.projection_dim=16"),
-    (["losses.mrl_weights=[1, 2]"], r"expected one for each of \[16, 8, 4\]"), (["losses.mrl=0", "losses.contrastive=0"], "nothing would be trained"),
+    (["losses.mrl_weights=[1, 2]"], r"expected one for each of \[16, 8, 4\]"),
+    (["losses.mrl=0", "losses.contrastive=0"], "nothing would be trained"),
     (["losses.n_dims_per_step=2", "losses.sample_single_mrl_dim=true"], "say the same; give one"),
-    (["vision_encoder.width=18", "vision_encoder.heads=4"], "not a multiple of vision_encoder.heads=4"), (["optimization.betas=[0.9]"], "expected two numbers"),
-    (["dataset.horizontal_flip_prob=.5", "vision_encoder.name=cached"], "needs vision_encoder.name=scratch; cached sees pictures once"),
+    (["vision_encoder.width=18", "vision_encoder.heads=4"], "not a multiple of vision_encoder.heads=4"),
+    (["optimization.betas=[0.9]"], "expected two numbers"),
+    (["dataset.horizontal_flip_prob=.5", "vision_encoder.name=cached"],
+     "needs vision_encoder.name=scratch; cached sees pictures once"),
     (["--demo"], "brings its own data"),
-    (["dataset.val_parquet=gone"], "dataset.val_parquet=gone: no parquet files"), (["--fresh", "--stage", "evaluate"], "--fresh starts a run again"),
-    (["dataset.text_dropuot_prob=0"], "did you mean dataset.text_dropout_prob"), (["device=tpu"], "is not available here")])
+    (["dataset.val_parquet=gone"], "dataset.val_parquet=gone: no parquet files"),
+    (["--fresh", "--stage", "evaluate"], "--fresh starts a run again"),
+    (["dataset.text_dropuot_prob=0"], "did you mean dataset.text_dropout_prob"),
+    (["device=tpu"], "is not available here")])
 def test_mistakes_are_one_line(scenes, tmp_path, capsys, monkeypatch, overrides, message):
     monkeypatch.chdir(tmp_path)  # --demo writes its data before it sees the clash
     monkeypatch.setattr(demo_data, "write_pixmo", lambda: "demo")
@@ -1202,7 +1250,8 @@ def test_profile_counts_a_step(tmp_path, monkeypatch):
     real = demo_data.write_pixmo
     monkeypatch.setattr(demo_data, "write_pixmo", lambda: real(sizes=(40, 8, 8)))
     path = tmp_path / "toy.yaml"
-    items = [item.partition("=") for item in [*SMALL, "dataset.train_parquet=gone.parquet"] if not item.startswith("device")]
+    items = [item.partition("=") for item in [*SMALL, "dataset.train_parquet=gone.parquet"]
+             if not item.startswith("device")]
     path.write_text("experiment: pixmo_mrl\n" + "".join(f"{key}: {value}\n" for key, _, value in items))
     found = profile_flops.profile(path, device="cpu", overrides=["losses.n_dims_per_step=all"])
     assert found["random_data"]
@@ -1217,24 +1266,27 @@ def test_profile_counts_a_step(tmp_path, monkeypatch):
     assert found["flops_forward"] == pytest.approx(forward, rel=0.02)
 
 
-# ------------------------------------------------------------------------------------------------------------ pretrained
+# ----------------------------------------------------------------------------------------------------------- pretrained
 
 def tiny_clip(folder):
     transformers = pytest.importorskip("transformers")
     folder.mkdir()
     config = transformers.CLIPConfig(
-        text_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300,
-                     "max_position_embeddings": 20, "projection_dim": 8, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 1},
-        vision_config={"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
-                       "patch_size": 16, "projection_dim": 8}, projection_dim=8)
+        text_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                     "vocab_size": 300, "max_position_embeddings": 20, "projection_dim": 8, "eos_token_id": 1,
+                     "bos_token_id": 0, "pad_token_id": 1},
+        vision_config={"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 32, "patch_size": 16, "projection_dim": 8}, projection_dim=8)
     torch.manual_seed(0)
     transformers.CLIPModel(config).save_pretrained(folder)
     letters = [chr(i) for i in range(97, 123)]
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", "th", "re", *letters, *(f"{c}</w>" for c in letters), ".</w>", ".", ";</w>", ";"]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", "th", "re", *letters, *(f"{c}</w>" for c in letters), ".</w>",
+                  ".", ";</w>", ";"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\nt h\nr e\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 20,
-                                                              "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": 20, "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>"}))
     (folder / "preprocessor_config.json").write_text(json.dumps({
         "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.4, 0.3], "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}))
@@ -1319,7 +1371,8 @@ def test_what_a_pretrained_encoder_does_not_take_is_one_line(scenes, tmp_path, c
     folder = tiny_clip(tmp_path / "clip")
     err = failing(tmp_path, scenes, capsys, *clip_overrides(folder), "dataset.image_size=48")
     assert "does not take dataset.image_size=48" in err
-    assert "cannot be read" in failing(tmp_path, scenes, capsys, f"vision_encoder.name={tmp_path / 'nothing'}", "text_encoder.name=scratch")
+    assert "cannot be read" in failing(tmp_path, scenes, capsys, f"vision_encoder.name={tmp_path / 'nothing'}",
+                                       "text_encoder.name=scratch")
 
 
 def test_encoders_stored_in_half_precision_are_used_in_full(tmp_path):
@@ -1337,7 +1390,7 @@ def test_pretrained_encoders_that_cannot_be_had(scenes, tmp_path, capsys, monkey
     assert "pip install transformers" in failing(tmp_path, scenes, capsys, "text_encoder.name=some/model")
 
 
-# ------------------------------------------------------------------------------------------------------------- real data
+# ------------------------------------------------------------------------------------------------------------ real data
 
 @pytest.mark.skipif(not (SHARED / "data/pixmo").exists(), reason="no real data beside the checkout")
 def test_real_photos_and_features_load(tmp_path):
@@ -1351,7 +1404,8 @@ def test_real_photos_and_features_load(tmp_path):
     assert batch["image"].shape == (4, 3, 64, 64)
     assert batch["text_mask"].sum(1).min() >= 20
     cfg = config(tmp_path, SHARED / "data/pixmo", "vision_encoder.name=cached", "text_encoder.name=cached",
-                 f"vision_encoder.features_file={features}/image_features.pt", f"text_encoder.features_file={features}/text_features.pt")
+                 f"vision_encoder.features_file={features}/image_features.pt",
+                 f"text_encoder.features_file={features}/text_features.pt")
     data = exp.load_data(cfg)
     batch = exp.make_batch(data, np.arange(4), "test")
     assert batch["image"].shape == (4, 1, 1280)

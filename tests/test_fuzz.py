@@ -1,4 +1,5 @@
-"""200 seeded mutations of what the scripts read: each is read, or ends in one line and exit code 2, never in a traceback."""
+"""200 seeded mutations of what the scripts read: each is read, or ends in one line and exit code 2,
+never in a traceback."""
 
 import io
 import json
@@ -20,7 +21,8 @@ import exp_gw_mmimdb
 import exp_pixmo_mrl
 
 N_CASES = 200
-ODD = (None, True, -1, 0.5, 1e308, 10**30, "", "x", "7", [], [1, "a"], {}, {"a": {"b": []}}, "\ud800", "../..", [[]] * 3)
+ODD = (None, True, -1, 0.5, 1e308, 10**30, "", "x", "7", [], [1, "a"], {}, {"a": {"b": []}}, "\ud800",
+       "../..", [[]] * 3)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,8 @@ def readers(tmp_path_factory):
 
     def read_layers():
         cfg = common.load_config(exp_alignment_corr.Config, None, [
-            f"features_dir={stacks}/gpt_u={{u}}_features", f"vision_dir={stacks}/vision", "stages=[align]", "device=cpu",
-            "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]", f"output_dir={root}/layers"])
+            f"features_dir={stacks}/gpt_u={{u}}_features", f"vision_dir={stacks}/vision", "stages=[align]",
+            "device=cpu", "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]", f"output_dir={root}/layers"])
         shutil.rmtree(root / "layers", ignore_errors=True)
         exp_alignment_corr.evaluate(cfg, exp_alignment_corr.load_data(cfg, "align"))
     flickr = [f"data.dir={photos}", f"data.cache_dir={root}/flickr_cache", "model.image_size=28", "num_workers=0"]
@@ -74,12 +76,14 @@ def readers(tmp_path_factory):
         "embeddings": (loads(exp_coco_heads, [f"data.dir={coco}"]), [*Path(coco).iterdir()]),
         "films": (gw, [p for p in Path(films).rglob("*") if p.is_file() and p.suffix != ".jpeg"]),
         "films of alignment": (mmimdb, [p for p in Path(films).rglob("*") if p.is_file() and p.suffix != ".jpeg"]),
-        "parquet": (loads(exp_pixmo_mrl, [*parquet, f"dataset.cache_dir={root}/cache"]), [*Path(scenes).glob("*.parquet")]),
+        "parquet": (loads(exp_pixmo_mrl, [*parquet, f"dataset.cache_dir={root}/cache"]),
+                    [*Path(scenes).glob("*.parquet")]),
         "pixmo's cache": (loads(exp_pixmo_mrl, [*parquet, f"dataset.cache_dir={root}/cache"]),
                           [p for p in (root / "cache").rglob("*") if p.is_file()]),
         "features": (loads(exp_pixmo_mrl, [*parquet, *cached]), [*Path(features).iterdir()]),
         "Flickr8k": (loads(exp_flickr_ttt, flickr), [p for p in Path(photos).rglob("*") if p.is_file()]),
-        "Flickr8k's cache": (loads(exp_flickr_ttt, flickr), [p for p in (root / "flickr_cache").rglob("*") if p.is_file()]),
+        "Flickr8k's cache": (loads(exp_flickr_ttt, flickr),
+                             [p for p in (root / "flickr_cache").rglob("*") if p.is_file()]),
         "layers": (read_layers, [*stacks.glob("vision/*"), *stacks.glob("gpt*/*")]),
         "a run to compare": (lambda: common.compare_runs([out], root / "compare"),
                              [out / name for name in ("results.json", "per_item.pt", "config.yaml")]),
@@ -122,7 +126,8 @@ def damaged_bytes(content, draws):
     return draws.choice([
         content[:place], b"", content + content[place:], content[:place] + b"\xff\x00\xfe" + content[place + 3:],
         b"".join(lines[:line] + lines[line + 1:]), b"".join([*lines[:line], lines[line], *lines[line:]]),
-        content[:place] + b"9" * 5000 + content[place:], b"[" * 100_000, b"<!doctype html><html>", b"\x80\x02cos\nsystem\n."])
+        content[:place] + b"9" * 5000 + content[place:], b"[" * 100_000, b"<!doctype html><html>",
+        b"\x80\x02cos\nsystem\n."])
 
 
 def mutate(path, draws):

@@ -19,7 +19,8 @@ import common
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 DEMOS = {  # overrides that shrink a config's demo to a few seconds
     "siglip": ["training.num_epochs=2"], "siglip_cca": ["training.num_epochs=2"], "quick_test": [],
-    **{name: ["training.num_epochs=2", "model.hidden_dim=64", "model.num_heads=2"] for name in ("clip", "mlp", "align", "attention", "cross_modal")},
+    **{name: ["training.num_epochs=2", "model.hidden_dim=64", "model.num_heads=2"]
+       for name in ("clip", "mlp", "align", "attention", "cross_modal")},
     "blip": ["training.num_epochs=2", "model.hidden_dim=64", "loss.queue_size=256"],
     **{name: ["synthetic.n_samples=4000", "synthetic.epochs=2", "alignment.n_permutations=19", "synthetic.n_seeds=1"]
        for name in ("alignment_synthetic", "alignment_synthetic_full")},
@@ -31,12 +32,14 @@ DEMOS = {  # overrides that shrink a config's demo to a few seconds
     "alignment_n_sweep": ["alignment.n_permutations=19"],
     "alignment_prh": ["alignment.n_permutations=19", "alignment.metrics=[mutual_knn]", "stages=[uniqueness]"],
     "alignment_mmimdb": ["mmimdb.epochs=2", "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]"],
-    **{name: ["training.epochs=2", "model.latent_dim=16", "evaluation.n_severities=1", "evaluation.n_orders=1", "evaluation.stream_batch=150"]
+    **{name: ["training.epochs=2", "model.latent_dim=16", "evaluation.n_severities=1", "evaluation.n_orders=1",
+              "evaluation.stream_batch=150"]
        for name in ("flickr8k", "flickr8k_tiny", "flickr8k_features")},
-    "clip_finetune": ["finetune.epochs=2", "finetune.warmup_epochs=1", "finetune.n_seeds=1", "alignment.n_permutations=19"]}
+    "clip_finetune": ["finetune.epochs=2", "finetune.warmup_epochs=1", "finetune.n_seeds=1",
+                      "alignment.n_permutations=19"]}
 
-TRAINED_ONLY = ("clip", "mlp", "align", "blip", "attention", "gw_clip_random", "gw_blip2_shared", "gw_blip2_random", "pixmo_scratch_nomrl",
-                "flickr8k")  # they are evaluated as others of their script are
+TRAINED_ONLY = ("clip", "mlp", "align", "blip", "attention", "gw_clip_random", "gw_blip2_shared", "gw_blip2_random",
+                "pixmo_scratch_nomrl", "flickr8k")  # they are evaluated as others of their script are
 NOTHING_TRAINED = ("alignment_prh", "alignment_n_sweep")
 
 
@@ -62,7 +65,8 @@ def test_git_ignores_every_default_data_path():
         cfg = common.load_config(importlib.import_module(script_of(config)).Config, config)
         paths |= {str(value) for key, value in common.flatten(dataclasses.asdict(cfg)).items()
                   if key.endswith(("dir", "_file", "parquet")) and value}
-    result = subprocess.run(["git", "check-ignore", *(f"{path}/x" for path in paths)], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(["git", "check-ignore", *(f"{path}/x" for path in paths)], cwd=ROOT,
+                            capture_output=True, text=True)
     if result.returncode == 128:
         pytest.skip("not a git repository")
     assert set(result.stdout.split()) == {f"{path}/x" for path in paths}
@@ -70,8 +74,8 @@ def test_git_ignores_every_default_data_path():
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
-    """(folder, {config: exit code}): every demo in one folder, so that stand-ins are made once, by forks of one process that has
-    imported the scripts."""
+    """(folder, {config: exit code}): every demo in one folder, so that stand-ins are made once, by forks of one process
+    that has imported the scripts."""
     folder = tmp_path_factory.mktemp("demos")
     jobs = [[config.stem, script_of(config), [str(config), "--demo", "device=cpu", *DEMOS[config.stem],
              *["--stage", "train"] * (config.stem in TRAINED_ONLY)]] for config in CONFIGS]
@@ -92,7 +96,8 @@ def demos(tmp_path_factory):
             codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         json.dump(codes, sys.stdout)"""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, input=json.dumps(jobs), capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, input=json.dumps(jobs),
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder, json.loads(result.stdout)
 
@@ -121,11 +126,13 @@ def test_help_lists_every_key_with_a_comment(script):
             if dataclasses.is_dataclass(value):
                 check(value, f"{prefix}{field.name}.")
             else:
-                assert re.search(rf"^  {re.escape(prefix + field.name)}=\S* +\S+", result.stdout, flags=re.MULTILINE), prefix + field.name
+                assert re.search(rf"^  {re.escape(prefix + field.name)}=\S* +\S+", result.stdout,
+                                 flags=re.MULTILINE), prefix + field.name
     check(importlib.import_module(script).Config())
 
 
-@pytest.mark.parametrize("args", [[], ["--stage", "dance", "configs/siglip.yaml"], ["configs/siglip.yaml", "--demmo"], ["seed=1"]])
+@pytest.mark.parametrize("args", [[], ["--stage", "dance", "configs/siglip.yaml"],
+                                  ["configs/siglip.yaml", "--demmo"], ["seed=1"]])
 def test_wrong_usage_exits_2(args):
     result = run(ROOT / "exp_coco_heads.py", *args)
     assert result.returncode == 2
@@ -143,7 +150,8 @@ def readme_commands():
 @pytest.mark.parametrize("command", readme_commands())
 def test_every_readme_command_parses(command):
     """The script, its config and every override of each command in the README exist; nothing is run."""
-    words = shlex.split(re.search(r"(?:python|torchrun.*?) (\w+\.py.*?)(?:&&|;|$)", command).group(1).replace("$seed", "1"))
+    words = shlex.split(
+        re.search(r"(?:python|torchrun.*?) (\w+\.py.*?)(?:&&|;|$)", command).group(1).replace("$seed", "1"))
     assert (ROOT / words[0]).exists()
     if words[0] == "encode.py" and "-h" not in words:
         assert callable(importlib.import_module("encode").parse_command_line(words[1:]).run)
@@ -152,7 +160,8 @@ def test_every_readme_command_parses(command):
         if words[1:] == ["--stage", "tune"]:  # without a YAML: configs/tune/default.yaml
             return
         args = common.parse_command_line(words[1:], (module.Config,), module.__doc__, module.STAGES)
-        if args.config and Path(args.config).exists() and Path(args.config).parent.name != "tune":  # not a config that the README has just had written
+        # not a config that the README has just had written
+        if args.config and Path(args.config).exists() and Path(args.config).parent.name != "tune":
             common.load_config(module.Config, args.config, args.overrides, demo=args.demo)
 
 

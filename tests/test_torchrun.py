@@ -1,5 +1,5 @@
-"""Several processes that train as one, by torchrun with gloo on the CPU: equal losses and weights, kills, one-line errors; and that
-encode as one, to the bit."""
+"""Several processes that train as one, by torchrun with gloo on the CPU: equal losses and weights, kills, one-line
+errors; and that encode as one, to the bit."""
 
 import contextlib
 import io
@@ -43,15 +43,16 @@ def test_two_processes_train_as_one(case, steps):
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-8)
     one, two = (results["float32"][case]["losses"] for results in steps)
-    # flickr_tiny: the affines before its BatchNorm have no gradient but noise, which Adam turns into steps; a change of 1e-7 of one
-    # process's inputs moves its losses as much
+    # flickr_tiny: the affines before its BatchNorm have no gradient but noise, which Adam turns into steps; a change of
+    # 1e-7 of one process's inputs moves its losses as much
     torch.testing.assert_close(two, one, rtol=2e-4 if case == "flickr_tiny" else 1e-5, atol=1e-7)
 
 
 def command(data, folder, launcher=TORCHRUN):
-    return [*launcher, str(ROOT / "exp_coco_heads.py"), str(ROOT / "configs/cross_modal.yaml"), f"data.dir={data}", "device=cpu",
-            "data.test=val2017", "data.val=0.2", "training.batch_size=64", "model.hidden_dim=64", "model.output_dim=16",
-            "training.num_epochs=8", f"output_dir={folder}", "--stage", "train"]
+    return [*launcher, str(ROOT / "exp_coco_heads.py"), str(ROOT / "configs/cross_modal.yaml"),
+            f"data.dir={data}", "device=cpu", "data.test=val2017", "data.val=0.2", "training.batch_size=64",
+            "model.hidden_dim=64", "model.output_dim=16", "training.num_epochs=8", f"output_dir={folder}",
+            "--stage", "train"]
 
 
 def weights_of(folder):
@@ -95,7 +96,8 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(moment, coco_demo, uni
     if moment == "SIGTERM":  # then one process goes on with what two began
         assert errors.count("the same command resumes from") == 1
         alone = shutil.copytree(tmp_path / "run", tmp_path / "alone")
-        printed = subprocess.run(command(coco_demo, alone, launcher=[sys.executable]), check=True, capture_output=True, text=True).stdout
+        printed = subprocess.run(command(coco_demo, alone, launcher=[sys.executable]), check=True,
+                                 capture_output=True, text=True).stdout
         assert "resuming at step" in printed
         states = [common.load_checkpoint(folder / "checkpoint_latest.pt") for folder in (alone, uninterrupted)]
         assert [state["global_step"] for state in states] == [states[1]["global_step"]] * 2
@@ -112,7 +114,7 @@ def test_a_mistake_is_told_once(tmp_path):
     assert "no such file" in result.stderr
 
 
-# -------------------------------------------------------------------------------------------------------------- encode.py
+# ------------------------------------------------------------------------------------------------------------ encode.py
 
 ENCODE = """
 import json, os, signal, sys
@@ -146,14 +148,16 @@ encode.image_forward = overflowing
 
 
 def with_options(commands, folder):
-    return [[*map(str, command), "--out", str(folder / name), "--device", "cpu", "--workers", "1"] for name, command in commands.items()]
+    return [[*map(str, command), "--out", str(folder / name), "--device", "cpu", "--workers", "1"]
+            for name, command in commands.items()]
 
 
 def encoded(commands, folder, more=""):
     """The finished two processes of encode.py's commands, which write to subfolders of `folder`."""
     script = folder.parent / f"{folder.name}.py"
     script.write_text(ENCODE.format(root=str(ROOT), more=more))
-    return subprocess.run([*TORCHRUN, str(script), json.dumps(with_options(commands, folder))], capture_output=True, text=True)
+    return subprocess.run([*TORCHRUN, str(script), json.dumps(with_options(commands, folder))],
+                          capture_output=True, text=True)
 
 
 def printed_alone(commands, folder):
@@ -167,7 +171,8 @@ def printed_alone(commands, folder):
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """{folder: a command} of every subcommand, with tiny models, and a photo, a poster and a row that cannot be read."""
+    """{folder: a command} of every subcommand, with tiny models,
+    and a photo, a poster and a row that cannot be read."""
     pytest.importorskip("transformers")
     from tiny_models import save_model
     root = tmp_path_factory.mktemp("raw")
@@ -179,12 +184,16 @@ def commands(tmp_path_factory):
     photos = sorted(path.name for path in (flickr / "Flickr8k_Dataset").iterdir())
     (flickr / "Flickr8k_Dataset" / photos[9]).write_text("gone")
     next((films / "dataset").glob("*.jpeg")).write_text("gone")
-    (root / "captions.json").write_text(json.dumps({"images": [{"id": i, "file_name": name} for i, name in enumerate(photos)], "annotations": [
-        {"id": i, "image_id": i // 2, "caption": "A thing" + " again" * (i % 9)} for i in range(2 * len(photos))]}))
+    (root / "captions.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(photos)],
+        "annotations": [{"id": i, "image_id": i // 2, "caption": "A thing" + " again" * (i % 9)}
+                        for i in range(2 * len(photos))]}))
     both = ["--image-model", model["siglip"], "--text-model", model["bert"]]
-    return {"coco": ["coco", "--images", flickr / "Flickr8k_Dataset", "--captions", root / "captions.json", *both, "--native-text"],
+    return {"coco": ["coco", "--images", flickr / "Flickr8k_Dataset", "--captions", root / "captions.json", *both,
+                     "--native-text"],
             "mmimdb": ["mmimdb", "--data", films, "--model", model["siglip"], "--views", 3],
-            "alignment": ["alignment", "--mmimdb", films, "--language", model["gpt2"], "--vision", model["siglip"], "--vision-pool", "avg"],
+            "alignment": ["alignment", "--mmimdb", films, "--language", model["gpt2"], "--vision", model["siglip"],
+                          "--vision-pool", "avg"],
             "flickr8k": ["flickr8k", "--data", flickr, *both, "--speech-model", model["whisper"], "--limit", 20],
             "pixmo": ["pixmo", "--data", pixmo, *both, "--tokens"]}
 
@@ -205,7 +214,8 @@ def test_two_processes_write_the_files_of_one(commands, encoded_alone, tmp_path)
     result = encoded(commands, tmp_path / "out", more=SEES_NO_OUTPUT.format(folder=str(tmp_path / "out")))
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "out") == contents(folder)
-    one, two = (re.sub(r"\S+ rows a second", "", text) for text in (printed.replace(str(folder), str(tmp_path / "out")), result.stdout))
+    one, two = (re.sub(r"\S+ rows a second", "", text)
+                for text in (printed.replace(str(folder), str(tmp_path / "out")), result.stdout))
     assert one == two
     assert "cannot be read: " in one
 
@@ -214,7 +224,8 @@ def test_a_killed_process_ends_all_and_one_goes_on(commands, encoded_alone, tmp_
     command = {"coco": commands["coco"]}
     assert encoded(command, tmp_path / "out", more=DIES).returncode
     printed = printed_alone(command, tmp_path / "out")
-    assert re.search("going on at (32|40) of 72 rows", printed)  # process 0 may have written its shard before it was ended
+    # process 0 may have written its shard before it was ended
+    assert re.search("going on at (32|40) of 72 rows", printed)
     assert contents(tmp_path / "out/coco") == contents(encoded_alone[0] / "coco")
 
 

@@ -19,8 +19,8 @@ NO_DROPOUT = ("model.dropout=0", "model.input_dropout=0")
 CASES = {  # script, config, overrides; batches that two processes cannot share evenly
     "coco siglip": ("exp_coco_heads", "siglip", (*NO_DROPOUT, "training.batch_size=63")),
     "coco clip": ("exp_coco_heads", "clip", (*NO_DROPOUT, "training.batch_size=63")),
-    "coco queue": ("exp_coco_heads", "siglip", (*NO_DROPOUT, "training.batch_size=63", "loss.type=queue", "loss.queue_size=150",
-                                                "loss.temperature=0.1")),
+    "coco queue": ("exp_coco_heads", "siglip", (*NO_DROPOUT, "training.batch_size=63", "loss.type=queue",
+                                                "loss.queue_size=150", "loss.temperature=0.1")),
     "coco blip": ("exp_coco_heads", "blip", (*NO_DROPOUT, "training.batch_size=63")),
     "coco align": ("exp_coco_heads", "align", (*NO_DROPOUT, "training.batch_size=63")),
     "gw": ("exp_gw_mmimdb", "gw_small", (*NO_DROPOUT, "model.image_dropout=0", "training.batch_size=33")),

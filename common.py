@@ -926,37 +926,40 @@ class GraphedStep:
     """A script's train_step(model, batch, optimizer), on a GPU as CUDA graphs: its kernels are recorded once and then
     launched together, without Python between them. Called with a batch, {name: tensor, or what does not change}.
 
-    There is a graph for every set of shapes and for every `key`, what else the step depends on (sizes it draws, what
-    is frozen); after `most` of them, and where a step cannot be recorded (it takes a number from the device, copies
-    from CPU memory, draws from the CPU's generator), it runs as it is written, with the same values. So it does on
-    other devices, and of several processes. step_inside=False: the optimizer's step, then the last of train_step, stays
-    outside the graph, which freezes its settings but for the learning rate. Source: Nguyen et al. 2021, "Accelerating
-    PyTorch with CUDA Graphs".
+    There is a graph for every set of shapes and every `key`, what else the step depends on (sizes it draws, what is
+    frozen), recorded when they come again; after `most` of them, and where a step cannot be recorded (it takes a number
+    from the device, copies from CPU memory, draws from the CPU's generator, its optimizer is not fused), it runs as it
+    is written, with the same values. So it does on other devices, and of several processes. step_inside=False: the
+    optimizer's step, then the last of train_step, stays outside the graph, which freezes its settings but for the
+    learning rate. Source: Nguyen et al. 2021, "Accelerating PyTorch with CUDA Graphs".
     """
 
     def __init__(self, train_step, model, optimizer, enabled=True, step_inside=True, most=16):
         self.train_step, self.model, self.optimizer = train_step, model, optimizer
-        self.most, self.step_inside = most if enabled else 0, step_inside
         device = next(model.parameters()).device
         if device.type == "cuda":  # the other kernels of attention add up its gradients in no fixed order
             self.train_step = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)(train_step)
         self.on_gpu = device.type == "cuda" and process()[1] == 1
-        self.graphs, self.pool = {}, None  # key -> (graph, its inputs, gradients, names and values of losses)
-        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups] if self.on_gpu else []
+        self.step_inside = step_inside and all(group.get("fused") for group in optimizer.param_groups)
+        self.most = most if enabled and self.step_inside == step_inside else 0
+        self.graphs, self.seen, self.pool = {}, set(), None  # key -> (graph, inputs, gradients, names, values)
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups] if self.step_inside else []
 
     def __call__(self, batch, key=None):
         if not self.on_gpu:
             return self.train_step(self.model, batch, self.optimizer)
-        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=False):
             rate.fill_(group["lr"])
         tensors = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor)}
         key = (key, *((name, (x.shape, x.dtype) if name in tensors else x) for name, x in batch.items()))
-        if key not in self.graphs and len(self.graphs) < self.most:
+        if key not in self.graphs and key in self.seen and len(self.graphs) < self.most:
             try:
                 self.graphs[key] = self._recorded(batch)
             except RuntimeError as error:  # also out of memory
                 self.most = 0
+                self.graphs.clear()
                 print(f"NOTE: no CUDA graphs of this training step ({reason_of(error)}): it runs kernel by kernel")
+        self.seen.add(key)
         if key not in self.graphs:
             with self._rates_on_device():
                 return self.train_step(self.model, batch, self.optimizer)
@@ -975,7 +978,7 @@ class GraphedStep:
         """Learning rates that a graph reads when it runs; schedules and checkpoints see numbers."""
         groups = self.optimizer.param_groups if self.step_inside else []
         before = [{**group} for group in groups]
-        for rate, group in zip(self.rates, groups, strict=False):
+        for rate, group in zip(self.rates, groups, strict=True):
             group.update(lr=rate, **options)
         try:
             yield
@@ -994,27 +997,33 @@ class GraphedStep:
         optimizer = self.optimizer if self.step_inside else types.SimpleNamespace(
             zero_grad=self.optimizer.zero_grad, step=lambda: None)
         before, random_states = {id(x): x.detach().clone() for x in self._state()}, rng_state()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph, current, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(current)
             with torch.cuda.stream(stream), self._rates_on_device():
                 for _ in range(3):
                     self.train_step(self.model, inputs, optimizer)
-            torch.cuda.current_stream().wait_stream(stream)
+            current.wait_stream(stream)
             recording = torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local")
             with self._rates_on_device(capturable=True), recording:
                 losses = self.train_step(self.model, inputs, optimizer)
                 values = torch.stack([*losses.values()])
             if not torch.equal(torch.get_rng_state(), random_states["torch"]):
                 raise RuntimeError("it draws from the CPU's generator")
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):  # a recording that broke off still has the allocator's ear
+                torch._C._cuda_endAllocateToPool(current.device_index, self.pool)
+            raise
         finally:
+            torch.cuda.set_stream(current)  # a recording that breaks off stays on its own
+            current.wait_stream(stream)
             with torch.no_grad():
                 for x in self._state():  # AdamW's moments and count begin at 0
                     x.copy_(before[id(x)]) if id(x) in before else x.zero_()
             set_rng_state(random_states)
-        gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
-        return graph, inputs, gradients, [*losses], values
+        trained = [] if self.step_inside else [p for p in self.model.parameters() if p.grad is not None]
+        return graph, inputs, {p: p.grad for p in trained}, [*losses], values
 
 
 class Stopped(Exception):

@@ -1674,7 +1674,8 @@ class Probes(JobModel):
     def make_optimizer(self, cfg):
         """Adam with L2, as the reference's."""
         return torch.optim.Adam([{"params": [w, b], "lr": rate, "weight_decay": decay} for (rate, decay), w, b
-                                 in zip(PROBE_SETTINGS, self.weight, self.bias, strict=True)])
+                                 in zip(PROBE_SETTINGS, self.weight, self.bias, strict=True)],
+                                fused=self.weight[0].is_cuda)
 
     @torch.no_grad()
     def macro_f1(self, data, split):

@@ -1799,17 +1799,25 @@ def raw_items(data, modality, items, draws=None, share=slice(None)):
     return crops
 
 
+def few_lengths(x, multiple, longest, device):
+    """x [B, T, ...] on the device; on a GPU T is filled up with zeros, so that a step is recorded for few of them."""
+    if device.type == "cuda":
+        filled = max(x.shape[1], min(-(-x.shape[1] // multiple) * multiple, longest))
+        x = F.pad(x, (*[0, 0] * (x.ndim - 2), 0, filled - x.shape[1]))
+    return x.to(device, non_blocking=True)
+
+
 def as_input(data, modality, raw):
     """{argument: tensor} of the model for raw items."""
     if modality in data.features:
         return {modality: raw.to(data.device, non_blocking=True).float()}
     if modality == "text":
-        return {"text": tokenise(raw, data.vocabulary).to(data.device)}
+        return {"text": few_lengths(tokenise(raw, data.vocabulary), 16, MAX_TOKENS, data.device)}
     if modality == "image":
         return {"image": raw.to(data.device, non_blocking=True).float().sub_(115).div_(68)}
     frames = torch.tensor([len(x) for x in raw], device=data.device)
     padded = nn.utils.rnn.pad_sequence(raw, batch_first=True) if raw else torch.zeros(0, 1, N_MELS)
-    padded = padded.to(data.device, non_blocking=True)
+    padded = few_lengths(padded, 256, MAX_FRAMES, data.device)
     mean, deviation = data.mel_statistics
     return {"audio": (padded.float().transpose(1, 2) - mean) / deviation, "audio_frames": frames}  # [A, 80, T]
 
@@ -1841,7 +1849,7 @@ def make_batch(data, indices, draws=None, share=lambda n: slice(n)):
         batch |= as_input(data, "text", raw_items(data, "text", indices, share=own))
     else:
         text = tokenise(raw_items(data, "text", indices), data.vocabulary, SPELL, draws)[own]
-        batch["text"] = text.to(data.device)
+        batch["text"] = few_lengths(text, 16, MAX_TOKENS, data.device)
     batch |= as_input(data, "image", raw_items(data, "image", photos, draws, own))
     if len(spoken):
         batch |= as_input(data, "audio", raw_items(data, "audio", indices[spoken], share=own_spoken))

@@ -34,9 +34,9 @@ STEP_INSIDE = {"gw_mmimdb": False}  # its betas move
 
 
 def milliseconds(functions, repeats):
-    """Median time of each of some functions, which take turns; the first call of each warms up."""
+    """Median time of each of some functions, which take turns; the first three of each warm up, record."""
     times = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
+    for repeat in range(-2, repeats + 1):
         for name, function in functions.items():
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
@@ -44,7 +44,7 @@ def milliseconds(functions, repeats):
             function()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
-            if repeat:
+            if repeat > 0:
                 times[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -67,7 +67,8 @@ def kernels(function):
     with torch.profiler.profile(activities=activities) as profiler:
         function()
         torch.cuda.synchronize()
-    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA
+              and not e.is_user_annotation]
     return sum(e.device_time for e in events) / 1000, len(events)
 
 
@@ -83,9 +84,12 @@ def steps(small):
         model.train()
         if hasattr(built.module, "set_train_mode"):
             built.module.set_train_mode(built.cfg, model, 1)
-        replayed = common.GraphedStep(step, model, optimizer, step_inside=STEP_INSIDE.get(built.cfg.experiment, True))
-        variants = {"as written": lambda s=step, m=model, b=batch, o=optimizer: s(m, b, o),
-                    "replayed": lambda r=replayed, b=batch: r(b)}
+        if hasattr(built.module, "draw_passes"):
+            batch["drawn"] = built.module.draw_passes(model)
+        step_inside = STEP_INSIDE.get(built.cfg.experiment, True)
+        written, replayed = (common.GraphedStep(step, model, optimizer, enabled, step_inside)
+                             for enabled in (False, True))
+        variants = {"as written": lambda w=written, b=batch: w(b), "replayed": lambda r=replayed, b=batch: r(b)}
         took = milliseconds(variants, 3 if small else 30)
         busy, launches = kernels(variants["as written"])
         yield {"": name, "batch": len(next(iter(batch.values()))), **took, "busy": busy, "kernels": launches,

@@ -1229,7 +1229,7 @@ class Run:
         own = 0 if number else 1  # process 0 goes on with the sums of all
         self._pending = [{name: own * x.to(device) for name, x in losses.items()} for losses in self._pending]
         if state["source"] != self._source:
-            print(f"NOTE: {self.folder} was trained by another version of the script so far")
+            print(f"NOTE: {self.folder} was trained by another version of the script so far; --fresh trains anew")
         if self.history:  # a kill may have come between the checkpoint and this file
             self._write_csv()
 
@@ -1935,6 +1935,7 @@ def _report(folder, results):
     if environment:
         command = re.sub(r" (output_dir=\S*|--fresh|--stage \w+)", "", environment["command_line"])
         versions, commit = environment["versions"], (environment["git_commit"] or "unknown")[:10]
+        commit += " with changes" * bool(environment.get("git_dirty"))
         parts.append(f"    python {command}")
         parts.append(f"seed {results.get('seed')}, data {environment['data_fingerprint']}, torch {versions['torch']}, "
                      f"numpy {versions['numpy']}, commit {commit}")
@@ -2041,7 +2042,8 @@ def _paired_differences(runs):
                              for kind in ("scores", "draws"))
             if any(scores.values()):  # else chance, or a baseline of either
                 table[row] = _row(scores, draws)
-        tables[f"{label} - {first} (paired, {len(both[0]['ids']):,} items)"] = table
+        if table:
+            tables[f"{label} - {first} (paired, {len(both[0]['ids']):,} items)"] = table
     return tables
 
 

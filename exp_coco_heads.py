@@ -791,6 +791,9 @@ def evaluate(cfg, data):
     pairs += [(f"{row}, CSLS", row) for row in (name, "CCA") if k]
     print(f"evaluating: bootstrap of {len(rows)} rows over {len(images):,} images", flush=True)
     recalls, differences, items = common.interval_tables(rows, pairs, len(images), summarise)
+    # --compare pairs rows of one name, whatever the head
+    shared = {row: row.replace(name, "the head", 1) for row in rows if row.split(",")[0] == name}
+    items = {kind: {shared.get(row, row): x for row, x in numbers.items()} for kind, numbers in items.items()}
     notes = ["Recalls, RSUM and mAP in percent, ranks from 1; intervals: 95%, bootstrap over the test images."]
     for pair, difference in differences.items():
         if difference["RSUM"] <= 0:

@@ -17,6 +17,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+SLOWEST_FIRST = ("exp_coco_heads", "exp_alignment_corr", "torchrun", "exp_pixmo_mrl", "scripts", "exp_flickr_ttt",
+                 "exp_gw_mmimdb", "encode", "common", "fuzz", "cuda")
+
+
+def pytest_collection_modifyitems(items):
+    """Files of tests by the time they take: each is one core's, and all cores are to end together."""
+    items.sort(key=lambda item: [item.path.stem == f"test_{name}" for name in SLOWEST_FIRST], reverse=True)
+
+
 def assert_nothing_chosen_on_test(run, whole, changed):
     """`run` is `whole` with the test split's labels (or pairing) shuffled: what was trained and chosen is equal.
 

@@ -516,6 +516,7 @@ def moments(x, rows, chunk=8192):
 # ------------------------------------------------------------------------------------------------------------- photos
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+warnings.filterwarnings("ignore", module="PIL")  # palettes with transparency, odd EXIF; not where threads decode
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
          8: "ROTATE_90"}  # of an EXIF orientation
 
@@ -543,9 +544,7 @@ def decode_image(data, size=None, crop=True, max_pixels=100_000_000):
     try:
         if size:
             image.draft(image.mode, (2 * size, 2 * size))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF
-            image.load()  # only this finds a file cut off half-way
+        image.load()  # only this finds a file cut off half-way
         turn = None
         with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about the pixels
             turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose fails on odd tags of cameras

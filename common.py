@@ -119,6 +119,29 @@ def _same(ids, rows, diagonal=True):
     return same
 
 
+def _logit_factors(a, b):
+    """Factors x, y [N, D'] of logits: x y^T = a b^T.
+
+    On a GPU whose float32 products may use TF32, whose 10 bits would move a logit of 100 by .05, every number is the
+    sum of two bfloat16 (16 bits), and three products are one of [high, high, low] with [high, low, high] (Henry et al.
+    2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations").
+    """
+    if not a.is_cuda or a.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return a, b
+    (a, a_low), (b, b_low) = ((x.bfloat16(), (x - x.bfloat16()).bfloat16()) for x in (a, b))
+    return torch.cat([a, a, a_low], dim=1), torch.cat([b, b_low, b], dim=1)
+
+
+def _logits(x, y):
+    """x y^T of `_logit_factors`."""
+    return torch.mm(x, y.T, out_dtype=torch.float32) if x.dtype == torch.bfloat16 else x @ y.T
+
+
+def _product_precision(a):
+    """That of a loss's products: a GPU's as it is set, since its logits are split; else full."""
+    return contextlib.nullcontext() if a.is_cuda else full_precision()
+
+
 def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smoothing=0.0, chunk_size=None,
              rows=slice(None)):
     """Symmetric InfoNCE: mean over rows and over both directions of the cross-entropy of logit_scale * a b^T.
@@ -139,25 +162,26 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
         raise ValueError(f"label_smoothing must lie in [0, 1], found {label_smoothing}")
     scale = _scalar(logit_scale, a)
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale))
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False), full_precision():  # TF32 moves large logits
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False), _product_precision(a):
         value, gradients = _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, rows,
                                      needs_gradients)
     return _WithGradients.apply(value, gradients, a, b, scale) if needs_gradients else value
 
 
 def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, own, needs_gradients):
-    """(value, its gradients by a, b and scale, or ()): one pass over blocks of logits for the log-sum-exps of rows and
-    columns, one for the gradient by the logits, softmax by rows + softmax by columns - targets of both ways."""
+    """(value, its gradients by a, b and scale, or ()): one pass over blocks of columns for their log-sum-exps, one over
+    blocks of rows for the gradient by the logits, softmax by rows + softmax by columns - targets of both ways."""
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
-    dropped = torch.finfo(a.dtype).min / 4  # finite: a block may drop all of a column, and -inf - -inf is nan
+    dropped = torch.finfo(a.dtype).min / 4  # finite: -inf - -inf is nan
     on_diagonal = 0.0 if soft else 2 * (1 - label_smoothing)  # weight of the partner in the targets of both ways
     if masked or soft:
         ids, group = _groups(ids)
         group = group.to(a.dtype)
     share = 1 / (n + 1 - group) if masked else a.new_full((n,), 1 / n)  # 1 / columns that are kept, [N]
+    x, y = _logit_factors(scale * a, b)
 
-    def logits_of(rows):
-        logits = (scale * a[rows]) @ b.T  # [chunk, N]
+    def logits_of(x, y, rows):
+        logits = _logits(x[rows], y)  # [chunk, N]
         return logits.masked_fill_(_same(ids, rows, diagonal=False), dropped) if masked else logits
 
     def spread_targets(rows):
@@ -170,30 +194,35 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ow
         return spread + _same(ids, rows) * (2 * (1 - label_smoothing) / group[rows, None]) if soft else spread
 
     own = slice(*own.indices(n))
-    blocks = row_blocks(own, chunk_size or rows_at_once(n, a, n_buffers=2))
-    row_lse, column_lse = a.new_zeros(n), a.new_full((n,), -torch.inf)
-    target = on_diagonal * scale * (a * b).sum(1)  # [N]
+    blocks = row_blocks(own, chunk_size or rows_at_once(n, a, n_buffers=4))
+    is_one = blocks == [slice(0, n)]  # then one product serves both ways
+    partner, of_rows, of_columns, spread = a.new_zeros(4, n)  # logits of partners, their -log softmax both ways
     for rows in blocks:
-        logits = logits_of(rows)
-        row_lse[rows] = logits.logsumexp(1)
-        column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
-        if soft or label_smoothing:
-            target[rows] += (spread_targets(rows) * logits).sum(1)
+        logits = logits_of(x, y, rows) if is_one else logits_of(y, x, rows)
+        of_columns[rows] = -logits.log_softmax(0 if is_one else 1)[:, rows].diagonal()
+        partner[rows] = logits[:, rows].diagonal()
+    column_lse = partner + of_columns
     if own != slice(0, n, 1):
-        column_lse = _log_sum_exp_of_all(column_lse)
-    value = (row_lse + column_lse - target)[own].sum() / (2 * n)
-    if not needs_gradients:
-        return value, ()
+        column_lse = summed(column_lse)  # each process has its own columns'
     grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
     for rows in blocks:
-        logits = logits_of(rows) if len(blocks) > 1 else logits
-        grad = (logits - row_lse[rows, None]).exp_()
-        grad += logits.sub_(column_lse).exp_()
+        logits = logits if is_one else logits_of(x, y, rows)
+        grad = logits.log_softmax(1)
+        of_rows[rows] = -grad[:, rows].diagonal()
         if soft or label_smoothing:
-            grad -= spread_targets(rows)
-        grad[:, rows].diagonal().sub_(on_diagonal)
-        torch.mm(grad, b, out=grad_a[rows])
-        torch.addmm(grad_b, grad.T, a[rows], out=grad_b)
+            spread[rows] = (spread_targets(rows) * logits).sum(1)
+        if needs_gradients:
+            grad.exp_()
+            grad += logits.sub_(column_lse).exp_()
+            if soft or label_smoothing:
+                grad -= spread_targets(rows)
+            grad[:, rows].diagonal().sub_(on_diagonal)
+            torch.mm(grad, b, out=grad_a[rows])
+            torch.addmm(grad_b, grad.T, a[rows], out=grad_b)
+        del logits, grad  # before the next block is made
+    value = (of_rows + of_columns + (2 - on_diagonal) * partner - spread)[own].sum() / (2 * n)
+    if not needs_gradients:
+        return value, ()
     grad_a, grad_b = grad_a / (2 * n), grad_b / (2 * n)
     return value, (scale * grad_a, scale * grad_b, (grad_a * a).sum())
 
@@ -211,7 +240,7 @@ def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignor
     a, b = _check_pairs(a, b, ids, false_negatives)
     scale, bias = _scalar(logit_scale, a), _scalar(logit_bias, a)
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale, bias))
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False), full_precision():  # TF32 moves large logits
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False), _product_precision(a):
         value, gradients = _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, rows, needs_gradients)
     return _WithGradients.apply(value, gradients, a, b, scale, bias) if needs_gradients else value
 
@@ -222,18 +251,16 @@ def _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, own, need
     if masked or soft:
         ids, _ = _groups(ids)
     own = slice(*own.indices(n))
-    total = 0 * bias if soft else -(scale * (a[own] * b[own]).sum() + (own.stop - own.start) * bias)
-    grad_a, grad_b, grad_bias = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(bias)
-    for rows in row_blocks(own, chunk_size or rows_at_once(n, a, n_buffers=2)):
-        logits = (scale * a[rows]) @ b.T
-        logits += bias  # [chunk, N]
-        if soft:
-            positive = _same(ids, rows)
-            total = total - (logits * positive).sum()
+    total, grad_a, grad_b, grad_bias = (torch.zeros_like(like) for like in (bias, a, b, bias))
+    x, y = _logit_factors(scale * a, b)
+    for rows in row_blocks(own, chunk_size or rows_at_once(n, a, n_buffers=4)):
+        logits = _logits(x[rows], y).add_(bias)  # [chunk, N]
+        positive = _same(ids, rows) if soft else None
+        total -= (logits * positive).sum() if soft else logits[:, rows].diagonal().sum()
         if masked:
             logits.masked_fill_(_same(ids, rows, diagonal=False), torch.finfo(a.dtype).min / 4)
         # -log sigmoid(-x) = softplus(x), -log sigmoid(x) = softplus(x) - x; beyond 40 it is x in float64 too
-        total = total + F.softplus(logits, threshold=40).sum()
+        total += F.softplus(logits, threshold=40).sum()
         if needs_gradients:
             grad = logits.sigmoid_()
             if soft:
@@ -243,6 +270,8 @@ def _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, own, need
             torch.mm(grad, b, out=grad_a[rows])
             torch.addmm(grad_b, grad.T, a[rows], out=grad_b)
             grad_bias += grad.sum()
+            del grad
+        del logits  # before the next block is made
     if not needs_gradients:
         return total / n, ()
     grad_a, grad_b = grad_a / n, grad_b / n
@@ -293,27 +322,26 @@ def _check_retrieval(queries, gallery, query_ids, gallery_ids):
             raise ValueError(f"{name}: {bad} rows of {len(x)} hold non-finite values")
 
 
-def _block_scores(queries, gallery, gallery32, own_columns, tolerance, scores, work):
-    """Fill `scores` [q, G] float32 with q . g: where a score is close to an own row's it is computed in float64 first.
+def _block_scores(queries, gallery, gallery32, own_columns, tolerance, only_best, scores, work):
+    """Fill `scores` [q, G] float32 with q . g: where a score is close to an own row's (only_best: to the best own
+    row's) it is computed in float64 first.
 
     So equal rows tie whatever the block size. `work` is a buffer of the same shape.
     """
     with full_precision():
         torch.mm(queries.float(), gallery32.T, out=scores)
-    if not torch.isfinite(torch.stack([scores.amax(), scores.amin()])).all():
-        raise ValueError("scores overflow float32; normalise the rows")
-    near = None
+    near, exact = None, queries.double()
     if own_columns.shape[1] <= 32:
+        own = [(exact * gallery[columns].double()).sum(1, keepdim=True).float() for columns in own_columns.T]
         close = torch.zeros_like(scores, dtype=torch.bool)
-        for columns in own_columns.T:
-            exact = (queries.double() * gallery[columns].double()).sum(1, keepdim=True).float()  # [q, 1]
-            close |= torch.sub(scores, exact, out=work).abs_() <= tolerance
+        for x in ([torch.stack(own).amax(0)] if only_best else own):
+            close |= torch.sub(scores, x, out=work).abs_() <= tolerance
         near = close.nonzero()
     if near is None or len(near) * 16 > scores.numel():  # many own rows, or a collapsed model: all are near
-        return (queries.double() @ gallery.double().T).float()
+        return (exact @ gallery.double().T).float()
     for part in near.split(65536):
         q, g = part.unbind(1)
-        scores[q, g] = (queries[q].double() * gallery[g].double()).sum(1).float()
+        scores[q, g] = (exact[q] * gallery[g].double()).sum(1).float()
     return scores
 
 
@@ -354,22 +382,23 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     gallery32 = gallery.float()
     eps = 16 * torch.finfo(torch.float32).eps  # of a float32 product
     tolerance = eps * queries.float().norm(dim=1, keepdim=True) * gallery32.norm(dim=1).max()
-    out = {name: [] for name in (*(f"hit@{k}" for k in ks), *(f"AP@{k}" for k in map_ks), "rank")}
+    if not torch.isfinite(tolerance.max()):
+        raise ValueError("scores overflow float32; normalise the rows")
+    counts, average_precision = [], {f"AP@{k}": [] for k in map_ks}
     size = min(len(queries), chunk_size or rows_at_once(len(gallery), gallery32, n_buffers=6))  # AP's are float64
     buffers = gallery32.new_empty(2, size, len(gallery))  # fresh ones pile up in the heap
     for rows in row_blocks(slice(0, len(queries)), size):
         scores, work = buffers[:, :len(queries[rows])]  # [q, G]
         is_own = offsets < n_own[rows, None]  # [q, most own rows of any query]
         own_columns = first[rows, None] + offsets * is_own  # filled up with the first
-        scores = _block_scores(queries[rows], gallery, gallery32, own_columns, tolerance[rows], scores, work)
+        scores = _block_scores(queries[rows], gallery, gallery32, own_columns, tolerance[rows], not map_ks, scores,
+                               work)
         own = scores.gather(1, own_columns).masked_fill(~is_own, -torch.inf)
         best = own.amax(1, keepdim=True)
         level = (own == best).sum(1)  # m, own rows at the best own score
         better = torch.gt(scores, best, out=work).sum(1).long()  # b; a float sum is faster and exact to 2^24
         tied = torch.ge(scores, best, out=work).sum(1).long() - better - level  # t
-        out["rank"].append(better + (tied + level + 1).double() / (level + 1))
-        for k in ks:
-            out[f"hit@{k}"].append(1 - _miss_probability(better, tied, level, k))
+        counts.append(torch.stack([better, tied, level]))
         if not map_ks:
             continue
         if len(offsets) == 1:
@@ -378,10 +407,13 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
         else:
             precisions = _average_precision(scores, own_columns, is_own, n_own[rows], map_ks)
         for k in map_ks:
-            out[f"AP@{k}"].append(precisions[k])
-    values = {name: torch.cat(parts).cpu() for name, parts in out.items()}
+            average_precision[f"AP@{k}"].append(precisions[k])
+    (better, tied, level), n_own = torch.cat(counts, dim=1).cpu(), n_own.cpu()
+    values = {f"hit@{k}": 1 - _miss_probability(better, tied, level, k) for k in ks}
+    values |= {name: torch.cat(parts).cpu() for name, parts in average_precision.items()}
+    values["rank"] = better + (tied + level + 1).double() / (level + 1)
     for k in ks:  # all G rows level
-        values[f"chance@{k}"] = (1 - _miss_probability(torch.zeros_like(n_own), len(gallery) - n_own, n_own, k)).cpu()
+        values[f"chance@{k}"] = 1 - _miss_probability(torch.zeros_like(n_own), len(gallery) - n_own, n_own, k)
     return values
 
 
@@ -822,15 +854,6 @@ def sum_gradients(model):
         grad.copy_(part.view_as(grad))
 
 
-def _log_sum_exp_of_all(x):
-    """log of the sum over processes of exp(x)."""
-    if process()[1] == 1:
-        return x
-    largest = x.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest + summed((x - largest).exp()).log()
-
-
 class _Sum(torch.autograd.Function):
     """Sum over processes, whose gradient is the sum over processes."""
 
@@ -997,6 +1020,8 @@ class GraphedStep:
             zero_grad=self.optimizer.zero_grad, step=lambda: None)
         before, random_states = {id(x): x.detach().clone() for x in self._state()}, rng_state()
         graph, current, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+        generator = torch.cuda.default_generators[current.device_index]
+        unrecorded = generator.clone_state()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
             stream.wait_stream(current)
@@ -1010,9 +1035,10 @@ class GraphedStep:
                 values = torch.stack([*losses.values()])
             if not torch.equal(torch.get_rng_state(), random_states["torch"]):
                 raise RuntimeError("it draws from the CPU's generator")
-        except RuntimeError:
-            with contextlib.suppress(RuntimeError):  # a recording that broke off still has the allocator's ear
+        except RuntimeError:  # a recording that broke off still has the ear of the allocator and of the generator
+            with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(current.device_index, self.pool)
+            generator.graphsafe_set_state(unrecorded)
             raise
         finally:
             torch.cuda.set_stream(current)  # a recording that breaks off stays on its own

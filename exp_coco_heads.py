@@ -431,16 +431,17 @@ def queue_loss(model, z_image, z_text, ids, keys, rows):
     positive = (same if model.false_negatives == "multi_positive" else own).to(z_image.dtype)
     targets = positive / positive.sum(1, keepdim=True)
     total = 0.0
-    for z, own_key, other_keys, queue in ((z_image, keys[0], keys[1], model.queue[1]),
-                                          (z_text, keys[1], keys[0], model.queue[0])):
-        candidates = torch.cat([other_keys, queue])  # [B + queue, D]
-        log_p = (scale * z[rows] @ candidates.T).masked_fill(dropped, -torch.inf).log_softmax(1)
-        goal = targets
-        if model.loss_type == "blip":
-            alpha = model.alpha * (model.n_steps / model.ramp_steps).clamp(max=1)
-            soft = (scale.detach() * own_key[rows] @ candidates.T).masked_fill(dropped, -torch.inf).softmax(1)
-            goal = alpha * soft + (1 - alpha) * targets
-        total = total - (goal * log_p.masked_fill(dropped, 0)).sum() / (2 * n)
+    with common.full_precision():  # TF32 moves large logits
+        for z, own_key, other_keys, queue in ((z_image, keys[0], keys[1], model.queue[1]),
+                                              (z_text, keys[1], keys[0], model.queue[0])):
+            candidates = torch.cat([other_keys, queue])  # [B + queue, D]
+            log_p = (scale * z[rows] @ candidates.T).masked_fill(dropped, -torch.inf).log_softmax(1)
+            goal = targets
+            if model.loss_type == "blip":
+                alpha = model.alpha * (model.n_steps / model.ramp_steps).clamp(max=1)
+                soft = (scale.detach() * own_key[rows] @ candidates.T).masked_fill(dropped, -torch.inf).softmax(1)
+                goal = alpha * soft + (1 - alpha) * targets
+            total = total - (goal * log_p.masked_fill(dropped, 0)).sum() / (2 * n)
     return total
 
 
@@ -462,9 +463,8 @@ def train_step(model, batch, optimizer):
         z_image, z_text = (common.gathered(z, n) for z in model(batch["image"], batch["text"]))
         keys = model.momentum_keys(batch["image"], batch["text"])
     keys = keys and [common.gathered(key, n) for key in keys]
-    with common.full_precision():  # the logits without TF32; the heads' own products are bf16
-        loss = LOSSES[model.loss_type](model, z_image, z_text, ids, keys, common.share(n))
-        loss.backward()
+    loss = LOSSES[model.loss_type](model, z_image, z_text, ids, keys, common.share(n))
+    loss.backward()
     common.sum_gradients(model)
     optimizer.step()
     model.finish_step(keys, ids)

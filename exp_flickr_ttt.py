@@ -530,13 +530,15 @@ def start_at_cca(model, data):
 
 def build_optimizer(cfg, model):
     """AdamW (Loshchilov & Hutter 2019); what Adam would hardly move, by its rate a step, has rates of its own: learned
-    scalars ten times the others', confidences GATE_RATE."""
+    scalars ten times the others', confidences GATE_RATE, maps that start at a closed form a tenth."""
     rate, named = cfg.training.learning_rate, dict(model.named_parameters())
     scalars = [name for name in named if name.endswith(("log_scale", "layer_logits"))]
     gates = [name for name in named if name.startswith("confidence.")]
-    others = [name for name in named if name not in (*scalars, *gates)]
-    groups = ((others, {"weight_decay": cfg.training.weight_decay}),
-              (scalars, {"weight_decay": 0.0, "lr": 10 * rate}), (gates, {"weight_decay": 0.0, "lr": GATE_RATE}))
+    maps = [name for name in named if name.endswith("project.weight")] if cfg.model.init == "cca" else []
+    others = [name for name in named if name not in (*scalars, *gates, *maps)]
+    decay = {"weight_decay": cfg.training.weight_decay}
+    groups = ((others, decay), (scalars, {"weight_decay": 0.0, "lr": 10 * rate}),
+              (gates, {"weight_decay": 0.0, "lr": GATE_RATE}), (maps, {**decay, "lr": rate / 10}))
     groups = [{"params": [named[name] for name in names], **settings} for names, settings in groups if names]
     return torch.optim.AdamW(groups, lr=rate, fused=next(model.parameters()).is_cuda)
 

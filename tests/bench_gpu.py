@@ -29,7 +29,7 @@ import profile_flops
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIGS = ("siglip", "attention", "cross_modal", "gw_clip_shared", "pixmo_scratch", "pixmo_features",
-           "flickr8k_features", "flickr8k_tiny")
+           "flickr8k_features", "flickr8k", "flickr8k_tiny")
 STEP_INSIDE = {"gw_mmimdb": False}  # its betas move
 
 

@@ -960,7 +960,8 @@ class GraphedStep:
         self.train_step, self.model, self.optimizer = train_step, model, optimizer
         device = next(model.parameters()).device
         if device.type == "cuda":  # the other kernels of attention add up its gradients in no fixed order
-            self.train_step = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)(train_step)
+            kernels = [nn.attention.SDPBackend.FLASH_ATTENTION, nn.attention.SDPBackend.MATH]
+            self.train_step = nn.attention.sdpa_kernel(kernels)(train_step)
         self.on_gpu = device.type == "cuda" and process()[1] == 1
         self.step_inside = step_inside and all(group.get("fused") for group in optimizer.param_groups)
         self.most = most if enabled and self.step_inside == step_inside else 0

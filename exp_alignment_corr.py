@@ -993,7 +993,8 @@ class Encoders(JobModel):
 
     def losses(self, batch):
         logits, _ = self(batch["inputs"])
-        total = F.cross_entropy(logits.permute(1, 2, 0), batch["labels"], reduction="sum")
+        # of two dimensions, which a GPU adds up in a fixed order
+        total = F.cross_entropy(logits.flatten(0, 1), batch["labels"].T.flatten(), reduction="sum")
         return {"loss": total / len(batch["labels"])}  # the sum of the E mean losses
 
     def make_optimizer(self, cfg):

@@ -34,8 +34,8 @@ def plain_mutual(a, b):
     n = len(a)
     masks = []
     for x in (a, b):
-        mask = torch.zeros(n, n)
-        mask[torch.arange(n)[:, None], plain_neighbours(x, K)] = 1
+        mask = torch.zeros(n, n, device=x.device)
+        mask[torch.arange(n, device=x.device)[:, None], plain_neighbours(x, K)] = 1
         masks.append(mask)
     return ((masks[0] * masks[1]).sum(1) / K).mean().item()
 
@@ -70,7 +70,7 @@ def levenshtein(x, y):
 
 
 def plain_hsic(gram_a, gram_b):
-    centre = torch.eye(len(gram_a)) - 1 / len(gram_a)
+    centre = torch.eye(len(gram_a), device=gram_a.device) - 1 / len(gram_a)
     return torch.trace(gram_a @ centre @ gram_b @ centre)
 
 

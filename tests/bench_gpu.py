@@ -4,7 +4,8 @@
     python tests/bench_gpu.py --small    # tiny sizes, also on a CPU: does it run?
 
 Times are medians in ms, the variants in turn. A step "as written" launches its kernels one by one, "replayed" as a CUDA
-graph; busy is the time of its kernels alone. On a CPU both are the step as written.
+graph; busy is the time of its kernels alone, which is what counts in a graph. On a CPU both are the step as written.
+Plain losses and products may use TF32, as a training script's do.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import bench_losses
 import common
 import exp_alignment_corr as alignment
 import exp_coco_heads as coco
+import exp_flickr_ttt as flickr
 import profile_flops
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIGS = ("siglip", "attention", "cross_modal", "gw_clip_shared", "pixmo_scratch", "pixmo_features",
            "flickr8k_features", "flickr8k", "flickr8k_tiny")
 STEP_INSIDE = {"gw_mmimdb": False}  # its betas move
+DEMO = {"flickr8k_features": ["data.dir=data/demo/flickr8k", "data.cache_dir=data/demo/cache",
+                              "data.features_dir=data/demo/flickr8k_features"]}  # shapes of stand-ins are all small
 
 
 def milliseconds(functions, repeats):
@@ -75,11 +79,10 @@ def kernels(function):
 def steps(small):
     """A training step of the configs, of their own batch size and shapes."""
     for name in CONFIGS:
-        try:
-            built = profile_flops.build(ROOT / f"configs/{name}.yaml", 8 if small else None)
-        except common.UserError as error:
-            print(f"{name}: {error}; passed over")
-            continue
+        config = ROOT / f"configs/{name}.yaml"
+        if name in DEMO:
+            flickr.use_demo(common.load_config(flickr.Config, config, demo=True))
+        built = profile_flops.build(config, 8 if small else None, overrides=DEMO.get(name, ()))
         model, batch, optimizer, step = built.model, built.batch, built.optimizer, built.module.train_step
         model.train()
         if hasattr(built.module, "set_train_mode"):
@@ -143,9 +146,11 @@ def losses(small):
                          "plain": lambda f=plain, a=args: f(*a).backward()}
             if n == 65_536:  # out of the plain one's reach
                 del functions["plain"]
-            took = milliseconds(functions, 5)
+            took = milliseconds(functions, 10 if n < 65_536 else 2)
+            of_plain = took.get("plain", float("nan"))
+            busy = {f"{key}, busy": kernels(function)[0] for key, function in functions.items()}
             memory = {f"{key}, MiB": extra_mebibytes(function) for key, function in functions.items()}
-            yield {"": f"{name}, N = {n:,}", **took, "ratio": took["ours"] / took.get("plain", float("nan")), **memory}
+            yield {"": f"{name}, N = {n:,}", **took, "ratio": took["ours"] / of_plain, **busy, **memory}
 
 
 def retrieval(small):
@@ -171,8 +176,14 @@ def stacks(small):
     a, b = (a[:, :2], b[:, :2]) if small else (a, b)
     n_pairs, repeats = a.shape[1] * b.shape[1], 1 if small else 5
     for metric in ("mutual_knn", "cka"):
-        took = milliseconds({"ours": lambda m=metric: alignment.alignment_matrix(a, b, m)}, repeats)
-        yield {"": f"{metric}, {n_pairs} pairs", **took}
+        def plain(metric=metric):  # of five pairs
+            for i, j in bench_alignment.PAIRS[:1] if small else bench_alignment.PAIRS:
+                x, y = F.normalize(a[:, i], dim=1), F.normalize(b[:, j], dim=1)
+                bench_alignment.PLAIN[metric](x, y)
+        functions = {"ours": lambda m=metric: alignment.alignment_matrix(a, b, m), "plain": plain}
+        took = milliseconds(functions, repeats)
+        took["plain"] *= n_pairs / (1 if small else len(bench_alignment.PAIRS))
+        yield {"": f"{metric}, {n_pairs} pairs", **took, "ratio": took["ours"] / took["plain"]}
     n_draws = 20 if small else 200
     null = {"ours": lambda: alignment.permutation_null(a, b, "mutual_knn", n_permutations=n_draws)}
     yield {"": f"mutual_knn with its null, K = {n_draws}", **milliseconds(null, 1)}
@@ -189,6 +200,7 @@ def main():
     args = parser.parse_args()
     card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "a CPU"
     print(f"{card}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    torch.set_float32_matmul_precision("high")
     tables, start = {}, time.time()
     for title, table in TABLES.items():
         tables[title] = rows = [*table(args.small)]

@@ -15,7 +15,9 @@ import common
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RUNS = {  # {config: (script, overrides)}: about 20 steps on demo data
     "siglip": ("coco_heads", []), "attention": ("coco_heads", []), "blip": ("coco_heads", ["loss.queue_size=64"]),
-    "align": ("coco_heads", []), "alignment_mmimdb": ("alignment_corr", ["mmimdb.epochs=2"]),
+    "align": ("coco_heads", []),
+    "alignment_synthetic": ("alignment_corr", ["synthetic.epochs=2", "synthetic.uniqueness=[0,8]"]),
+    "alignment_mmimdb": ("alignment_corr", ["mmimdb.epochs=2"]),
     "clip_finetune": ("alignment_corr", ["finetune.epochs=2", "finetune.warmup_epochs=1", "finetune.n_seeds=1"]),
     "gw_clip_shared": ("gw_mmimdb", ["training.steps=20", "training.eval_every=2"]),
     "gw_small": ("gw_mmimdb", ["training.steps=10", "training.eval_every=5", "training.selector_after_freeze=true"]),
@@ -105,6 +107,26 @@ def test_a_step_that_waits_for_the_device_runs_as_written(capsys):
     assert values[-1] < values[0] and not step.graphs
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert capsys.readouterr().out.count("no CUDA graphs of this training step") == 1
+
+
+def test_logits_of_tensor_cores_are_sixteen_times_nearer_than_those_of_tf32(monkeypatch):
+    """And the gradients, of TF32 products as a plain loss's."""
+    n, scale = 3000, 100.0
+    a, b = (F.normalize(torch.randn(n, 512, device="cuda"), dim=1) for _ in range(2))
+    b = F.normalize(a + 0.2 * b, dim=1)  # close pairs: logits up to 100
+    exact = (scale * a.double()) @ b.double().T
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    error = (common._logits(*common._logit_factors(scale * a, b)) - exact).abs().max()
+    assert error < ((scale * a) @ b.T - exact).abs().max() / 16
+    for loss in (lambda a, b: common.info_nce(a, b, scale), lambda a, b: common.sigmoid_loss(a, b, scale, -10.0)):
+        values = []
+        for dtype in (torch.float64, torch.float32):
+            x, y = (z.to(dtype).requires_grad_() for z in (a, b))
+            value = loss(x, y)
+            values.append((value.double(), *(g.double() for g in torch.autograd.grad(value, (x, y)))))
+        torch.testing.assert_close(values[1][0], values[0][0], rtol=1e-4, atol=1e-6)
+        for ours, true in zip(values[1][1:], values[0][1:], strict=True):
+            assert (ours - true).norm() < 2e-3 * true.norm()
 
 
 @pytest.mark.parametrize("n", [64, 5000])

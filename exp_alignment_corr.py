@@ -69,6 +69,7 @@ TRAINED = ("synthetic", "mmimdb", "finetune")  # the stages that train something
 NEAR_TIE = 2e-6  # cosines closer than this in float32 are computed again in float64
 BLOCK_BYTES = 2**28  # what is N x N is made in row blocks of about this size
 KEPT_BYTES = 2**31  # and the N x N of all layers are kept up to this size
+LAUNCH_BYTES = {"cuda": BLOCK_BYTES, "cpu": 0}  # a GPU takes layers and draws of this size at once, a CPU one by one
 
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -154,19 +155,28 @@ class Config:
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 def as_layers(stack, where=""):
-    """A stack as a list of layers [N, D_l]: [N, L, D] holds L, [N, D] is one; a list is as it is. Raises: UserError,
-    which begins with `where`."""
-    if not isinstance(stack, (list, tuple)):
-        stack = [stack] if stack.ndim != 3 else [stack[:, i] for i in range(stack.shape[1])]
-    layers = [torch.tensor(x) if isinstance(x, np.ndarray) else x for x in stack]
+    """A stack's layers, a list of [N, D_l]; a list is as it is. Raises: UserError, which begins with `where`."""
+    is_list = isinstance(stack, (list, tuple))
+    tensors = [torch.tensor(x) if isinstance(x, np.ndarray) else x for x in (stack if is_list else [stack])]
+    tensors = [x.cpu() if x.device.type == "mps" else x for x in tensors]  # float64, which MPS lacks
+    layers = tensors if is_list or tensors[0].ndim != 3 else [*tensors[0].unbind(1)]
     if not layers or any(x.ndim != 2 or x.numel() == 0 or len(x) != len(layers[0]) for x in layers):
         raise UserError(f"{where}features must be [N, D] or [N, L, D], found {[list(x.shape) for x in layers]}")
-    for i, x in enumerate(layers):
-        if not x.abs().amax() <= 1e30:  # also of NaN; beyond it float32 has no room for a row's length
-            bad = (~(x.abs() <= 1e30).all(1)).nonzero()[:, 0]
-            raise UserError(f"{where}layer {i}: {len(bad)} of {len(x)} rows of features hold NaN, infinite or values "
-                            f"beyond 1e30, the first is row {int(bad[0])}")
-    return [x.cpu() if x.device.type == "mps" else x for x in layers]  # float64, which MPS lacks
+    extremes = torch.stack([value.float() for x in tensors for value in x.aminmax()])
+    if not extremes.abs().amax() <= 1e30:  # also of NaN; beyond it float32 has no room for a row's length
+        i, x = next((i, x) for i, x in enumerate(layers) if not x.abs().amax() <= 1e30)
+        bad = (~(x.abs() <= 1e30).all(1)).nonzero()[:, 0]
+        raise UserError(f"{where}layer {i}: {len(bad)} of {len(x)} rows of features hold NaN, infinite or values "
+                        f"beyond 1e30, the first is row {int(bad[0])}")
+    return layers
+
+
+def grouped_layers(layers):
+    """The layers in order: on a GPU those of one shape together, [G, N, D], on a CPU each [N, D]."""
+    for ((n, d), _), alike in itertools.groupby(layers, lambda x: (x.shape, x.dtype)):
+        alike = list(alike)
+        size = LAUNCH_BYTES[alike[0].device.type] // (16 * n * max(n, d))
+        yield from torch.stack(alike).split(size) if size > 1 else alike
 
 
 def clamp_outliers(stack, q=0.95, exact=True, where=""):
@@ -192,35 +202,34 @@ def clamp_outliers(stack, q=0.95, exact=True, where=""):
 
 
 def unit_rows(x):
-    """Rows of x [N, D] at unit length, float32 (float64 stays); zero rows stay zero."""
+    """Rows of x [.., N, D] at unit length, float32 (float64 stays); zero rows stay zero."""
     x = x if x.dtype == torch.float64 else x.float()
-    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)  # 1e20 squared is no float32
+    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)  # 1e20 squared is no float32
     return x / lengths.clamp(min=1e-30).to(x.dtype)
 
 
 def products(x, rows):
-    """x[rows] @ x.T in float32 without TF32; the whole of it by its upper blocks, as it is symmetric."""
-    x, n = x.float(), len(x)
+    """x[rows] @ x.T of x [.., N, D] in float32 without TF32; on a CPU the whole by upper blocks, as it is symmetric."""
+    x, n = x.float(), x.shape[-2]
     with common.full_precision():
-        if rows.stop - rows.start < n or n <= 256:
-            return x[rows] @ x.T
-        out = x.new_empty(n, n)
+        if rows.stop - rows.start < n or n <= 256 or x.is_cuda:
+            return x[..., rows, :] @ x.mT
+        out = x.new_empty(*x.shape[:-1], n)
         for part in common.row_blocks(rows, max(256, (n + 3) // 4)):
-            out[part, part.start:] = x[part] @ x[part.start:].T
-            out[part.stop:, part] = out[part, part.stop:].T
+            out[..., part, part.start:] = x[..., part, :] @ x[..., part.start:, :].mT
+            out[..., part.stop:, part] = out[..., part, part.stop:].mT
     return out
 
 
 class Side:
-    """What a metric needs of one stack of layers, computed once; `by_item` names its tensors [L, N, ...]."""
+    """What a metric needs of one stack of layers, computed once; `by_layer` names its tensors [L, N, ...] or [L]."""
 
-    by_item = ()
-
-    def permuted(self, order):
-        """That of the rows `order` [N], without another search or product."""
+    def permuted(self, orders):
+        """That of the rows `orders` [B, N], without another search or product: L x B layers."""
         side = copy.copy(self)
-        for name in self.by_item:
-            setattr(side, name, getattr(self, name)[:, order])
+        for name in self.by_layer:
+            x = getattr(self, name)
+            setattr(side, name, x[:, orders].flatten(0, 1) if x.ndim > 1 else x.repeat_interleave(len(orders)))
         return side
 
     def kept(self):
@@ -231,15 +240,17 @@ class Side:
 class Neighbours(Side):
     """`near` [L, N, k], the nearest rows, best first; `cosines` [L, N, k] float64; `ties` [L], rows with a k-th tie."""
 
-    by_item = ("near", "cosines")
+    by_layer = ("near", "cosines")
 
     def __init__(self, layers, k):
-        near, cosines, self.ties = zip(*(nearest_neighbours(x, k) for x in layers), strict=True)
-        self.n, self.k, self.near, self.cosines = len(layers[0]), k, torch.stack(near), torch.stack(cosines).double()
+        groups = zip(*(nearest_neighbours(x, k) for x in grouped_layers(layers)), strict=True)
+        self.near, cosines, self.ties = map(torch.cat, groups)
+        self.n, self.k, self.cosines = len(layers[0]), k, cosines.double()
 
-    def permuted(self, order):
-        side = super().permuted(order)
-        side.near = order.argsort()[side.near]  # the inverse permutation
+    def permuted(self, orders):
+        side = super().permuted(orders)
+        inverse = orders.argsort().repeat(len(self.near), 1)  # [L B, N]
+        side.near = inverse.gather(1, side.near.flatten(1)).view_as(side.near)
         return side
 
     def kept(self):
@@ -252,39 +263,38 @@ class Neighbours(Side):
     def tables(self):
         """For each block of rows: (rows, table [rows * N, L] float32); entry (i N + j, l) is 1 if j is among the
         neighbours of the block's row i in layer l, else 0."""
-        near, n, layer = self.near, self.n, torch.arange(len(self.near), device=self.near.device)[:, None]
-        for rows in common.row_blocks(slice(0, n), max(1, BLOCK_BYTES // (64 * n * len(near)))):  # stay in the cache
-            i = torch.arange(rows.stop - rows.start, device=near.device)[:, None]
-            table = torch.zeros(len(i) * n, len(near), device=near.device)
-            table[(i * n + near[:, rows]).flatten(1), layer] = 1
-            yield rows, table
+        near, n = self.near, self.n
+        size = BLOCK_BYTES // ((4 if near.is_cuda else 64) * n * len(near))  # a small block stays in a CPU's cache
+        for rows in common.row_blocks(slice(0, n), max(1, size)):
+            table = torch.zeros(rows.stop - rows.start, n, len(near), device=near.device)
+            yield rows, table.scatter_(1, near[:, rows].permute(1, 2, 0), 1).flatten(0, 1)
 
 
 def nearest_neighbours(x, k):
     """The k nearest rows by cosine, without the row itself, best first, equal cosines by lowest index.
 
-    x [N, D] -> (indices [N, k] int64, cosines [N, k] float32, number of rows with a tie at the k-th place). A float32
-    search finds them; rows with near ties are searched again by float64 products.
+    x [G, N, D] or [N, D], G = 1 -> (indices [G, N, k] int64, cosines [G, N, k] float32, rows with a tie at the k-th
+    place [G]). A float32 search finds them; rows with near ties are searched again by float64 products.
     """
-    n, unit, blocks, ties = len(x), unit_rows(x), [], 0
-    for rows in common.row_blocks(slice(0, n), max(1, BLOCK_BYTES // (16 * n))):
+    n, unit, blocks, ties = x.shape[-2], unit_rows(x), [], 0
+    for rows in common.row_blocks(slice(0, n), max(1, BLOCK_BYTES // (16 * x.shape[:-1].numel()))):
         cosines = products(unit, rows)
-        cosines.diagonal(rows.start).fill_(-torch.inf)
-        values, indices = cosines.topk(min(k + 1, n - 1), dim=1)
-        close = (values.diff(dim=1) > -NEAR_TIE).any(1).nonzero()[:, 0]
+        cosines.diagonal(rows.start, -2, -1).fill_(-torch.inf)
+        values, indices = cosines.topk(min(k + 1, n - 1))
+        close = (values.diff() > -NEAR_TIE).any(-1).view(-1, values.shape[-2])
+        close = close.any(0).nonzero()[:, 0]  # in one of the layers; the only read from the device
         if len(close):
             exact = x.double()
-            lengths = exact.square().sum(1).sqrt().clamp(min=1e-300)
+            lengths = exact.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-300)
             itself = close + rows.start
             # rounded: copies of a row tie whatever the order of summation
-            cosines = (exact[itself] @ exact.T / lengths[itself, None] / lengths).float()
-            cosines.scatter_(1, itself[:, None], -torch.inf)
-            cosines, order = cosines.sort(dim=1, descending=True, stable=True)
-            values[close], indices[close] = cosines[:, :values.shape[1]], order[:, :values.shape[1]]
-            if n - 1 > k:
-                ties += int((values[:, k - 1] == values[:, k]).sum())
-        blocks.append((indices[:, :k], values[:, :k]))
-    return *(torch.cat(parts) for parts in zip(*blocks, strict=True)), ties
+            cosines = (exact[..., itself, :] @ exact.mT / lengths[..., itself, :] / lengths.mT).float()
+            cosines.scatter_(-1, itself[:, None].expand(*cosines.shape[:-1], 1), -torch.inf)
+            cosines, order = cosines.sort(descending=True, stable=True)
+            values[..., close, :], indices[..., close, :] = (x[..., :values.shape[-1]] for x in (cosines, order))
+        ties = ties + (values[..., k - 1:k] == values[..., k:]).sum((-2, -1))  # none of k = N - 1
+        blocks.append((indices[..., :k], values[..., :k]))
+    return *(torch.cat(parts, dim=-2).view(-1, n, k) for parts in zip(*blocks, strict=True)), ties.view(-1)
 
 
 def mutual_knn_scores(a, b):
@@ -294,8 +304,9 @@ def mutual_knn_scores(a, b):
     for rows, table in b.tables():
         near = a.near[:, rows]
         pairs = a.n * torch.arange(near.shape[1], device=near.device)[:, None] + near
-        overlap = F.embedding_bag(pairs.flatten(0, 1), table, mode="sum")  # [La rows, Lb]
-        total = total + overlap.view(*near.shape[:2], -1).sum(1, dtype=torch.float64)
+        bags = pairs.view(-1, math.gcd(near.shape[1], 8) * a.k)  # up to 8 rows in one
+        overlap = F.embedding_bag(bags, table, mode="sum")  # [La bags, Lb]
+        total = total + overlap.view(len(near), -1, table.shape[1]).sum(1, dtype=torch.float64)
     return total / (a.n * a.k)
 
 
@@ -348,8 +359,8 @@ class Grams(Side):
     matrices of cosines, for a metric of one's own."""
 
     def __init__(self, layers, k=None, unbiased=False, centred=True):
-        self.n, self.unbiased, self.gram = len(layers[0]), unbiased, None
-        self.features = [(centred_rows if centred else unit_rows)(x) for x in layers]
+        self.n, self.n_layers, self.unbiased, self.gram = len(layers[0]), len(layers), unbiased, None
+        self.features = [(centred_rows if centred else unit_rows)(x) for x in grouped_layers(layers)]
         if 4 * len(layers) * self.n**2 <= KEPT_BYTES:
             self.gram = self.make(slice(0, self.n))
             self.norm = torch.linalg.vector_norm(self.gram, dim=2).double().square().sum(1).sqrt()
@@ -358,46 +369,47 @@ class Grams(Side):
 
     def make(self, rows):
         """Rows of the matrices, [L, rows, N] float32, from the features."""
-        n, out = self.n, self.features[0].new_empty(len(self.features), rows.stop - rows.start, self.n)
-        for gram, x in zip(out, self.features, strict=True):
+        n, out = self.n, self.features[0].new_empty(self.n_layers, rows.stop - rows.start, self.n)
+        for gram, x in zip(out.split([x.shape[:-2].numel() for x in self.features]), self.features, strict=True):
             gram.copy_(products(x, rows))
-            if self.unbiased:  # columns of x sum to 0: without its diagonal row i of the Gram sums to -squares[i]
-                squares = x.square().sum(1)
-                gram += (squares[rows, None] + squares) / (n - 2) - squares.sum() / ((n - 1) * (n - 2))
-                gram.diagonal(rows.start).zero_()
+            if self.unbiased:  # columns of x sum to 0: without its diagonal row i of the Gram sums to -own[i]
+                own = x.square().sum(-1, keepdim=True)
+                gram += (own[..., rows, :] + own.mT) / (n - 2) - own.sum(-2, keepdim=True) / ((n - 1) * (n - 2))
+                gram.diagonal(rows.start, 1, 2).zero_()
         return out
 
     def block(self, rows):
         """The same in float64."""
         return (self.make(rows) if self.gram is None else self.gram[:, rows]).double()
 
-    def permuted(self, order):
-        side = copy.copy(self)
+    def permuted(self, orders):
+        side, n_orders = copy.copy(self), len(orders)
+        side.n_layers, side.norm = n_orders * self.n_layers, self.norm.repeat_interleave(n_orders)
         if self.gram is None:
-            side.features = [x[order] for x in self.features]
+            side.features = [x[..., orders, :].flatten(0, -3) for x in self.features]
         else:
-            places = (self.n * order[:, None] + order).flatten()  # in one go, which is the fastest
-            side.gram = self.gram.flatten(1).index_select(1, places).view_as(self.gram)
+            places = (self.n * orders[:, :, None] + orders[:, None]).flatten()  # in one go, which is the fastest
+            side.gram = self.gram.flatten(1).index_select(1, places).view(-1, self.n, self.n)
         return side
 
     def kept(self):
         side = copy.copy(self)
-        if 8 * len(self.features) * self.n**2 <= KEPT_BYTES // 4:
+        if 8 * self.n_layers * self.n**2 <= KEPT_BYTES // 4:
             side.gram = self.gram.double()
         return side
 
 
 def centred_rows(x):
-    """Unit rows less their mean, [N, D] float32, scaled to a total square of 1."""
+    """Unit rows of x [.., N, D] less their mean, float32, scaled to a total square of 1."""
     x = unit_rows(x)
     for _ in range(2):  # the first mean is rounded
-        x = x - x.mean(0, dtype=torch.float64).to(x.dtype)
-    return (x / x.norm().clamp(min=1e-30)).float()
+        x = x - x.mean(-2, keepdim=True, dtype=torch.float64).to(x.dtype)
+    return (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-30)).float()
 
 
 def gram_products(a, b):
     """<K, L> [La, Lb] float64 over all pairs of Gram matrices, in blocks of rows."""
-    total, size = 0, max(1, BLOCK_BYTES // (16 * a.n * (len(a.features) + len(b.features))))
+    total, size = 0, max(1, BLOCK_BYTES // (16 * a.n * (a.n_layers + b.n_layers)))
     for rows in common.row_blocks(slice(0, a.n), size):
         total = total + a.block(rows).flatten(1) @ b.block(rows).flatten(1).T
     return total
@@ -413,7 +425,7 @@ class MutualNeighbours(Neighbours):
     """Neighbours with `mutual` [L, N, k], whether the row is among its neighbour's own, and `own` [L], the HSIC of each
     layer with itself."""
 
-    by_item = ("near", "cosines", "mutual")
+    by_layer = ("near", "cosines", "mutual", "own")
 
     def __init__(self, layers, k):
         super().__init__(layers, k)
@@ -448,7 +460,7 @@ def cknna_scores(a, b):
 class Directions(Side):
     """The first 10 left singular `vectors` [L, N, 10] of each layer: rows at unit length, columns standardised."""
 
-    by_item = ("vectors",)
+    by_layer = ("vectors",)
 
     def __init__(self, layers, k=None):
         self.n, self.vectors = len(layers[0]), torch.stack([left_singular_vectors(centred_rows(x)) for x in layers])
@@ -462,7 +474,7 @@ def left_singular_vectors(x, n_vectors=10):
     """
     x = x.double()
     norms = x.square().sum(0).sqrt()
-    x = x / norms.clamp(min=max(1e-12 * float(norms.max()), 1e-300))  # constant columns stay 0
+    x = x / torch.maximum(norms, 1e-12 * norms.max()).clamp(min=1e-300)  # constant columns stay 0
     is_wide, wanted = len(x) <= x.shape[1], min(n_vectors, *x.shape)
     gram = x @ x.T if is_wide else x.T @ x  # [m, m]
     m = len(gram)
@@ -569,12 +581,14 @@ def permutation_null(stack_a, stack_b, metric, k=10, n_permutations=200, seed=0,
     """
     a, b, unit = prepare(stack_a, metric, k), prepare(stack_b, metric, k).kept(), highest(metric, k)
     matrix = alignment_matrix(a, b, metric) / unit
-    null = torch.empty(n_permutations, dtype=torch.float64, device=matrix.device)  # read at the end
-    draws = np.random.RandomState(seed)
-    for i in range(n_permutations):
-        order = torch.from_numpy(np.argsort(draws.permutation(a.n))).to(matrix.device)  # inverse, of a: the same pairs
-        null[i] = alignment_matrix(a.permuted(order), b, metric).max() / unit
-    null = null.cpu().numpy()
+    draws, null = np.random.RandomState(seed), []
+    size = LAUNCH_BYTES[matrix.device.type] // (8 * len(matrix) * a.n * (k if metric in KNN_METRICS else a.n))
+    for part in common.row_blocks(slice(0, n_permutations), max(1, size)):
+        permutations = np.stack([draws.permutation(a.n) for _ in range(part.start, part.stop)])  # [B, N]
+        orders = torch.from_numpy(permutations).to(matrix.device).argsort()  # inverse, of a: the same pairs
+        scores = alignment_matrix(a.permuted(orders), b, metric).unflatten(0, (-1, len(orders)))  # [La, B, Lb]
+        null.append(scores.amax((0, 2)) / unit)
+    matrix, null = matrix.cpu(), torch.cat(null).cpu().numpy()
     best = divmod(int(matrix.argmax()), matrix.shape[1])
     return {**calibrate(matrix.max().item(), null, alpha), "layers": list(best), "matrix": matrix.tolist(),
             "null": null.tolist()}
@@ -1312,7 +1326,7 @@ def compare_models(cfg, language, vision, level):
         sides = {key: prepare(layers, metric, a.k) for key, layers in stacks.items()}
         for x, y in common.progress(pairs.values(), metric):
             row = permutation_null(sides[x.path], sides[y.path], metric, a.k, a.n_permutations, cfg.seed)
-            ties = [sides[m.path].ties[layer] for m, layer in zip((x, y), row["layers"], strict=True)
+            ties = [int(sides[m.path].ties[layer]) for m, layer in zip((x, y), row["layers"], strict=True)
                     if metric in KNN_METRICS]
             rows.append({"language": x.model, "vision": y.model, "family": y.family, "metric": metric, "bpb": x.bpb,
                          "n": n, "ties": sum(ties), **row})

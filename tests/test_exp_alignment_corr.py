@@ -256,11 +256,33 @@ def test_permuted_sides_equal_permuted_features(metric, kept_bytes, monkeypatch)
     monkeypatch.setattr(exp, "KEPT_BYTES", kept_bytes)
     a, b = toy_stacks()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    turned = exp.alignment_matrix(exp.prepare(a, metric, 5).permuted(order), exp.prepare(b, metric, 5).kept(), metric)
+    turned = exp.alignment_matrix(exp.prepare(a, metric, 5).permuted(order[None]),
+                                  exp.prepare(b, metric, 5).kept(), metric)
     assert torch.allclose(turned, exp.alignment_matrix(a[order], b, metric, 5), atol=1e-6)
     # the items' order itself means nothing
     assert torch.allclose(exp.alignment_matrix(a[order], b[order], metric, 5),
                           exp.alignment_matrix(a, b, metric, 5), atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", exp.METRICS)
+@pytest.mark.parametrize("kept_bytes", [exp.KEPT_BYTES, 0])
+def test_layers_and_permutations_taken_together_as_on_a_gpu(metric, kept_bytes, monkeypatch):
+    monkeypatch.setattr(exp, "KEPT_BYTES", kept_bytes)
+    a, b = toy_stacks(duplicates=True)
+    a = [a[:, 0], a[:, 1], b[:, 0], b[:, 1].half(), a[:, 0, :7], a[:, 1, :7]]
+    sides = [exp.prepare(x, metric, 5) for x in (a, b)]
+    expected = exp.permutation_null(*sides, metric, 5, 19)
+    monkeypatch.setattr(exp, "LAUNCH_BYTES", {"cpu": 2**17})  # 2 or 13 of 19 draws at once
+    assert [len(x) for x in exp.grouped_layers(a)] == [2, 1, 1, 2]
+    together = [exp.prepare(x, metric, 5) for x in (a, b)]
+    for result, atol in ((exp.permutation_null(*sides, metric, 5, 19), 1e-12),
+                         (exp.permutation_null(*together, metric, 5, 19), 1e-6)):
+        assert result["layers"] == expected["layers"]
+        for key in ("matrix", "null"):
+            np.testing.assert_allclose(result[key], expected[key], rtol=0, atol=atol)
+    if metric in exp.KNN_METRICS:
+        for side, one_by_one in zip(together, sides, strict=True):
+            assert torch.equal(side.near, one_by_one.near) and torch.equal(side.ties, one_by_one.ties)
 
 
 def test_more_neighbours_than_a_byte_counts():
@@ -291,7 +313,7 @@ def test_a_common_offset_changes_no_neighbour_and_no_unbiased_cka_of_itself():
 
 def test_equal_cosines_go_to_the_lowest_index_and_are_counted():
     x = torch.eye(8)[[0, 0, 0, 1, 1, 2, 3, 4]]
-    near, cosines, ties = exp.nearest_neighbours(x, 1)
+    near, cosines, ties = (part[0] for part in exp.nearest_neighbours(x, 1))
     assert near[:, 0].tolist() == [1, 0, 0, 4, 3, 0, 0, 0]
     assert cosines[:5, 0].tolist() == [1.0] * 5
     assert ties == 6  # rows 0, 1, 2 have two copies to choose from, 5, 6, 7 nothing but zeros

@@ -199,7 +199,7 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ow
     partner, of_rows, of_columns, spread = a.new_zeros(4, n)  # logits of partners, their -log softmax both ways
     for rows in blocks:
         logits = logits_of(x, y, rows) if is_one else logits_of(y, x, rows)
-        of_columns[rows] = -logits.log_softmax(0 if is_one else 1)[:, rows].diagonal()
+        of_columns[rows] = -(logits.T if is_one else logits).log_softmax(1)[:, rows].diagonal()
         partner[rows] = logits[:, rows].diagonal()
     column_lse = partner + of_columns
     if own != slice(0, n, 1):
@@ -212,8 +212,7 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ow
         if soft or label_smoothing:
             spread[rows] = (spread_targets(rows) * logits).sum(1)
         if needs_gradients:
-            grad.exp_()
-            grad += logits.sub_(column_lse).exp_()
+            torch.logaddexp(grad, logits.sub_(column_lse), out=grad).exp_()
             if soft or label_smoothing:
                 grad -= spread_targets(rows)
             grad[:, rows].diagonal().sub_(on_diagonal)
@@ -300,12 +299,15 @@ def _miss_probability(better, tied, own, k):
 
     1 - C(t+m-r, m) / C(t+m, m) is the hit; the quotient is written as the product of (t-j) / (t+m-j) over j < r.
     """
-    places = (k - better).clamp(min=0)  # of the tied group inside the top k
+    out = (better >= k).double()
+    some = ((tied > 0) & (better < k)).nonzero()[:, 0]
+    better, tied, own = better[some], tied[some], own[some]
     miss = torch.ones_like(better, dtype=torch.float64)
-    for j in range(int(min(k, (tied + own).max()))):
-        inside = (j < places) & (j < tied + own)
+    for j in range(k):
+        inside = (j < k - better) & (j < tied + own)
         miss = torch.where(inside, miss * (tied - j).clamp(min=0) / (tied + own - j).clamp(min=1), miss)
-    return miss
+    out[some] = miss
+    return out
 
 
 def _check_retrieval(queries, gallery, query_ids, gallery_ids):
@@ -412,8 +414,9 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     values = {f"hit@{k}": 1 - _miss_probability(better, tied, level, k) for k in ks}
     values |= {name: torch.cat(parts).cpu() for name, parts in average_precision.items()}
     values["rank"] = better + (tied + level + 1).double() / (level + 1)
+    n_own, group = n_own.unique(return_inverse=True)
     for k in ks:  # all G rows level
-        values[f"chance@{k}"] = 1 - _miss_probability(torch.zeros_like(n_own), len(gallery) - n_own, n_own, k)
+        values[f"chance@{k}"] = 1 - _miss_probability(torch.zeros_like(n_own), len(gallery) - n_own, n_own, k)[group]
     return values
 
 
@@ -960,8 +963,7 @@ class GraphedStep:
         self.train_step, self.model, self.optimizer = train_step, model, optimizer
         device = next(model.parameters()).device
         if device.type == "cuda":  # the other kernels of attention add up its gradients in no fixed order
-            kernels = [nn.attention.SDPBackend.FLASH_ATTENTION, nn.attention.SDPBackend.MATH]
-            self.train_step = nn.attention.sdpa_kernel(kernels)(train_step)
+            self.train_step = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)(train_step)
         self.on_gpu = device.type == "cuda" and process()[1] == 1
         self.step_inside = step_inside and all(group.get("fused") for group in optimizer.param_groups)
         self.most = most if enabled and self.step_inside == step_inside else 0

@@ -17,6 +17,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import io
+import itertools
 import json
 import math
 import operator
@@ -753,7 +754,7 @@ def load_checkpoint(path):
                 path.replace(path.with_name(f"{path.name}.damaged"))
         return state
     if problems:
-        raise UserError(f"{'; '.join(problems)}; use --fresh to start again")
+        raise UserError(f"{'; '.join(problems)}; copy it again, or train anew: the run's command with --fresh")
     raise FileNotFoundError(f"{path}: no such checkpoint; run the training first")
 
 
@@ -1296,6 +1297,8 @@ class Run:
         if self.finished:
             print(f"{self.folder}: training is complete")
             return
+        if self.steps_per_epoch == 1:
+            print("NOTE: an epoch is one step, as batch_size takes all training rows; a smaller one makes more steps")
         if self.step:
             print(f"{self.folder}: resuming at step {self.step} of {last_step}")
         if self._rng:
@@ -1563,7 +1566,8 @@ def _set(section, tree, where, keys, prefix="", seen=None):
         raw = {rest: raw} if rest else raw
         name, kind = prefix + key, hints.get(key)
         if kind is None:
-            meant = nearest_key(f"{name}.{rest}" if rest else name, keys)
+            within = next(iter(raw), "") if isinstance(raw, dict) else ""  # modell: {dim: 4} means model.dim
+            meant = nearest_key(f"{name}.{within}" if within else name, keys)
             hint = f"; did you mean {meant}?" if meant else ""
             raise UserError(f"{where}: unknown key {name}{hint} (-h lists every key)")
         if dataclasses.is_dataclass(kind):
@@ -1683,8 +1687,12 @@ def parse_command_line(argv, configs, doc, stages):
     """
     epilog = ""
     if {"-h", "--help"} & set(argv):
-        epilog = "config keys, defaults and meaning (set in the YAML, or as key=value):\n" + "\n\n".join(
-            "\n".join(_config_help(Config())) for Config in configs)
+        sections = [Config() for Config in configs]
+        for i, path in itertools.product(range(len(configs)), filter(os.path.isfile, argv)):
+            with contextlib.suppress(UserError):  # a YAML of another kind, or with a mistake: the defaults
+                sections[i] = load_config(configs[i], path, demo="--demo" in argv)
+        epilog = "config keys, values (the YAML's, else defaults) and meaning (set in the YAML, or as key=value):\n"
+        epilog += "\n\n".join("\n".join(_config_help(section)) for section in sections)
     parser = Parser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False)
     parser.add_argument("config", nargs="?", help="a YAML file in configs/")
@@ -2118,8 +2126,8 @@ def save_figure(figure, path):
 def plot_lines(path, panels, title="", synthetic=False, mark=None):
     """Panels: {ylabel: {"xlabel": str, "lines": {label: {"x": [...], "y": [...]}}}}; a label has one colour in all.
 
-    A line may have "sd" (error bars); one whose label begins with "chance" is grey and dotted. `mark` draws a vertical
-    line at the chosen x. More than four panels, or many lines, share one legend below.
+    A line may have "sd", or "low" and "high" (error bars); one whose label begins with "chance" is grey and dotted.
+    `mark` draws a vertical line at the chosen x. More than four panels, or many lines, share one legend below.
     """
     figure, axes = new_figure(len(panels))
     colours, handles = {}, {}
@@ -2128,7 +2136,10 @@ def plot_lines(path, panels, title="", synthetic=False, mark=None):
             style = {"color": "grey", "linestyle": ":"} if label.startswith("chance") else {
                 "color": colours.setdefault(label, f"C{len(colours)}"), "marker": "." if len(line["x"]) < 30 else None,
                 "linestyle": "-" if [*colours].index(label) < 10 else "--"}
-            handles[label] = axis.errorbar(line["x"], line["y"], line.get("sd"), capsize=2, label=label, **style)
+            spread = line.get("sd")
+            if "low" in line:
+                spread = [np.subtract(line["y"], line["low"]), np.subtract(line["high"], line["y"])]
+            handles[label] = axis.errorbar(line["x"], line["y"], spread, capsize=2, label=label, **style)
         if mark is not None:
             handles["chosen"] = axis.axvline(mark, color="grey", linestyle="--", linewidth=1, label="chosen")
         axis.set(xlabel=panel["xlabel"], ylabel=ylabel)

@@ -15,6 +15,7 @@ not interrupted. Beside every output stands a `*_manifest.json`. docs/encoding.m
 Shapes: N items (images, captions, films), B rows of a batch, T tokens, L layers, D features.
 """
 
+import logging
 import os
 import signal
 
@@ -71,6 +72,7 @@ def import_transformers():
         raise UserError("encode.py needs the package transformers, at least 5.20: pip install 'transformers>=5.20'")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries where there is no network
     return transformers
 
 
@@ -129,7 +131,7 @@ def cause(error):
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     hints = re.findall(r"pip install [\w'\"<>=.\- ]*\w", " ".join(lines[1:]))[:1]
     hints += ["--trust-remote-code runs it"] * ("trust_remote_code" in str(error))
-    return "; ".join([f"{type(error).__name__}: {lines[0]}", *hints])
+    return "; ".join([f"{type(error).__name__}: {lines[0].rstrip('.')}", *hints])
 
 
 def find_model(name, needs, remote_code=False):
@@ -794,7 +796,8 @@ def coco(args):
 def film_ids(root, limit):
     """Film ids in the order of ids_all.txt, in the folder of labels that exp_gw_mmimdb.py reads; without it all with
     plot and poster, sorted (as its --stage labels writes them)."""
-    dataset = folder_of(root / "dataset", "MM-IMDb's plots and posters (the unpacked mmimdb.tar.gz)")
+    dataset = folder_of(root / "dataset", "MM-IMDb's plots and posters (the unpacked mmimdb.tar.gz of "
+                        "archive.org/details/mmimdb)")
     listed = Path(os.environ.get("IMDB1_LABELS_DIR_23") or root / "labels") / "ids_all.txt"
     with_poster = sorted(p.stem for p in dataset.glob("*.json") if p.with_suffix(".jpeg").exists())
     ids = listed.read_text().split() if listed.is_file() else with_poster
@@ -1086,7 +1089,8 @@ def pixmo(args):
         path = Path(pattern).expanduser()
         files += sorted(path.glob("**/*.parquet") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))
     if not files:
-        raise UserError(f"--data {' '.join(args.data)}: no parquet files there; download PixMo with its images")
+        raise UserError(f"--data {' '.join(args.data)}: no parquet files there; download allenai/pixmo-cap with its "
+                        "images")
     vision, processor = open_images(args.image_model, args)
     text, tokenizer, how = open_texts(args.text_model, args)
     groups, rows = [], []  # of read_images; (id, captions): an id that no column gives is "file:row"

@@ -1586,9 +1586,12 @@ def rows_of(films, ids, path):
 def load_films(cfg, stage):
     """Data of mmimdb or finetune, its last job selected. Raises: UserError naming the file."""
     m, root, device = cfg.mmimdb, Path(at_level(cfg.mmimdb.dir)), common.pick_device(cfg.device)
-    split = common.read_json(root / "split.json")
-    labels, all_ids, genres = read_labels(root / "labels")
     files = [root / "split.json", *(root / "labels" / name for name in LABEL_FILES)]
+    if missing := [path for path in files if not path.exists()]:
+        raise UserError(f"{missing[0]}: no such file; unpack mmimdb.tar.gz (archive.org/details/mmimdb) and run "
+                        "exp_gw_mmimdb.py with --stage labels, set mmimdb.dir=, or try --demo")
+    split = common.read_json(files[0])
+    labels, all_ids, genres = read_labels(root / "labels")
     ids, splits, chosen, sides = [], {}, {}, []
     for part in ("train", "dev", "test"):
         films, index_file = [str(film) for film in split.get(part) or ()], root / part / "sampled_ids.npy"
@@ -1735,7 +1738,7 @@ def evaluate_mmimdb(cfg, data, models):
                 x, title = [score[name] for name in names], f"test F1 against {metric}, {group}"
                 correlations = correlations_by_genre(x, [f1[name] for name in names])
                 if len(tables) == 1:  # a picture of the first
-                    plot_mmimdb(Path(cfg.output_dir), title, names, x, [f1[name]["macro"] for name in names],
+                    plot_mmimdb(Path(cfg.output_dir), title, metric, score, {name: table[name] for name in names},
                                 correlations, table[ALL_GENRES]["f1_macro"], data.synthetic)
                 tables[title] = correlations
     return {"headline": f"mmimdb: linear probes on {len(f1)} language models, {len(labels):,} test films, alignment on "
@@ -1764,14 +1767,22 @@ def correlations_by_genre(x, f1):
     return rows
 
 
-def plot_mmimdb(folder, title, names, x, y, rows, chance, synthetic):
-    """Macro F1 against alignment over models, and over genres histograms of rho and slope."""
+def plot_mmimdb(folder, title, metric, alignment, models, rows, chance, synthetic):
+    """Macro F1 with its interval against alignment over models, and over genres histograms of rho and slope."""
     figure, (points, *histograms) = common.new_figure(3, width=4.4)
-    points.scatter(x, y, s=18)
-    for name, *point in zip(names, x, y, strict=True):
-        points.annotate(name, point, fontsize=6, xytext=(3, 3), textcoords="offset points")
+    middle = (min(alignment[name] for name in models) + max(alignment[name] for name in models)) / 2
+    for name, row in models.items():
+        x, y = alignment[name], row["f1_macro"]
+        points.errorbar(x, y, [[y - row["f1_macro low"]], [row["f1_macro high"] - y]], fmt="C0o", markersize=4,
+                        elinewidth=1, capsize=2)
+        side, offset = ("right", -4) if x > middle else ("left", 4)  # towards the middle: no label leaves the panel
+        points.annotate(name.replace("_", " "), (x, y), fontsize=6, ha=side, xytext=(offset, 3),
+                        textcoords="offset points")
     points.axhline(chance, color="grey", linestyle=":", label="chance: every genre")
-    points.set(xlabel="alignment", ylabel="test macro F1")
+    points.axvline(next(iter(models.values()))[f"{metric} chance"], color="grey", linestyle="--", linewidth=1,
+                   label="chance of the alignment")
+    points.legend(fontsize=7)
+    points.set(xlabel=f"alignment ({metric.replace('_', ' ')})", ylabel="test macro F1, 95% intervals")
     points.set_title(f"macro: {stated(rows['macro'])}", fontsize=8)
     for axis, key, q in zip(histograms, ("rho", "slope"), ("q", "slope q"), strict=True):
         values = [row[key] for genre, row in rows.items() if genre != "macro" and math.isfinite(row[key])]
@@ -1936,12 +1947,17 @@ def evaluate_finetune(cfg, data, models):
         y = [r["AP"] if name == "AP" else r[name]["score"] for r in of_arm]
         correlations[f"w, {name}; {arm_name(arm)}"] = spearman([r["weight"] for r in of_arm], y)
     for name in ("AP", "F1, dev threshold", *a.metrics):
-        lines = {arm_name(arm): {"x": weights, "y": [table[arm_name(arm, w)][name] for w in weights]} for arm in arms}
+        columns, lines = {"y": name, "low": f"{name} low", "high": f"{name} high"}, {}
+        for arm in arms:
+            rows = [table[arm_name(arm, w)] for w in weights]
+            curve = {key: [row[column] for row in rows] for key, column in columns.items() if column in rows[0]}
+            lines[arm_name(arm)] = {"x": weights, **curve}  # some metrics have no interval
         chance = [table[arm_name(arms[0], w)][f"{name} chance"] if name in METRICS else table[ALL_POSITIVE][name]
                   for w in weights]
         curves[f"alignment ({name})" if name in METRICS else name] = {
             "xlabel": "weight w of InfoNCE", "lines": {**lines, "chance": {"x": weights, "y": chance}}}
-    common.plot_lines(Path(cfg.output_dir) / "finetune.png", curves, f"fine-tuning for {genre}", data.synthetic)
+    common.plot_lines(Path(cfg.output_dir) / "finetune.png", curves,
+                      f"fine-tuning for {genre}: test films, means over seeds, 95% intervals", data.synthetic)
     return {"headline": f"finetune: genre {genre}, {int(labels.sum())} of {len(test):,} test films; loss = w InfoNCE "
                         f"of {len(data.splits['train']):,} pairs + BCE of the labelled films; {cfg.finetune.n_seeds} "
                         "seeds",

@@ -1589,7 +1589,7 @@ def find(root, *names):
             return root / name
     raise UserError(f"{root / names[0]}: no such file or folder; download Flickr8k_Dataset.zip and Flickr8k_text.zip "
                     "(github.com/jbrownlee/Datasets, release Flickr8k) and flickr_audio "
-                    "(sls.csail.mit.edu/downloads/flickraudio), set data.dir=, or try --demo")
+                    "(sls.csail.mit.edu/downloads/flickraudio), name their folder, or try the experiment's --demo")
 
 
 LINES = {  # file -> (what a line is, as a pattern; in words)

@@ -794,7 +794,8 @@ def write_labels(root, folder):
     root, folder = Path(root), Path(folder)
     ids = sorted(p.stem for p in (root / "dataset").glob("*.json") if p.with_suffix(".jpeg").exists())
     if not ids:
-        raise UserError(f"{root / 'dataset'}: no films (.json with .jpeg); unpack mmimdb.tar.gz, or set data.dir=")
+        raise UserError(f"{root / 'dataset'}: no films (.json with .jpeg); unpack mmimdb.tar.gz "
+                        "(archive.org/details/mmimdb), or set data.dir=")
     labels = np.zeros((len(ids), len(GENRES)), dtype=np.float32)
     for row, film in enumerate(ids):
         names = common.read_json(root / "dataset" / f"{film}.json").get("genres") or []

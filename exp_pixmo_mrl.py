@@ -29,6 +29,7 @@ Deviations from the recipe this follows:
 - the cosine schedule stays at 0 past its end; resuming is exact, and a finished run is not trained again.
 """
 
+import logging
 import os
 import signal
 
@@ -1287,6 +1288,7 @@ def pretrained(name, side):
         raise UserError(f"the encoder {name} needs the package: pip install transformers (or name: scratch)") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries where there is no network
     part = "vision" if side == "image" else "text"
 
     def load():
@@ -1294,7 +1296,11 @@ def pretrained(name, side):
         model = getattr(model, f"{part}_model", model)
         model = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
         return model.float().eval().requires_grad_(False)
-    config = common.guarded(transformers.AutoConfig.from_pretrained, name)
+    try:
+        config = common.guarded(transformers.AutoConfig.from_pretrained, name)
+    except UserError as error:
+        raise UserError(f"{error}; {side} encoders are folders of saved models, names on huggingface.co (with "
+                        "HF_HUB_OFFLINE=1 downloaded ones), cached or scratch") from None
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(name).glob("*"))]
     facts = {"key": [name, getattr(config, "_commit_hash", None), files]}
     config = getattr(config, f"{part}_config", config)

@@ -543,6 +543,7 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path):
     ("training:\n  batch_size:", "expected a whole number"),
     ("training:\n  batch_size: 1", "must be >= 2, found 1"),
     (f"training:\n  batch_size: -{'9' * 400}", r"expected a whole number, found '-9{58}\.\.\.$"),  # torch takes 64 bits
+    ("trainning:\n  hidden: 3", r"unknown key trainning; did you mean training.hidden\?"),
     ("training:\n  lr: 3", r"unknown key training.lr; did you mean training.learning_rate\?"),
     ("training:\n  note: \"a\\0b\"", "training.note: expected a word"),
     ("training:\n  note: \"\\ud800\"", "training.note: expected a word"),  # half a surrogate pair
@@ -760,6 +761,13 @@ class Toy:
                     run.log({"step": step, **run.means()}, score=self.score(step), val_loss=-self.score(step),
                             patience=patience, note=step)
         return run
+
+
+@pytest.mark.parametrize(("steps_per_epoch", "n_notes"), [(1, 1), (2, 0)])
+def test_an_epoch_of_one_step_is_noted(tmp_path, capsys, steps_per_epoch, n_notes):
+    toy = Toy(tmp_path / "a", n_steps=4, steps_per_epoch=steps_per_epoch)
+    toy.train()
+    assert capsys.readouterr().out.count("NOTE: an epoch is one step") == n_notes
 
 
 def test_early_stopping_and_a_kill_before_metrics_csv(tmp_path, monkeypatch):

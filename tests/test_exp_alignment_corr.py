@@ -996,6 +996,8 @@ def sampled(root, values, part="test"):
      "clip_text.npy: cannot be read"),
     (lambda root: (root / "split.json").write_text(json.dumps({"train": ["nobody"], "dev": ["x"], "test": ["y"]})),
      "labels/ids_all.txt: 3 of the split's films are not there, the first is nobody"),
+    (lambda root: (root / "split.json").unlink(), "split.json: no such file; unpack mmimdb.tar.gz"),
+    (lambda root: shutil.rmtree(root / "labels"), "labels_all_23.npy: no such file; unpack mmimdb.tar.gz"),
     (lambda root: np.save(root / "latents/mm_imdb1_globals_aug3_clip_text.npy", np.zeros((7, 4))),
      "expected 120 films x 3 views"),
     (lambda root: (root / "latents/mm_imdb1_globals_aug3_clip_image.npy").unlink(),

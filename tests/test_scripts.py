@@ -131,6 +131,18 @@ def test_help_lists_every_key_with_a_comment(script):
     check(importlib.import_module(script).Config())
 
 
+@pytest.mark.parametrize(("args", "lines"), [
+    (["configs/blip.yaml"], ["model.type=blip", "loss.temperature=null", "study_name=xclip_siglip_tuning"]),
+    (["configs/quick_test.yaml", "--demo"], ["data.train=1000", "output_dir=results/demo/quick_test"]),
+    (["configs/tune/siglip.yaml"], ["study_name=siglip_tuning", "model.type=siglip"])])
+def test_help_beside_a_config_shows_its_values(args, lines, capsys):
+    import exp_coco_heads as exp
+    words = [str(ROOT / word) if word.endswith(".yaml") else word for word in args]
+    with pytest.raises(SystemExit):
+        exp.main([*words, "-h"])
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines() if "=" in line} >= set(lines)
+
+
 @pytest.mark.parametrize("args", [[], ["--stage", "dance", "configs/siglip.yaml"],
                                   ["configs/siglip.yaml", "--demmo"], ["seed=1"]])
 def test_wrong_usage_exits_2(args):

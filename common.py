@@ -8,6 +8,7 @@ Shapes: N rows (pairs) of D features; Q queries against G gallery rows; C classe
 
 import argparse
 import ast
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -388,7 +389,7 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     if not torch.isfinite(tolerance.max()):
         raise ValueError("scores overflow float32; normalise the rows")
     counts, average_precision = [], {f"AP@{k}": [] for k in map_ks}
-    size = min(len(queries), chunk_size or rows_at_once(len(gallery), gallery32, n_buffers=6))  # AP's are float64
+    size = min(len(queries), chunk_size or rows_at_once(len(gallery), gallery32, n_buffers=6 if map_ks else 3))
     buffers = gallery32.new_empty(2, size, len(gallery))  # fresh ones pile up in the heap
     for rows in row_blocks(slice(0, len(queries)), size):
         scores, work = buffers[:, :len(queries[rows])]  # [q, G]
@@ -953,11 +954,12 @@ class GraphedStep:
     launched together, without Python between them. Called with a batch, {name: tensor, or what does not change}.
 
     There is a graph for every set of shapes and every `key`, what else the step depends on (sizes it draws, what is
-    frozen), recorded when they come again; after `most` of them, and where a step cannot be recorded (it takes a number
-    from the device, copies from CPU memory, draws from the CPU's generator, its optimizer is not fused), it runs as it
-    is written, with the same values. So it does on other devices, and of several processes. step_inside=False: the
-    optimizer's step, then the last of train_step, stays outside the graph, which freezes its settings but for the
-    learning rate. Source: Nguyen et al. 2021, "Accelerating PyTorch with CUDA Graphs".
+    frozen), recorded when they come for the fifth time, as a recording costs about four steps; after `most` of them,
+    and where a step cannot be recorded (it takes a number from the device, copies from CPU memory, draws from the CPU's
+    generator, its optimizer is not fused), it runs as it is written, with the same values. So it does on other devices,
+    and of several processes. step_inside=False: the optimizer's step, then the last of train_step, stays outside the
+    graph, which freezes its settings but for the learning rate. Source: Nguyen et al. 2021, "Accelerating PyTorch with
+    CUDA Graphs".
     """
 
     def __init__(self, train_step, model, optimizer, enabled=True, step_inside=True, most=16):
@@ -968,7 +970,8 @@ class GraphedStep:
         self.on_gpu = device.type == "cuda" and process()[1] == 1
         self.step_inside = step_inside and all(group.get("fused") for group in optimizer.param_groups)
         self.most = most if enabled and self.step_inside == step_inside else 0
-        self.graphs, self.seen, self.pool = {}, set(), None  # key -> (graph, inputs, gradients, names, values)
+        self.graphs, self.pool = {}, None  # key -> (graph, inputs, gradients, names, values)
+        self.seen = collections.Counter()
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups] if self.step_inside else []
 
     def __call__(self, batch, key=None):
@@ -978,14 +981,14 @@ class GraphedStep:
             rate.fill_(group["lr"])
         tensors = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor)}
         key = (key, *((name, (x.shape, x.dtype) if name in tensors else x) for name, x in batch.items()))
-        if key not in self.graphs and key in self.seen and len(self.graphs) < self.most:
+        self.seen[key] += 1
+        if key not in self.graphs and self.seen[key] >= 5 and len(self.graphs) < self.most:
             try:
                 self.graphs[key] = self._recorded(batch)
             except RuntimeError as error:  # also out of memory
                 self.most = 0
                 self.graphs.clear()
                 print(f"NOTE: no CUDA graphs of this training step ({reason_of(error)}): it runs kernel by kernel")
-        self.seen.add(key)
         if key not in self.graphs:
             with self._rates_on_device():
                 return self.train_step(self.model, batch, self.optimizer)

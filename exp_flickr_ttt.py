@@ -283,8 +283,9 @@ class SlotMemory(nn.Module):
 
     Slots start at the scale of the standardised encodings that ask: they are addressed by content from the start. Two
     ways to adapt: with `enable_ttt_updates`, in eval mode, the slots that all rows share move towards what they were
-    asked, after the answer (online). With episodic=True every row has slots of its own, written before the answer and
-    gone after it. linear: linear attention (Katharopoulos et al. 2020) in place of the softmax.
+    asked, after the answer (online). With episodic=True, or a 0-d tensor of 1 or 0 that a GPU's recorded step reads,
+    every row has slots of its own, written before the answer and gone after it. linear: linear attention (Katharopoulos
+    et al. 2020) in place of the softmax.
     """
 
     START = 16.0  # 1 / temperature: random cosines of 64 dimensions then give an entropy of about .6 ln M
@@ -301,11 +302,11 @@ class SlotMemory(nn.Module):
     def heads(self, x):
         return x.view(len(x), self.n_heads, -1)
 
-    def adapt(self, x):
-        """(w [B, M], x [B, D]): row b's own slots are m_k + w_bk (x_b - m_k)."""
+    def adapt(self, x, share=1):
+        """(w [B, M], x [B, D]): row b's own slots are m_k + w_bk (x_b - m_k); of a share 0 they stay m_k."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.detach().to(self.slots.dtype)
-            return self.ttt_lr * slot_weights(self.slots, x, self.ttt_topk), x
+            return share * self.ttt_lr * slot_weights(self.slots, x, self.ttt_topk), x
 
     def attention(self, x, adapted=None):
         """Weights [B, n_heads, M] of a read. adapted: (w, x) of `adapt`.
@@ -336,7 +337,7 @@ class SlotMemory(nn.Module):
         return self.out(y.flatten(1))
 
     def forward(self, x, episodic=False, write=True):
-        y = self.norm(x + self.read(x, self.adapt(x) if episodic else None))
+        y = self.norm(x + self.read(x, None if episodic is False else self.adapt(x, episodic)))
         if write and self.enable_ttt_updates and not self.training:
             with torch.no_grad():
                 self.slots.copy_(memory_write(self.slots, x, self.ttt_topk, self.ttt_lr))
@@ -546,12 +547,14 @@ def build_optimizer(cfg, model):
 # ---------------------------------------------------------------------------------------------------------- objective
 
 def draw_passes(model):
-    """What a step draws, from torch's CPU generator (of several processes the first one's): (names of the encodings,
-    and of the pair, that are adapted before they are used (through_update); the modality that the pair is against)."""
+    """What a step draws, from torch's CPU generator (of several processes the first one's), for its batch: `adapted`,
+    whether the encodings of each modality, and of the pair, are adapted before they are used (through_update; on a GPU
+    a tensor [4] of 0 and 1, which all recordings of a step share); `third`, the modality that the pair is against."""
     *coins, third = common.agreed([*torch.rand(len(MODALITIES) + 1).tolist(), int(torch.randint(len(MODALITIES), ()))])
-    names = (*MODALITIES, "pair")
-    adapted = tuple(m for m, coin in zip(names, coins, strict=True) if model.through_update and coin < 0.5)
-    return adapted, MODALITIES[third]
+    adapted = tuple(model.through_update and coin < 0.5 for coin in coins)
+    if model.through_update and model.presence.is_cuda:
+        adapted = torch.tensor(adapted, dtype=torch.float32).to(model.presence.device)
+    return {"adapted": adapted, "third": MODALITIES[third]}
 
 
 def retrieval_losses(model, batch):
@@ -559,17 +562,18 @@ def retrieval_losses(model, batch):
     audio's over spoken rows.
 
     batch: as `make_batch` returns it; with fewer than two spoken rows there is only text_image. Captions of one photo
-    are no negatives. Every modality goes through the fusion alone; "fused" is a random pair against the third. "drawn":
-    of `draw_passes` (default: drawn here). Of several processes each encodes its share of the rows and has the losses'
-    parts.
+    are no negatives. Every modality goes through the fusion alone; "fused" is a random pair against the third. What
+    `draw_passes` draws is in the batch, or drawn here. Of several processes each encodes its share of the rows and has
+    the losses' parts.
     """
-    adapted, third = batch.get("drawn") or draw_passes(model)
+    drawn = batch if "third" in batch else draw_passes(model)
+    adapted, third = dict(zip((*MODALITIES, "pair"), drawn["adapted"], strict=True)), drawn["third"]
     spoken, photo = batch.get("audio_rows"), batch["photo"]
     n = {"text": len(photo), "image": len(photo)}
     if spoken is not None and len(spoken) > 1:
         n["audio"] = len(spoken)
-    encodings = {m: model.encode(m, batch[m], batch.get(f"{m}_frames"), m in adapted) for m in n}
-    latents = {m: model.fuse_modalities({m: e}, m in adapted) for m, e in encodings.items()}
+    encodings = {m: model.encode(m, batch[m], batch.get(f"{m}_frames"), adapted[m]) for m in n}
+    latents = {m: model.fuse_modalities({m: e}, adapted[m]) for m, e in encodings.items()}
     latents = {m: F.normalize(z.float(), dim=1) for m, z in latents.items()}
     latents = {m: common.gathered(z, n[m]) for m, z in latents.items()}
     losses, scale = {}, 1 / model.temperature
@@ -581,7 +585,7 @@ def retrieval_losses(model, batch):
     if model.fused and len(encodings) == 3:
         own = spoken[common.share(len(spoken))]  # a row's text and photo may have been encoded by another process
         pair = {m: e if m == "audio" else common.gathered(e, n[m])[own] for m, e in encodings.items() if m != third}
-        joint = F.normalize(model.fuse_modalities(pair, "pair" in adapted).float(), dim=1)
+        joint = F.normalize(model.fuse_modalities(pair, adapted["pair"]).float(), dim=1)
         target = latents[third] if third == "audio" else latents[third][spoken]
         losses["fused"] = common.info_nce(common.gathered(joint, len(spoken)), target, scale, photo[spoken], "mask",
                                           rows=common.share(len(spoken)))
@@ -639,7 +643,7 @@ def train(cfg, data):
             draws = np.random.default_rng([cfg.seed, epoch, place]) if cfg.training.augment else None
             rows = epoch_batches(data, cfg.seed, cfg.data.captions, per_epoch, epoch)[place]
             batch = make_batch(data, rows, draws, common.share)
-            run.add(take_step({**batch, "drawn": draw_passes(model)}))  # stays on the device
+            run.add(take_step({**batch, **draw_passes(model)}))  # stays on the device
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             if step % per_epoch == 0:

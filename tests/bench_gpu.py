@@ -38,9 +38,9 @@ DEMO = {"flickr8k_features": ["data.dir=data/demo/flickr8k", "data.cache_dir=dat
 
 
 def milliseconds(functions, repeats):
-    """Median time of each of some functions, which take turns; the first three of each warm up, record."""
+    """Median time of each of some functions, which take turns; the first six of each warm up, record."""
     times = {name: [] for name in functions}
-    for repeat in range(-2, repeats + 1):
+    for repeat in range(-5, repeats + 1):
         for name, function in functions.items():
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
@@ -88,7 +88,7 @@ def steps(small):
         if hasattr(built.module, "set_train_mode"):
             built.module.set_train_mode(built.cfg, model, 1)
         if hasattr(built.module, "draw_passes"):
-            batch["drawn"] = built.module.draw_passes(model)
+            batch |= built.module.draw_passes(model)
         step_inside = STEP_INSIDE.get(built.cfg.experiment, True)
         written, replayed = (common.GraphedStep(step, model, optimizer, enabled, step_inside)
                              for enabled in (False, True))

@@ -576,11 +576,13 @@ def test_episodic_is_invariant_to_batch_and_order(small):
 def test_training_runs_through_the_inner_update():
     torch.manual_seed(0)
     memory, x, gradients = exp.SlotMemory(8, 6, 2, 3, 0.4), torch.randn(4, 8), []
-    for episodic in (False, True):
+    for episodic in (False, True, torch.tensor(0.0), torch.tensor(1.0)):
         memory.zero_grad()
         memory(x, episodic).pow(3).sum().backward()
         gradients.append(memory.slots.grad.clone())
     assert (gradients[0] - gradients[1]).abs().max() > 1e-6
+    for plain, of_tensor in zip(gradients[:2], gradients[2:], strict=True):  # what a GPU's recorded step is given
+        torch.testing.assert_close(of_tensor, plain)
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation

@@ -121,14 +121,20 @@ def _same(ids, rows, diagonal=True):
     return same
 
 
+def _splits_logits(a):
+    """Whether float32 products of this tensor's GPU may use TF32, whose 10 bits would move a logit of 100 by .05."""
+    return (a.is_cuda and a.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+            and torch.version.cuda is not None and torch.cuda.get_device_capability(a.device) >= (8, 0))
+
+
 def _logit_factors(a, b):
     """Factors x, y [N, D'] of logits: x y^T = a b^T.
 
-    On a GPU whose float32 products may use TF32, whose 10 bits would move a logit of 100 by .05, every number is the
-    sum of two bfloat16 (16 bits), and three products are one of [high, high, low] with [high, low, high] (Henry et al.
-    2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations").
+    Where TF32 would be used every number is the sum of two bfloat16 (16 bits), and three products are one of [high,
+    high, low] with [high, low, high] (Henry et al. 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For
+    Higher-Precision Computations").
     """
-    if not a.is_cuda or a.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+    if not _splits_logits(a):
         return a, b
     (a, a_low), (b, b_low) = ((x.bfloat16(), (x - x.bfloat16()).bfloat16()) for x in (a, b))
     return torch.cat([a, a, a_low], dim=1), torch.cat([b, b_low, b], dim=1)
@@ -140,8 +146,8 @@ def _logits(x, y):
 
 
 def _product_precision(a):
-    """That of a loss's products: a GPU's as it is set, since its logits are split; else full."""
-    return contextlib.nullcontext() if a.is_cuda else full_precision()
+    """That of a loss's products: TF32 for the gradients where the logits are split, else full."""
+    return contextlib.nullcontext() if _splits_logits(a) else full_precision()
 
 
 def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smoothing=0.0, chunk_size=None,

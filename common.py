@@ -201,17 +201,18 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ow
             spread.masked_fill_(_same(ids, rows, diagonal=False), 0)
         return spread + _same(ids, rows) * (2 * (1 - label_smoothing) / group[rows, None]) if soft else spread
 
-    own = slice(*own.indices(n))
-    blocks = row_blocks(own, chunk_size or rows_at_once(n, a, n_buffers=4))
-    is_one = blocks == [slice(0, n)]  # then one product serves both ways
+    is_share = own != slice(None) and process()[1] > 1  # each process has the columns of its rows
+    own, size = slice(*own.indices(n)), chunk_size or rows_at_once(n, a, n_buffers=4)
+    blocks, columns = row_blocks(own, size), row_blocks(own if is_share else slice(0, n), size)
+    is_one = blocks == columns == [slice(0, n)]  # then one product serves both ways
     partner, of_rows, of_columns, spread = a.new_zeros(4, n)  # logits of partners, their -log softmax both ways
-    for rows in blocks:
+    for rows in columns:
         logits = logits_of(x, y, rows) if is_one else logits_of(y, x, rows)
         of_columns[rows] = -(logits.T if is_one else logits).log_softmax(1)[:, rows].diagonal()
         partner[rows] = logits[:, rows].diagonal()
     column_lse = partner + of_columns
-    if own != slice(0, n, 1):
-        column_lse = summed(column_lse)  # each process has its own columns'
+    if is_share:
+        column_lse = summed(column_lse)
     grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
     for rows in blocks:
         logits = logits if is_one else logits_of(x, y, rows)
@@ -311,7 +312,7 @@ def _miss_probability(better, tied, own, k):
     some = ((tied > 0) & (better < k)).nonzero()[:, 0]
     better, tied, own = better[some], tied[some], own[some]
     miss = torch.ones_like(better, dtype=torch.float64)
-    for j in range(k):
+    for j in range(min(k, int((tied + own).max())) if len(some) else 0):
         inside = (j < k - better) & (j < tied + own)
         miss = torch.where(inside, miss * (tied - j).clamp(min=0) / (tied + own - j).clamp(min=1), miss)
     out[some] = miss
@@ -391,8 +392,10 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     offsets = torch.arange(int(n_own.max()), device=device)
     gallery32 = gallery.float()
     eps = 16 * torch.finfo(torch.float32).eps  # of a float32 product
-    tolerance = eps * queries.float().norm(dim=1, keepdim=True) * gallery32.norm(dim=1).max()
-    if not torch.isfinite(tolerance.max()):
+    of_query, of_gallery = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in (queries, gallery))
+    largest = of_query[:, None] * of_gallery.max()  # score that a query can have
+    tolerance = (eps * largest).float()
+    if largest.max() > torch.finfo(torch.float32).max:
         raise ValueError("scores overflow float32; normalise the rows")
     counts, average_precision = [], {f"AP@{k}": [] for k in map_ks}
     size = min(len(queries), chunk_size or rows_at_once(len(gallery), gallery32, n_buffers=6 if map_ks else 3))
@@ -1307,7 +1310,7 @@ class Run:
             print(f"{self.folder}: training is complete")
             return
         if self.steps_per_epoch == 1:
-            print("NOTE: an epoch is one step, as batch_size takes all training rows; a smaller one makes more steps")
+            print("NOTE: an epoch is one step, as batch_size has no second batch; a smaller one makes more steps")
         if self.step:
             print(f"{self.folder}: resuming at step {self.step} of {last_step}")
         if self._rng:
@@ -2147,7 +2150,8 @@ def plot_lines(path, panels, title="", synthetic=False, mark=None):
                 "linestyle": "-" if [*colours].index(label) < 10 else "--"}
             spread = line.get("sd")
             if "low" in line:
-                spread = [np.subtract(line["y"], line["low"]), np.subtract(line["high"], line["y"])]
+                ends = np.subtract(line["y"], line["low"]), np.subtract(line["high"], line["y"])
+                spread = np.maximum(0, ends)  # a basic bootstrap's interval need not hold the estimate
             handles[label] = axis.errorbar(line["x"], line["y"], spread, capsize=2, label=label, **style)
         if mark is not None:
             handles["chosen"] = axis.axvline(mark, color="grey", linestyle="--", linewidth=1, label="chosen")

@@ -164,8 +164,8 @@ def as_layers(stack, where=""):
         raise UserError(f"{where}features must be [N, D] or [N, L, D], found {[list(x.shape) for x in layers]}")
     extremes = torch.stack([value.float() for x in tensors for value in x.aminmax()])
     if not extremes.abs().amax() <= 1e30:  # also of NaN; beyond it float32 has no room for a row's length
-        i, x = next((i, x) for i, x in enumerate(layers) if not x.abs().amax() <= 1e30)
-        bad = (~(x.abs() <= 1e30).all(1)).nonzero()[:, 0]
+        i, x = next((i, x) for i, x in enumerate(layers) if not x.float().abs().amax() <= 1e30)  # in half 1e30 is inf
+        bad = (~(x.float().abs() <= 1e30).all(1)).nonzero()[:, 0]
         raise UserError(f"{where}layer {i}: {len(bad)} of {len(x)} rows of features hold NaN, infinite or values "
                         f"beyond 1e30, the first is row {int(bad[0])}")
     return layers
@@ -588,7 +588,7 @@ def permutation_null(stack_a, stack_b, metric, k=10, n_permutations=200, seed=0,
         orders = torch.from_numpy(permutations).to(matrix.device).argsort()  # inverse, of a: the same pairs
         scores = alignment_matrix(a.permuted(orders), b, metric).unflatten(0, (-1, len(orders)))  # [La, B, Lb]
         null.append(scores.amax((0, 2)) / unit)
-    matrix, null = matrix.cpu(), torch.cat(null).cpu().numpy()
+    matrix, null = matrix.cpu(), torch.cat([matrix.new_empty(0), *null]).cpu().numpy()
     best = divmod(int(matrix.argmax()), matrix.shape[1])
     return {**calibrate(matrix.max().item(), null, alpha), "layers": list(best), "matrix": matrix.tolist(),
             "null": null.tolist()}
@@ -1128,7 +1128,7 @@ def read_features(path, device="cpu", pool=""):
             raise ValueError(f"{len(layers[0])} rows of features but {len(ids)} ids")
         if bpb is not None and not math.isfinite(bpb):
             raise ValueError(f"bpb (bits per byte) is {bpb}")
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{path}: {error}; expected float features [N, L, D], or a list of [N, D], as feats, and if "
                         "any N ids, L dims (true widths) and a finite bpb") from None
     if ids is None:
@@ -1773,8 +1773,8 @@ def plot_mmimdb(folder, title, metric, alignment, models, rows, chance, syntheti
     middle = (min(alignment[name] for name in models) + max(alignment[name] for name in models)) / 2
     for name, row in models.items():
         x, y = alignment[name], row["f1_macro"]
-        points.errorbar(x, y, [[y - row["f1_macro low"]], [row["f1_macro high"] - y]], fmt="C0o", markersize=4,
-                        elinewidth=1, capsize=2)
+        spread = [[max(0, y - row["f1_macro low"])], [max(0, row["f1_macro high"] - y)]]  # it need not hold y
+        points.errorbar(x, y, spread, fmt="C0o", markersize=4, elinewidth=1, capsize=2)
         side, offset = ("right", -4) if x > middle else ("left", 4)  # towards the middle: no label leaves the panel
         points.annotate(name.replace("_", " "), (x, y), fontsize=6, ha=side, xytext=(offset, 3),
                         textcoords="offset points")

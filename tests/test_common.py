@@ -359,6 +359,26 @@ def test_retrieval_errors():
             retrieval_metrics(*args)
 
 
+def test_retrieval_of_large_rows_and_of_a_large_k():
+    u, v, image_ids, own = five_captions()
+    expected = retrieval_metrics(u, v, image_ids, own)
+    for scaled in ((u * 1e20, v), (u * 1e20, v * 1e-5), (u.double() * 1e20, v.double())):
+        assert retrieval_metrics(*scaled, image_ids, own) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="overflow"):
+        retrieval_metrics(u * 1e25, v * 1e25, image_ids, own)
+    assert retrieval_metrics(u, v, image_ids, own, ks=(10**9,))[f"R@{10**9}"] == 1  # no loop over k
+
+
+def test_shares_of_a_batch_sum_to_it_in_one_process():
+    g = torch.Generator().manual_seed(0)
+    a, b = (F.normalize(torch.randn(9, 5, dtype=torch.float64, generator=g), dim=1).requires_grad_() for _ in range(2))
+    for loss in (lambda **rows: info_nce(a, b, 20.0, **rows), lambda **rows: sigmoid_loss(a, b, 20.0, -3.0, **rows)):
+        whole, shares = loss(), loss(rows=slice(0, 4)) + loss(rows=slice(4, 9))
+        torch.testing.assert_close(shares, whole)
+        for x, y in zip(*(torch.autograd.grad(value, (a, b)) for value in (shares, whole)), strict=True):
+            torch.testing.assert_close(x, y)
+
+
 def test_multilabel_metrics_against_scikit_learn():
     g = torch.Generator().manual_seed(0)
     targets = (torch.rand(300, 7, generator=g) < torch.tensor([0.5, 0.3, 0.1, 0.05, 0.02, 0.4, 0.2])).float()

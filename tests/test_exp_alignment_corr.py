@@ -661,6 +661,8 @@ BAD_FEATURES = {
     "fewer": ({"feats": torch.randn(20, 2, 6), "ids": [f"item{i}" for i in range(20)]}, "vision/m.pt: 20 items"),
     "nan": ({"feats": torch.full((30, 2, 6), math.nan)}, "vision/m.pt: layer 0: 30 of 30 rows of features hold NaN"),
     "inf": ({"feats": torch.randn(30, 1, 6).index_fill(0, torch.tensor([3]), math.inf)}, "the first is row 3"),
+    "half": ({"feats": torch.randn(30, 1, 6).half().index_fill(0, torch.tensor([3]), math.inf)}, "the first is row 3"),
+    "complex": ({"feats": torch.zeros(30, 1, 6, dtype=torch.complex64)}, "expected float features"),
     "no feats": ({"feats": None}, "expected float features"),
     "whole numbers": ({"feats": torch.ones(30, 2, 6, dtype=torch.int64)}, "int64"),
     "ids": ({"ids": ["a"]}, "30 rows of features but 1 ids"),

@@ -29,7 +29,7 @@ DEMOS = {  # overrides that shrink a config's demo to a few seconds
     **{f"pixmo_{name}": ["optimization.num_epochs=1", "vision_encoder.depth=1", "text_encoder.depth=1",
                          "vision_encoder.projection_dim=256", "vision_encoder.mrl_dimensions=[64, 16]"]
        for name in ("alignment", "scratch", "scratch_nomrl", "features", "features_nomrl")},
-    "alignment_n_sweep": ["alignment.n_permutations=19"],
+    "alignment_n_sweep": ["alignment.n_permutations=19", "n_sweep.sizes=[64]"],
     "alignment_prh": ["alignment.n_permutations=19", "alignment.metrics=[mutual_knn]", "stages=[uniqueness]"],
     "alignment_mmimdb": ["mmimdb.epochs=2", "alignment.n_permutations=19", "alignment.metrics=[mutual_knn]"],
     **{name: ["training.epochs=2", "model.latent_dim=16", "evaluation.n_severities=1", "evaluation.n_orders=1",
@@ -39,7 +39,7 @@ DEMOS = {  # overrides that shrink a config's demo to a few seconds
                       "alignment.n_permutations=19"]}
 
 TRAINED_ONLY = ("clip", "mlp", "align", "blip", "attention", "gw_clip_random", "gw_blip2_shared", "gw_blip2_random",
-                "pixmo_scratch_nomrl", "flickr8k")  # they are evaluated as others of their script are
+                "pixmo_scratch_nomrl", "flickr8k", "flickr8k_tiny")  # they are evaluated as others of their script are
 NOTHING_TRAINED = ("alignment_prh", "alignment_n_sweep")
 
 

@@ -1791,7 +1791,7 @@ def plot_mmimdb(folder, title, metric, alignment, models, rows, chance, syntheti
         axis.set(xlabel=f"{key} of F1 against alignment", ylabel="genres")
         n_below = sum(row.get(q, 1) < 0.05 for row in rows.values())
         axis.set_title(f"{len(values)} genres, {n_below} with q < .05", fontsize=8)
-    figure.suptitle(f"{title}{' (synthetic data)' * synthetic}", fontsize=10)
+    figure.suptitle(f"{title.replace('_', ' ')}{' (synthetic data)' * synthetic}", fontsize=10)
     common.save_figure(figure, folder / "mmimdb_correlations.png")
 
 
@@ -1954,7 +1954,7 @@ def evaluate_finetune(cfg, data, models):
             lines[arm_name(arm)] = {"x": weights, **curve}  # some metrics have no interval
         chance = [table[arm_name(arms[0], w)][f"{name} chance"] if name in METRICS else table[ALL_POSITIVE][name]
                   for w in weights]
-        curves[f"alignment ({name})" if name in METRICS else name] = {
+        curves[f"alignment ({name.replace('_', ' ')})" if name in METRICS else name] = {
             "xlabel": "weight w of InfoNCE", "lines": {**lines, "chance": {"x": weights, "y": chance}}}
     common.plot_lines(Path(cfg.output_dir) / "finetune.png", curves,
                       f"fine-tuning for {genre}: test films, means over seeds, 95% intervals", data.synthetic)

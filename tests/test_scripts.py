@@ -39,7 +39,7 @@ DEMOS = {  # overrides that shrink a config's demo to a few seconds
                       "alignment.n_permutations=19"]}
 
 TRAINED_ONLY = ("clip", "mlp", "align", "blip", "attention", "gw_clip_random", "gw_blip2_shared", "gw_blip2_random",
-                "pixmo_scratch_nomrl", "flickr8k", "flickr8k_tiny")  # they are evaluated as others of their script are
+                "pixmo_scratch_nomrl", "pixmo_alignment", "cross_modal", "gw_small", "flickr8k", "flickr8k_tiny")  # they are evaluated as others of their script are
 NOTHING_TRAINED = ("alignment_prh", "alignment_n_sweep")
 
 

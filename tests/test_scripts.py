@@ -38,8 +38,9 @@ DEMOS = {  # overrides that shrink a config's demo to a few seconds
     "clip_finetune": ["finetune.epochs=2", "finetune.warmup_epochs=1", "finetune.n_seeds=1",
                       "alignment.n_permutations=19"]}
 
-TRAINED_ONLY = ("clip", "mlp", "align", "blip", "attention", "gw_clip_random", "gw_blip2_shared", "gw_blip2_random",
-                "pixmo_scratch_nomrl", "pixmo_alignment", "cross_modal", "gw_small", "flickr8k", "flickr8k_tiny")  # they are evaluated as others of their script are
+TRAINED_ONLY = (  # they are evaluated as others of their script are
+    "clip", "mlp", "align", "blip", "attention", "cross_modal", "gw_clip_random", "gw_blip2_shared", "gw_blip2_random",
+    "gw_small", "pixmo_scratch_nomrl", "pixmo_alignment", "flickr8k", "flickr8k_tiny")
 NOTHING_TRAINED = ("alignment_prh", "alignment_n_sweep")
 
 

@@ -18,7 +18,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import io
-import itertools
 import json
 import math
 import operator
@@ -75,17 +74,22 @@ def row_blocks(rows, size):
 
 
 class _WithGradients(torch.autograd.Function):
-    """A value whose gradients by its inputs have been formed with it, so that no block is kept or made again."""
+    """A value whose gradients by its inputs have been formed with it, so that no block is kept or made again.
+
+    gradients: by the inputs a, b, scale and what else there is; of scale a and scale b for those of a and b.
+    """
 
     @staticmethod
-    def forward(ctx, value, gradients, *inputs):
-        ctx.save_for_backward(*gradients)
+    def forward(ctx, value, gradients, a, b, scale, *others):
+        ctx.save_for_backward(scale, *gradients)
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return None, None, *(grad * x for x in ctx.saved_tensors)
+        scale, grad_a, grad_b, *others = ctx.saved_tensors
+        factor = grad * scale
+        return None, None, factor * grad_a, factor * grad_b, *(grad * x for x in others)
 
 
 def _scalar(x, like):
@@ -136,13 +140,14 @@ def _logit_factors(a, b):
     """
     if not _splits_logits(a):
         return a, b
-    (a, a_low), (b, b_low) = ((x.bfloat16(), (x - x.bfloat16()).bfloat16()) for x in (a, b))
-    return torch.cat([a, a, a_low], dim=1), torch.cat([b, b_low, b], dim=1)
+    high_a, high_b = a.bfloat16(), b.bfloat16()
+    low_a, low_b = (a - high_a).bfloat16(), (b - high_b).bfloat16()
+    return torch.cat([high_a, high_a, low_a], dim=1), torch.cat([high_b, low_b, high_b], dim=1)
 
 
-def _logits(x, y):
-    """x y^T of `_logit_factors`."""
-    return torch.mm(x, y.T, out_dtype=torch.float32) if x.dtype == torch.bfloat16 else x @ y.T
+def _logits(x, y, out=None):
+    """x y^T of `_logit_factors`; of split ones never into `out`."""
+    return torch.mm(x, y.T, out_dtype=torch.float32) if x.dtype == torch.bfloat16 else torch.mm(x, y.T, out=out)
 
 
 def _product_precision(a):
@@ -177,25 +182,25 @@ def info_nce(a, b, logit_scale, ids=None, false_negatives="ignore", label_smooth
 
 
 def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, own, needs_gradients):
-    """(value, its gradients by a, b and scale, or ()): one pass over blocks of columns for their log-sum-exps, one over
+    """(value, gradients of `_WithGradients` or ()): one pass over blocks of columns for their log-sum-exps, one over
     blocks of rows for the gradient by the logits, softmax by rows + softmax by columns - targets of both ways."""
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
     dropped = torch.finfo(a.dtype).min / 4  # finite: -inf - -inf is nan
     on_diagonal = 0.0 if soft else 2 * (1 - label_smoothing)  # weight of the partner in the targets of both ways
+    is_spread = soft or label_smoothing > 0  # there are other targets
     if masked or soft:
         ids, group = _groups(ids)
         group = group.to(a.dtype)
-    share = 1 / (n + 1 - group) if masked else a.new_full((n,), 1 / n)  # 1 / columns that are kept, [N]
+    if is_spread:
+        share = 1 / (n + 1 - group) if masked else a.new_full((n,), 1 / n)  # 1 / columns kept, [N]
     x, y = _logit_factors(scale * a, b)
 
     def logits_of(x, y, rows):
-        logits = _logits(x[rows], y)  # [chunk, N]
+        logits = _logits(x[rows], y, None if work is None else work[:len(x[rows])])  # [chunk, N]
         return logits.masked_fill_(_same(ids, rows, diagonal=False), dropped) if masked else logits
 
     def spread_targets(rows):
-        """[chunk, N]: weights of the targets of both ways, but for the diagonal's; None if there are no others."""
-        if not (soft or label_smoothing):
-            return None
+        """[chunk, N]: weights of the targets of both ways, but for the diagonal's."""
         spread = label_smoothing * (share[rows, None] + share)
         if masked:
             spread.masked_fill_(_same(ids, rows, diagonal=False), 0)
@@ -204,35 +209,33 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ow
     is_share = own != slice(None) and process()[1] > 1  # each process has the columns of its rows
     own, size = slice(*own.indices(n)), chunk_size or rows_at_once(n, a, n_buffers=4)
     blocks, columns = row_blocks(own, size), row_blocks(own if is_share else slice(0, n), size)
+    work = None if a.is_cuda else a.new_empty(min(size, n), n)  # a CPU takes long to find fresh memory
     is_one = blocks == columns == [slice(0, n)]  # then one product serves both ways
-    partner, of_rows, of_columns, spread = a.new_zeros(4, n)  # logits of partners, their -log softmax both ways
+    log_p, column_lse = a.new_zeros(3, n), a.new_zeros(n)  # log softmax of partners both ways, and what targets add
     for rows in columns:
         logits = logits_of(x, y, rows) if is_one else logits_of(y, x, rows)
-        of_columns[rows] = -(logits.T if is_one else logits).log_softmax(1)[:, rows].diagonal()
-        partner[rows] = logits[:, rows].diagonal()
-    column_lse = partner + of_columns
+        log_p[1, rows] = (logits.T if is_one else logits).log_softmax(1)[:, rows].diagonal()
+        torch.sub(logits[:, rows].diagonal(), log_p[1, rows], out=column_lse[rows])
     if is_share:
         column_lse = summed(column_lse)
     grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
     for rows in blocks:
         logits = logits if is_one else logits_of(x, y, rows)
         grad = logits.log_softmax(1)
-        of_rows[rows] = -grad[:, rows].diagonal()
-        if soft or label_smoothing:
-            spread[rows] = (spread_targets(rows) * logits).sum(1)
+        log_p[0, rows] = grad[:, rows].diagonal()
+        if is_spread:
+            targets = spread_targets(rows)
+            log_p[2, rows] = (targets * logits).sum(1) - (2 - on_diagonal) * logits[:, rows].diagonal()
         if needs_gradients:
             torch.logaddexp(grad, logits.sub_(column_lse), out=grad).exp_()
-            if soft or label_smoothing:
-                grad -= spread_targets(rows)
+            if is_spread:
+                grad -= targets
             grad[:, rows].diagonal().sub_(on_diagonal)
-            torch.mm(grad, b, out=grad_a[rows])
-            torch.addmm(grad_b, grad.T, a[rows], out=grad_b)
-        del logits, grad  # before the next block is made
-    value = (of_rows + of_columns + (2 - on_diagonal) * partner - spread)[own].sum() / (2 * n)
-    if not needs_gradients:
-        return value, ()
-    grad_a, grad_b = grad_a / (2 * n), grad_b / (2 * n)
-    return value, (scale * grad_a, scale * grad_b, (grad_a * a).sum())
+            torch.addmm(grad_a[rows], grad, b, beta=0, alpha=0.5 / n, out=grad_a[rows])
+            torch.addmm(grad_b, grad.T, a[rows], alpha=0.5 / n, out=grad_b)
+        logits = grad = targets = None  # before the next block is made
+    value = log_p[:, own].sum(0).sum() / (-2 * n)
+    return value, (grad_a, grad_b, (grad_a * a).sum()) if needs_gradients else ()
 
 
 def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignore", chunk_size=None,
@@ -254,14 +257,14 @@ def sigmoid_loss(a, b, logit_scale, logit_bias, ids=None, false_negatives="ignor
 
 
 def _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, own, needs_gradients):
-    """(value, its gradients by a, b, scale and bias, or ()), in one pass over blocks of logits."""
+    """(value, gradients of `_WithGradients` or ()), in one pass over blocks of logits."""
     n, masked, soft = len(a), false_negatives == "mask", false_negatives == "multi_positive"
     if masked or soft:
         ids, _ = _groups(ids)
     own = slice(*own.indices(n))
     total, grad_a, grad_b, grad_bias = (torch.zeros_like(like) for like in (bias, a, b, bias))
     x, y = _logit_factors(scale * a, b)
-    for rows in row_blocks(own, chunk_size or rows_at_once(n, a, n_buffers=4)):
+    for rows in row_blocks(own, chunk_size or rows_at_once(n, a, n_buffers=5)):
         logits = _logits(x[rows], y).add_(bias)  # [chunk, N]
         positive = _same(ids, rows) if soft else None
         total -= (logits * positive).sum() if soft else logits[:, rows].diagonal().sum()
@@ -275,15 +278,11 @@ def _sigmoid_loss(a, b, scale, bias, ids, false_negatives, chunk_size, own, need
                 grad -= positive.to(grad.dtype)
             else:
                 grad[:, rows].diagonal().sub_(1)
-            torch.mm(grad, b, out=grad_a[rows])
-            torch.addmm(grad_b, grad.T, a[rows], out=grad_b)
+            torch.addmm(grad_a[rows], grad, b, beta=0, alpha=1 / n, out=grad_a[rows])
+            torch.addmm(grad_b, grad.T, a[rows], alpha=1 / n, out=grad_b)
             grad_bias += grad.sum()
-            del grad
-        del logits  # before the next block is made
-    if not needs_gradients:
-        return total / n, ()
-    grad_a, grad_b = grad_a / n, grad_b / n
-    return total / n, (scale * grad_a, scale * grad_b, (grad_a * a).sum(), grad_bias / n)
+        logits = grad = None  # before the next block is made
+    return total / n, (grad_a, grad_b, (grad_a * a).sum(), grad_bias / n) if needs_gradients else ()
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule
@@ -344,9 +343,8 @@ def _block_scores(queries, gallery, gallery32, own_columns, tolerance, only_best
     near, exact = None, queries.double()
     if own_columns.shape[1] <= 32:
         own = [(exact * gallery[columns].double()).sum(1, keepdim=True).float() for columns in own_columns.T]
-        close = torch.zeros_like(scores, dtype=torch.bool)
-        for x in ([torch.stack(own).amax(0)] if only_best else own):
-            close |= torch.sub(scores, x, out=work).abs_() <= tolerance
+        wanted = [functools.reduce(torch.maximum, own)] if only_best else own
+        close = functools.reduce(operator.or_, (torch.sub(scores, x, out=work).abs_() <= tolerance for x in wanted))
         near = close.nonzero()
     if near is None or len(near) * 16 > scores.numel():  # many own rows, or a collapsed model: all are near
         return (exact @ gallery.double().T).float()
@@ -1700,10 +1698,15 @@ def parse_command_line(argv, configs, doc, stages):
     epilog = ""
     if {"-h", "--help"} & set(argv):
         sections = [Config() for Config in configs]
-        for i, path in itertools.product(range(len(configs)), filter(os.path.isfile, argv)):
-            with contextlib.suppress(UserError):  # a YAML of another kind, or with a mistake: the defaults
-                sections[i] = load_config(configs[i], path, demo="--demo" in argv)
-        epilog = "config keys, values (the YAML's, else defaults) and meaning (set in the YAML, or as key=value):\n"
+        for path in filter(os.path.isfile, argv):
+            mistakes = []
+            for i, Config in enumerate(configs):  # a YAML fits one of them
+                try:
+                    sections[i] = load_config(Config, path, demo="--demo" in argv)
+                except UserError as error:
+                    mistakes.append(f"{error}; shown are the defaults\n\n")
+            epilog += mistakes[0] if len(mistakes) == len(configs) else ""
+        epilog += "config keys, values (the YAML's, else defaults) and meaning (set in the YAML, or as key=value):\n"
         epilog += "\n\n".join("\n".join(_config_help(section)) for section in sections)
     parser = Parser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False)

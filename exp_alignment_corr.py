@@ -581,14 +581,14 @@ def permutation_null(stack_a, stack_b, metric, k=10, n_permutations=200, seed=0,
     """
     a, b, unit = prepare(stack_a, metric, k), prepare(stack_b, metric, k).kept(), highest(metric, k)
     matrix = alignment_matrix(a, b, metric) / unit
-    draws, null = np.random.RandomState(seed), []
+    draws, null = np.random.RandomState(seed), matrix.new_empty(n_permutations)  # kept ones would split the heap
     size = LAUNCH_BYTES[matrix.device.type] // (8 * len(matrix) * a.n * (k if metric in KNN_METRICS else a.n))
     for part in common.row_blocks(slice(0, n_permutations), max(1, size)):
         permutations = np.stack([draws.permutation(a.n) for _ in range(part.start, part.stop)])  # [B, N]
         orders = torch.from_numpy(permutations).to(matrix.device).argsort()  # inverse, of a: the same pairs
         scores = alignment_matrix(a.permuted(orders), b, metric).unflatten(0, (-1, len(orders)))  # [La, B, Lb]
-        null.append(scores.amax((0, 2)) / unit)
-    matrix, null = matrix.cpu(), torch.cat([matrix.new_empty(0), *null]).cpu().numpy()
+        null[part] = scores.amax((0, 2)) / unit
+    matrix, null = matrix.cpu(), null.cpu().numpy()
     best = divmod(int(matrix.argmax()), matrix.shape[1])
     return {**calibrate(matrix.max().item(), null, alpha), "layers": list(best), "matrix": matrix.tolist(),
             "null": null.tolist()}

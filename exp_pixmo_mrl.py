@@ -361,25 +361,24 @@ def prefix_losses(image, text, dims, logit_scale, ids=None, false_negatives="ign
         masked = (ids[:, None] == ids).any(2).fill_diagonal_(False)  # [N, N]
     own = slice(*rows.indices(len(image)))
     is_whole = own == slice(0, len(image), 1)  # then the logits of the texts are those of the images, transposed
-    losses, scores, norms, last = {}, [0, 0], [0, 0], 0
+    sizes = np.diff(dims, prepend=0).tolist()
     with torch.autocast(image.device.type, enabled=False), common.full_precision():
-        for d in dims:
-            parts = image[:, last:d], text[:, last:d]
-            norms = [norm + part.square().sum(1) for norm, part in zip(norms, parts, strict=True)]
-            inverse = [norm.clamp(min=torch.finfo(norm.dtype).tiny).rsqrt() for norm in norms]
-            total = 0
-            for side in ((0,) if is_whole else (0, 1)):
-                scores[side] = scores[side] + parts[side][own] @ parts[1 - side].T  # [rows, N]
-                logits = logit_scale * scores[side] * inverse[side][own, None] * inverse[1 - side]
-                positive = logits.diagonal(own.start)
-                if false_negatives == "mask":
-                    logits = logits.masked_fill(masked[own], torch.finfo(logits.dtype).min / 4)
-                total = total + (logits.logsumexp(1) - positive).sum()
-            if is_whole:
-                total = total + (logits.logsumexp(0) - positive).sum()
-            losses[d] = total / (2 * len(image))
-            last = d
-    return losses
+        parts = [x[:, :dims[-1]].split(sizes, dim=1) for x in (image, text)]
+        squares = [x[:, :dims[-1]].square().split(sizes, dim=1) for x in (image, text)]
+        norms = [torch.stack([*itertools.accumulate(x.sum(1) for x in side)]) for side in squares]
+        inverse = [norm.clamp(min=torch.finfo(norm.dtype).tiny).rsqrt() for norm in norms]  # [K, N]
+        total = 0
+        for a, b in ((0, 1),) if is_whole else ((0, 1), (1, 0)):
+            products = (x[own] @ y.T for x, y in zip(parts[a], parts[b], strict=True))
+            scores = torch.stack([*itertools.accumulate(products)])  # [K, rows, N]
+            logits = scores * (logit_scale * inverse[a])[:, own, None] * inverse[b][:, None]
+            positive = logits.diagonal(own.start, 1, 2)
+            if false_negatives == "mask":
+                logits = logits.masked_fill(masked[own], torch.finfo(logits.dtype).min / 4)
+            total = total + (logits.logsumexp(2) - positive).sum(1)
+        if is_whole:
+            total = total + (logits.logsumexp(1) - positive).sum(1)
+        return dict(zip(dims, (total / (2 * len(image))).unbind(), strict=True))
 
 
 def matryoshka_loss(image, text, dims, logit_scale, weights=None, ids=None, false_negatives="ignore"):

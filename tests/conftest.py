@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-SLOWEST_FIRST = ("exp_coco_heads", "exp_alignment_corr", "torchrun", "exp_pixmo_mrl", "scripts", "exp_flickr_ttt",
-                 "exp_gw_mmimdb", "encode", "common", "fuzz", "cuda")
+SLOWEST_FIRST = ("exp_gw_mmimdb", "torchrun", "scripts", "exp_alignment_corr", "exp_coco_heads", "exp_flickr_ttt",
+                 "exp_pixmo_mrl", "encode", "common", "fuzz", "cuda")
 
 
 def pytest_collection_modifyitems(items):
@@ -69,6 +69,7 @@ def killed(module, jobs):
     """
     code = f"""if True:
         import json, os, signal, sys
+        import matplotlib.pyplot, torch._inductor  # once, not in every fork
         sys.path.insert(0, "tests")
         import {module} as tests
         tests.quicken()

@@ -423,9 +423,11 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     values = {f"hit@{k}": 1 - _miss_probability(better, tied, level, k) for k in ks}
     values |= {name: torch.cat(parts).cpu() for name, parts in average_precision.items()}
     values["rank"] = better + (tied + level + 1).double() / (level + 1)
-    n_own, group = n_own.unique(return_inverse=True)
-    for k in ks:  # all G rows level
-        values[f"chance@{k}"] = 1 - _miss_probability(torch.zeros_like(n_own), len(gallery) - n_own, n_own, k)[group]
+    counts, group = n_own.unique(return_inverse=True)
+    for k in ks:  # that k of G rows in random order hold an own one
+        n, k_rows = len(gallery), min(k, len(gallery))
+        missed = [math.comb(n - m, k_rows) / math.comb(n, k_rows) for m in counts.tolist()]
+        values[f"chance@{k}"] = 1 - torch.tensor(missed, dtype=torch.float64)[group]
     return values
 
 

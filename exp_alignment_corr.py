@@ -116,7 +116,8 @@ class MMIMDbConfig:
 @dataclass
 class FinetuneConfig:
     class_idx: int | str = 19  # genre by name, or by its place in frequency order (19: Western)
-    weights: list[float] = field(default_factory=lambda: [0, 0.1, 0.25, 0.5, 1, 2, 5, 10])  # w: of InfoNCE
+    weights: list[float] = field(default_factory=lambda: [0, 0.1, 0.25, 0.5, 1, 2, 5, 10],
+                                 metadata={"bounds": (">= 0",)})  # w: of InfoNCE
     n_labelled: int | Literal["index", "all"] = "index"  # labelled films: the index files' (all without one); a number
     n_seeds: int = ranged(3, ">= 1")  # runs of each weight: seed, seed + 1, ...
     epochs: int = ranged(30, ">= 1")  # same steps for every weight
@@ -1301,7 +1302,7 @@ def extend_with_ladder(ladder, models, texts, fit=slice(None)):
 def compare_models(cfg, language, vision, level):
     """Every language model with every vision model by every metric (of one modality: each pair once): a list of dicts
     of `permutation_null`'s numbers, and `ties`, the rows with one at the k-th neighbour. Read from the level's file in
-    align_dir if it holds the same, else computed and saved."""
+    align_dir if it holds the same, by this version of the script, else computed and saved."""
     a, n, digest, rows = cfg.alignment, len(language[0].layers[0]), 0, []
     folder = Path(at_level(cfg.align_dir, level) if cfg.align_dir else Path(cfg.output_dir) / "alignment")
     path = folder / ("alignment.pt" if level is None else f"alignment_u={level}.pt")
@@ -1310,8 +1311,8 @@ def compare_models(cfg, language, vision, level):
     for m in (*language, *vision):
         for x in m.layers:
             digest = zlib.crc32(x.cpu().contiguous().numpy(), digest)
-    names = [[m.model for m in side] for side in (language, vision)]
-    identity = json.dumps([dataclasses.asdict(a), cfg.seed, *names, digest])
+    facts = [[(m.model, m.family, m.bpb) for m in side] for side in (language, vision)]
+    identity = json.dumps([common._source_hash(cfg, a), cfg.seed, *facts, digest])
     earlier = common.load_checkpoint(path) if path.exists() else {}
     if earlier.get("identity") == identity:
         return earlier["rows"]
@@ -1886,10 +1887,11 @@ class TwoTower(JobModel):
 
 def best_threshold(logits, targets):
     """The logit above which predicting maximises F1 of logits [N], targets 0/1 [N]: in the middle between two."""
-    order = logits.argsort(descending=True)
+    ranked, order = logits.sort(descending=True)
+    below = torch.cat([ranked[1:], ranked[-1:] - 1])  # behind the last, all are predicted
     hits, n = targets[order].cumsum(0), torch.arange(1, len(order) + 1, device=order.device)
-    cut = int((2 * hits / (n + targets.sum())).argmax())
-    return logits[order][cut:cut + 2].mean()
+    cut = int((2 * hits / (n + targets.sum()) * (below < ranked)).argmax())  # equal logits are not parted
+    return (ranked[cut] + below[cut]) / 2
 
 
 def average_precision(logit, labels):

@@ -536,6 +536,9 @@ def test_synthetic_data_hold_what_they_say():
     code = bits[:, :8] @ (1 << torch.arange(7, -1, -1))  # U = 0: all of the label's bits are shared
     rate = torch.stack([F.one_hot(labels[0][code == c], 4).double().mean(0) for c in range(0, 256, 16)])
     assert (rate - p[::16]).abs().max() < 0.2
+    own = bits[:, 8:] @ (1 << torch.arange(3, -1, -1))  # U = 8: x1 sees the first four of the label's bits
+    rate = torch.stack([F.one_hot(labels[8][own == c], 4).double().mean(0) for c in range(16)])
+    assert (rate - p.unflatten(0, (16, 16)).mean(1)).abs().max() < 0.06
     again = exp.draw_synthetic(s, 0)
     assert torch.equal(again[1][2], x2[2])
     assert torch.equal(again[2][8], labels[8])
@@ -812,6 +815,10 @@ def test_align_stage_reports_every_pair_and_resumes_from_its_matrices(tmp_path, 
     best = tables["mutual_knn"]["m0 - m2"]
     assert (best["layers"], best["p"]) == ("1, 1", 0.05)
     assert best["calibrated"] > 0.2
+    sides = [exp.clamp_outliers(exp.read_features(tmp_path / name).layers)
+             for name in ("language/m0.pt", "vision/m2.pt")]
+    expected = exp.permutation_null(*sides, "mutual_knn", 5, 19)
+    assert (best["score"], best["chance"]) == pytest.approx((expected["score"], expected["null_mean"]))
     assert best["score low"] < best["score"] < best["score high"]
     assert 0 <= tables["lcs_knn"]["m0 - m2"]["score"] <= 1
     rho = results["tables"]["rank correlation"]["mutual_knn: dose-response, width of pca, alignment with m2"]
@@ -825,12 +832,23 @@ def test_align_stage_reports_every_pair_and_resumes_from_its_matrices(tmp_path, 
     (tmp_path / "run/results.json").unlink()
     assert cli(tmp_path, *overrides) == 0
     assert results_of(tmp_path)["tables"] == results["tables"]
+    other = [*overrides, f"align_dir={tmp_path}/run/alignment", f"output_dir={tmp_path}/other"]
+    with pytest.raises(TypeError):  # not of another seed, version of the metrics or bits per byte
+        cli(tmp_path, *other, "seed=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "_source_hash", lambda *_: "another")
+        with pytest.raises(TypeError):
+            cli(tmp_path, *other, "--fresh")
+    write_features(tmp_path / "language/m0.pt", n=60, bpb=1.5,
+                   feats=torch.load(tmp_path / "language/m0.pt", weights_only=True)["feats"])
+    with pytest.raises(TypeError):
+        cli(tmp_path, *other, "--fresh")
     write_features(tmp_path / "vision/m2.pt", n=60, layers=3, dim=8, seed=9)
     assert cli(tmp_path, *overrides) == 2
     assert "other data" in capsys.readouterr().err
 
 
-def test_n_sweep_has_both_kinds_of_k_both_kinds_of_captions_and_nulls(tmp_path):
+def test_n_sweep_has_both_kinds_of_k_both_kinds_of_captions_and_nulls(tmp_path, capsys):
     g = torch.Generator().manual_seed(0)
     kinds = torch.randn(10, 6, generator=g)[torch.arange(200) % 10]  # coarse: which of ten kinds an item is of
     for folder, seed in (("language", 0), ("several", 1), ("vision", 2)):
@@ -853,10 +871,15 @@ def test_n_sweep_has_both_kinds_of_k_both_kinds_of_captions_and_nulls(tmp_path):
     score, chance = fixed["m"]["N = 100"], fixed["m: chance"]["N = 100"]
     assert fixed["m: less chance"]["N = 100"] == pytest.approx((score - chance) / (1 - chance))
     assert (fixed["m: sd"]["N = 200"], fixed["m: p"]["N = 200"]) == (0, 0.05)
-    features = [exp.read_features(tmp_path / f"{side}/m.pt").layers[0] for side in ("language", "vision")]
-    whole = exp.mutual_knn(*(exp.clamp_outliers(x) for x in features))
-    assert fixed["m"]["N = 200"] == pytest.approx(whole)
+    models = [exp.read_features(tmp_path / f"{side}/m.pt") for side in ("language", "vision")]
+    clamped = [exp.clamp_outliers(m.layers[0]) for m in models]
+    assert fixed["m"]["N = 200"] == pytest.approx(exp.mutual_knn(*clamped))
+    of_lists = exp.sweep(align_config(tmp_path), *models, "lcs_knn", {200: 10})
+    assert of_lists["score"] == [pytest.approx(exp.lcs_knn(*clamped) / 10)]
     assert (tmp_path / "run/alignment_vs_n.png").exists()
+    write_features(tmp_path / "several/m.pt", n=200, ids=list(range(200)))
+    assert cli(tmp_path, "stages=[n_sweep]", f"n_sweep.several_dir={tmp_path}/several", "--fresh") == 2
+    assert "other items than in" in capsys.readouterr().err
 
 
 def test_caption_levels_and_placeholders(tmp_path, monkeypatch):
@@ -1087,6 +1110,9 @@ def test_contrastive_weight_zero_trains_no_image_tower_and_scale_is_clamped(tmp_
     cfg = film_config(tmp_path, films, "finetune.weights=[0]")
     data = exp.load_data(cfg)
     model, batch = exp.build_model(cfg, data), exp.make_batch(data, data.splits["train"][:8])
+    groups = exp.build_optimizer(cfg, model).param_groups
+    assert [(group["weight_decay"], group["lr"], {p.ndim for p in group["params"]}) for group in groups] == [
+        (0.01, 1e-4, {2}), (0, 1e-4, {1}), (0, 1e-2, {0})]
     model.losses(batch)["loss"].backward()
     assert all(p.grad.abs().sum() == 0 for p in model.image.parameters())
     assert all(p.grad.abs().sum() > 0 for p in model.text.parameters())
@@ -1139,6 +1165,13 @@ def test_threshold_that_maximises_f1():
     logits, targets = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0]), torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])
     t = exp.best_threshold(logits, targets)
     assert exp.genre_f1((logits > t)[:, None], targets[:, None]).item() == pytest.approx(2 * 3 / (4 + 3))
+    g = torch.Generator().manual_seed(0)
+    for n in range(1, 60):  # with ties; some are best predicted all, as those of a model that tells none apart
+        logits, targets = torch.randint(n // 4 + 1, (n,), generator=g).float(), torch.ones(n)
+        targets[1:] = (torch.rand(n - 1, generator=g) < 0.6).float()
+        best, found = (max(exp.genre_f1((logits > t)[:, None], targets[:, None]).item() for t in thresholds)
+                       for thresholds in ([-1.0, *logits.tolist()], [exp.best_threshold(logits, targets)]))
+        assert found == best
 
 
 def test_probes_are_adam_with_l2(tmp_path, films):
@@ -1235,15 +1268,76 @@ def test_finished_models_load_and_give_the_reported_scores(whole, films):
     assert cfg.finetune.n_labelled == 30
     results = common.read_json(whole[1] / "results.json")["tables"]
     data = exp.load_data(cfg, "finetune")
-    values = []
+    row = results["Drama: F1, AP and alignment against w"]["30 labelled, w = 1"]
+    values, recalls, aligned = [], [], []
     for seed in (0, 1):
         model = models[f"finetune genre=Drama labelled=30 weight=1.0 seed={seed}"]
         assert not model.training
         values.append(model.score(data, "test").item())
-    assert np.mean(values) == pytest.approx(
-        results["Drama: F1, AP and alignment against w"]["30 labelled, w = 1"]["AP"])
+        x, rows = data.tensors, data.source.test_sample
+        image, text = model.image(x["image"][rows]), model.text(x["text"][rows])
+        index = torch.arange(len(rows))
+        recalls.append(100 * common.retrieval_metrics(F.normalize(text, dim=1), F.normalize(image, dim=1), index,
+                                                      index)["R@10"])
+        aligned.append(exp.unbiased_cka(text.detach(), image.detach()))
+    assert np.mean(values) == pytest.approx(row["AP"])
+    assert (row["T2I R@10"], row["unbiased_cka"]) == pytest.approx((np.mean(recalls), np.mean(aligned)))
+    assert results["Drama: F1, AP and alignment against w"]["chance: all positive"]["T2I R@10"] == 1000 / 36
+    difference = results["paired difference"]["30 labelled, w = 1 - 30 labelled, w = 0"]["AP"]
+    others = results["Drama: F1, AP and alignment against w"]["30 labelled, w = 0"]["AP"]
+    assert difference == pytest.approx(row["AP"] - others)
     assert isinstance(models["synthetic seed=1 side=x2 depth=1"], exp.Encoders)
     assert sum(name.startswith("mmimdb") for name in models) == 4
+
+
+@torch.no_grad()
+def test_synthetic_scores_and_probes_are_of_test_items(whole):
+    models, cfg = exp.load_model(whole[1])
+    tables, accuracies, scores = common.read_json(whole[1] / "results.json")["tables"], {"x1": [], "x2": []}, []
+    for seed in (0, 1):
+        x1, x2, labels, splits = exp.draw_synthetic(cfg.synthetic, seed)
+        test, stacks = splits["test"], {}
+        for side, depth, x in (("x1", 1, x1), ("x1", 2, x1), ("x2", 1, x2[1])):
+            model = models[f"synthetic seed={seed} side={side} depth={depth}"]
+            logits, hidden = model(x[test][:, None].expand(-1, 3, -1))  # of U = 0, 4, 8
+            accuracies[side].append((logits[1].argmax(1) == labels[4][test]).float().mean().item())
+            stacks[side, depth] = torch.stack([x[1, :512] for x in hidden], dim=1)
+        scores += [exp.alignment_matrix(stacks["x1", depth], stacks["x2", 1], "mutual_knn", 100).max().item()
+                   for depth in (1, 2)]
+    row = tables["alignment against uniqueness U"]["D = 1, U = 4"]
+    assert row["mutual_knn"] == pytest.approx(np.mean(scores))
+    for side, values in accuracies.items():
+        assert row[f"accuracy {side}"] == pytest.approx(np.mean(values))
+
+    films = exp.load_data(cfg, "mmimdb").source
+    train, test = films.splits["train"], films.splits["test"]
+    x, texts = films.language[0].layers[-1], exp.film_texts(cfg.mmimdb.dir, films.ids)
+    assert [m.clamp for m in films.language] == [True, True, True, False]  # tfidf is mostly zeros
+    directions = torch.linalg.svd(x[train] - x[train].mean(0), full_matrices=False)[2][:4]
+    rung = exp.tfidf(texts, [texts[i] for i in train.tolist()], 64)
+    inputs = {"clip_text": x, "pca4": (x - x[train].mean(0)) @ directions.T, "tfidf64": rung}
+    chosen = common.read_json(whole[1] / "results.json")["chosen"]
+    for name, x in inputs.items():
+        setting = exp.PROBE_SETTINGS.index((chosen[name]["learning_rate"], chosen[name]["weight_decay"]))
+        model = models[f"mmimdb model={name}"]
+        logits = model((x[test] - x[train].mean(0)) / x[train].std(0).clamp(min=1e-6))[setting]
+        f1 = exp.genre_f1(logits > 0, films.labels[test]).mean().item()
+        assert tables["linear probes; alignment with clip_image"][name]["f1_macro"] == pytest.approx(f1)
+    positives = films.labels[train].sum(0)
+    assert torch.allclose(model.pos_weight, (len(train) - positives) / positives)
+
+
+def test_correlations_over_models_are_f1_on_alignment_and_q_of_genres_alone():
+    draws = np.random.RandomState(2)
+    x, f1 = draws.rand(6), [{"macro": draws.rand(), "Drama": draws.rand(), "War": draws.rand()} for _ in range(6)]
+    rows = exp.correlations_by_genre(x, f1)
+    for genre, row in rows.items():
+        reference = scipy.stats.linregress(x, [of_model[genre] for of_model in f1])
+        assert (row["slope"], row["rho"]) == pytest.approx(
+            (reference.slope, scipy.stats.spearmanr(x, [of_model[genre] for of_model in f1]).statistic))
+    assert [rows[genre]["q"] for genre in ("Drama", "War")] == pytest.approx(
+        scipy.stats.false_discovery_control([rows["Drama"]["p"], rows["War"]["p"]]))
+    assert "q" not in rows["macro"]
 
 
 def test_nothing_is_chosen_on_test(whole, films, tmp_path):
@@ -1375,12 +1469,26 @@ def test_score_matrices_and_pictures_go_where_the_config_says(tmp_path, monkeypa
         for i in range(3):
             write_features(tmp_path / f"gpt_u={u}_features/m{i}.pt", n=40, seed=10 * u + i, bpb=1 - 0.1 * i, pool="avg")
     write_features(tmp_path / "vision/vit_base.pt", n=40, seed=5)
-    assert cli(tmp_path, "stages=[uniqueness]", "features_dir={BASE_DIR}/gpt_u={}_features",
+    captions = [{f"{i}": {"original": f"a b c{i % 7} {i}", "sentences": {"Caption 1 - 50%": f"a c{i % 7} d{i % 3}"}}}
+                for i in range(40)]
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    assert cli(tmp_path, "stages=[align, uniqueness]", "features_dir={BASE_DIR}/gpt_u={}_features",
+               "captions_file={BASE_DIR}/captions.json",
                "align_dir={BASE_DIR}/gpt_u={}_alignment", "plot_dir={BASE_DIR}/plots", "same_scale=true", "pool_x=avg",
                "alignment.metrics=[mutual_knn]") == 0
     assert (tmp_path / "gpt_u=0_alignment/alignment_u=0.pt").exists()
     assert (tmp_path / "gpt_u=50_alignment/alignment_u=50.pt").exists()
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {
-        "alignment_vs_uniqueness_mutual_knn.png", "performance_mutual_knn_vit.png"}
-    correlations = results_of(tmp_path)["tables"]["rank correlation"]
-    assert correlations["mutual_knn: performance (- bits per byte), alignment with vit; u = 50"]["n"] == 3
+        "alignment_vs_uniqueness_mutual_knn.png", "performance_mutual_knn_vit.png",
+        *(f"heatmap_mutual_knn_m{i}.png" for i in range(3))}
+    tables = results_of(tmp_path)["tables"]
+    title = "mutual_knn: performance (- bits per byte), alignment with vit"
+    for u, row in ((50, tables["uniqueness: rank correlation"][f"{title}; u = 50"]),
+                   (0, tables["rank correlation"][f"{title}_base"])):
+        rows = common.load_checkpoint(tmp_path / f"gpt_u={u}_alignment/alignment_u={u}.pt")["rows"]
+        assert row == exp.spearman([-r["bpb"] for r in rows], [r["score"] for r in rows])
+        assert [r["bpb"] for r in rows] == pytest.approx([1, 0.9, 0.8])
+    original, rewritten = exp.read_captions(tmp_path / "captions.json").values()
+    expected = exp.mutual_knn(exp.tfidf(original, original), exp.tfidf(rewritten, original))
+    assert tables["text only: TF-IDF of the originals with that of their rewrites"]["mutual_knn"] == {
+        "u = 50": pytest.approx(expected)}

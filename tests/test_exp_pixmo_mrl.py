@@ -1,6 +1,7 @@
 """exp_pixmo_mrl.py: parquet and images, caches, features, tokens, masks, the Matryoshka loss against loops, exact
 resume, evaluation, bad input."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -575,7 +576,8 @@ def test_features_go_with_their_rows_and_captions(tmp_path, scenes):
 
 
 def test_captions_alone_will_do_where_features_are_given(tmp_path):
-    paths = {name: write(tmp_path / f"{name}.parquet", id=list(ids), caption=[f"caption {i}" for i in ids],
+    paths = {name: write(tmp_path / f"{name}.parquet", id=list(ids),
+                         caption=["the same" if i in "ef" else f"caption {i}" for i in ids],
                          image_url=["http://x"] * len(ids))
              for name, ids in {"train": "abcdefgh", "val": "ijk", "test": "lmn"}.items()}
     g = torch.Generator().manual_seed(0)
@@ -593,7 +595,7 @@ def test_captions_alone_will_do_where_features_are_given(tmp_path):
     assert train.ids.tolist() == list("abcdef")
     assert sorted(train.bad) == [("train.parquet", 6, "its image is also in test"),
                                  ("train.parquet", 7, "no features in image.pt")]
-    assert train.same.tolist() == [0, 0, 2, 3, 4, 5]
+    assert train.same.tolist() == [0, 0, 2, 3, 4, 4]
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -638,6 +640,8 @@ def test_pooling_ignores_padding_and_survives_a_row_without_tokens(kind):
     torch.testing.assert_close(pooled[0], pool(x[:1, :3], mask[:1, :3])[0])
     if kind == "mean":
         torch.testing.assert_close(pooled[0], x[0, :3].mean(0))
+        tower = type("Tower", (), {"tokens": lambda self, x, m: (x, m), "pool": pool})()
+        assert exp.pooling_entropy(tower, x, mask) == pytest.approx(1)  # of the tokens that are there
     if kind == "simple":
         weights = (x[0, :3] @ pool.query[0] / 8**0.5).softmax(0)
         torch.testing.assert_close(pooled[0], (weights[:, None] * x[0, :3]).sum(0))
@@ -784,6 +788,23 @@ def test_prefix_accumulation_equals_separate_losses_and_gradients(masked):
         torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
 
 
+def test_shares_of_a_batch_add_up_to_its_losses_and_gradients():
+    g = torch.Generator().manual_seed(0)
+    pairs = [torch.randn(9, 12, generator=g, dtype=torch.float64) for _ in range(2)]
+    ids = torch.tensor([[0, 0], [1, -1], [2, 2], [1, 3], [4, -1], [5, 5], [0, 6], [7, -1], [8, 8]])
+    results = []
+    for shares in ([slice(None)], [slice(0, 2), slice(2, 7), slice(7, 9)]):
+        image, text = (x.clone().requires_grad_() for x in pairs)
+        parts = [exp.prefix_losses(image, text, [3, 12], 6.0, ids, "mask", rows) for rows in shares]
+        losses = torch.stack([sum(part[d] for part in parts) for d in (3, 12)])
+        losses.sum().backward()
+        results.append((losses, image.grad, text.grad))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    halves = [x.half() for x in pairs]
+    loss, _ = exp.matryoshka_loss(*halves, [3, 12], 6.0)
+    torch.testing.assert_close(loss, exp.matryoshka_loss(*(x.float() for x in halves), [3, 12], 6.0)[0])
+
+
 def test_lengths_of_the_vectors_do_not_matter():
     image, text = oracle_pairs()
     factors = torch.tensor([[0.1], [3.0], [70.0], [1.0]], dtype=torch.float64)
@@ -838,6 +859,7 @@ def test_the_drawn_sizes_are_unbiased_and_a_function_of_seed_and_step(tmp_path, 
         cfg.losses.n_dims_per_step = n
         drawn = [exp.draw_dims(cfg, model, step) for step in range(4000)]
         assert drawn == [exp.draw_dims(cfg, model, step) for step in range(4000)]
+        assert drawn != [exp.draw_dims(dataclasses.replace(cfg, seed=1), model, step) for step in range(4000)]
         assert {len(dims) for dims in drawn} == {n}
         for d, w in zip(model.dims, model.weights, strict=True):
             assert abs(sum(dims.count(d) for dims in drawn) / 4000 / n - w) < 0.03
@@ -862,6 +884,22 @@ def test_the_drawn_sizes_are_unbiased_and_a_function_of_seed_and_step(tmp_path, 
                    exp.LossConfig(mrl=0)):
         cfg.losses = losses
         assert exp.draw_dims(cfg, model, 0) is None
+
+
+def test_validation_is_of_every_row_and_every_size(tmp_path, scenes):
+    cfg = config(tmp_path, scenes, "losses.mrl_weights=[1, 2, 5]")
+    data = exp.load_data(cfg)
+    model, ids = exp.build_model(cfg, data), torch.from_numpy(data.sets["val"].same)
+    ids[1], model.drawn = ids[0], [4]  # two rows of one photo; what the last step has drawn
+    row, (image, text), expected = exp.validate(cfg, model, data), exp.embed(cfg, model, data, "val"), 0
+    for rows in torch.arange(23).split([12, 11]):
+        for d, weight in {4: 5 / 8, 8: 2 / 8, 16: 1 / 8}.items():
+            sides = (F.normalize(x[rows, :d], dim=1) for x in (image, text))
+            loss = common.info_nce(*sides, 1 / 0.07, ids=ids[rows], false_negatives="mask")
+            expected += len(rows) / 23 * weight * loss.item()
+    assert row["val/loss_mrl"] == pytest.approx(expected, rel=1e-5)
+    hits = common.retrieval_metrics(*(F.normalize(x, dim=1) for x in (image, text)), ids, ids)
+    assert row["val/i2t_r5"] == pytest.approx(100 * hits["R@5"])
 
 
 def test_schedule_of_the_reference():
@@ -932,6 +970,16 @@ def test_bytes_and_what_they_hold():
     assert 2.5 < recalls["one bit, 8"] < recalls["one bit, 64"] <= recalls["float32, 64"]
     offset = exp.bytes_table([64], (image, text), (0 * image, 0 * text), torch.arange(200))
     assert offset["one bit, 64"]["mean R@5"] < recalls["one bit, 64"] - 10  # signs about zero say little of these
+    image = image[:40]  # the shortlist is all of them; captions have another mean
+    text = F.normalize(image + 0.1 * torch.randn(40, 64, generator=g) + torch.linspace(-0.2, 0.2, 64), dim=1)
+    table, expected = exp.bytes_table([64], (image, text), (image, text), torch.arange(40)), {"int8": [], "one bit": []}
+    for query, gallery in ((image, text), (text, image)):
+        rounded = F.normalize((127 * gallery / gallery.abs().amax(1, keepdim=True)).round(), dim=1)
+        bits = (gallery - gallery.mean(0)).sign()
+        for name, scores in (("int8", query @ rounded.T), ("one bit", (query - query.mean(0)) @ bits.T)):
+            expected[name].append(((scores > scores.diagonal()[:, None]).sum(1) < 5).double().mean())
+    for name, hits in expected.items():
+        assert table[f"{name}, 64"]["mean R@5"] == pytest.approx(50 * sum(hits))
 
 
 # -------------------------------------------------------------------------------------------------------------- the run
@@ -964,6 +1012,12 @@ def test_a_run_leaves_the_documented_files(whole, scenes, tmp_path):
             *(f"val/{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))} == set(header.split(","))
     assert [row.split(",")[0] for row in rows] == ["2", "3", "4", "5", "6", "8", "9", "10"]
     state = common.load_checkpoint(whole / "checkpoint_latest.pt")
+    for row in state["history"]:
+        rate = 2e-3 * common.warmup_cosine(row["train/step"] - 1, 10, 1)
+        assert row["train/lr"] == pytest.approx(rate)
+    epochs = [row for row in state["history"] if "val/loss" in row]
+    lowest = min(epochs, key=lambda row: row["val/loss"])
+    assert common.load_checkpoint(whole / "best_model.pt")["step"] == lowest["train/step"]
     assert {"epoch", "global_step", "best_val_loss", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
             "scaler_state_dict", "history", "config", "rng", "position"} <= set(state)
     assert [line.split(",")[:3] for line in (whole / "left_out.csv").read_text().splitlines()[1:]] == [
@@ -1013,6 +1067,40 @@ def test_the_tables_are_named_as_they_are_read(whole):
     assert model.dims == exp.mrl_dims(cfg.vision_encoder) == [4, 8, 16]
     assert not model.training
     assert len(model.facts["vocabulary"]) <= 120
+
+
+def test_the_evaluation_is_of_the_best_model_and_its_controls_of_training_pairs(whole, monkeypatch):
+    model, cfg = exp.load_model(whole)
+    data, real, grouped = exp.load_data(cfg, model.facts), common.bootstrap, []
+    same = data.sets["test"].same
+    same[1] = same[0]  # two rows of one photo
+    monkeypatch.setattr(common, "bootstrap", lambda statistic, n, groups: (grouped.append(groups),
+                                                                           real(statistic, n, groups))[1])
+    tables = exp.evaluate(cfg, data)["tables"]
+    assert all(groups[0] == groups[1] and len({*groups.tolist()}) == len({*same.tolist()}) for groups in grouped)
+    trained, sides = (exp.normalised(cfg, model, data, split) for split in ("train", "test"))
+    *means, axes = exp.fit_pca(*trained)
+    turned, ids = [(x - mean) @ axes for x, mean in zip(sides, means, strict=True)], torch.from_numpy(same)
+
+    def recalls(pair, columns):
+        queries, gallery = (F.normalize(x[:, columns], dim=1) for x in pair)
+        return np.array([[100 * common.retrieval_metrics(*way, ids, ids)[f"R@{k}"] for k in exp.KS]
+                         for way in ((queries, gallery), (gallery, queries))])
+    draws = [recalls(sides, np.random.default_rng([42, i]).permutation(16)[:4]) for i in range(10)]
+    for row, expected in (("MRL 8", recalls(sides, slice(8))), ("PCA 4", recalls(turned, slice(4))),
+                          ("random coordinates 4", np.mean(draws, axis=0))):
+        values = [[tables["retrieval"][row][f"{way} R@{k}"] for k in exp.KS] for way in exp.WAYS]
+        np.testing.assert_allclose(values, expected, err_msg=row)
+    spread = np.std([draw[:, 1].mean() for draw in draws], ddof=1)
+    assert tables["retrieval"]["random coordinates 4"]["sd over draws"] == pytest.approx(spread)
+    codes = exp.bytes_table(model.dims, sides, trained, ids)
+    assert tables["bytes of a gallery item"] == {row: pytest.approx(values) for row, values in codes.items()}
+    assert codes != exp.bytes_table(model.dims, sides, sides, ids)
+    small = [F.normalize(x[:, :4], dim=1) for x in sides]
+    for way, turn in (("I2T", 1), ("T2I", -1)):
+        hits = exp.two_stage_hits(small[::turn], sides[::turn], ids, 10, 1)
+        assert tables["adaptive retrieval"]["4, best 10 again by 16"][f"{way} R@1"] == pytest.approx(
+            100 * hits.mean().item())
 
 
 def test_nothing_is_chosen_on_test(whole, scenes, tmp_path):

@@ -926,6 +926,12 @@ def test_two_stages_of_everything_are_the_exact_search_and_a_collapsed_model_is_
     top = (small[0] @ small[1].T).topk(5).indices
     expected = np.mean([t[(gallery[t] @ q).argmax()] == i for i, (q, t) in enumerate(zip(queries, top, strict=True))])
     assert exp.two_stage_hits(small, (queries, gallery), ids, 5, 1).mean().item() == pytest.approx(expected)
+    whole = [queries, F.normalize(gallery + queries[0], dim=1)]
+    table, _ = exp.adaptive_searches([4, 16], whole, exp.retrieval(*whole, ids), ids)
+    small, row = [F.normalize(x[:, :4], dim=1) for x in whole], table["4, best 10 again by 16"]
+    hits = [exp.two_stage_hits(small[::turn], whole[::turn], ids, 10, 1).mean().item() for turn in (1, -1)]
+    assert (row["I2T R@1"], row["T2I R@1"]) == pytest.approx((100 * hits[0], 100 * hits[1]))
+    assert hits[0] != hits[1]
     same = torch.ones(60, 16) / 4
     for k in (1, 5, 10):
         assert exp.two_stage_hits((same, same), (same, same), ids, 60, k).mean().item() == pytest.approx(k / 60)
@@ -970,7 +976,8 @@ def test_bytes_and_what_they_hold():
     assert 2.5 < recalls["one bit, 8"] < recalls["one bit, 64"] <= recalls["float32, 64"]
     offset = exp.bytes_table([64], (image, text), (0 * image, 0 * text), torch.arange(200))
     assert offset["one bit, 64"]["mean R@5"] < recalls["one bit, 64"] - 10  # signs about zero say little of these
-    image = image[:40]  # the shortlist is all of them; captions have another mean
+    # the shortlist is all of them, captions have another mean, one coordinate is eight times the others
+    image = F.normalize(image[:40] + torch.eye(64)[0], dim=1)
     text = F.normalize(image + 0.1 * torch.randn(40, 64, generator=g) + torch.linspace(-0.2, 0.2, 64), dim=1)
     table, expected = exp.bytes_table([64], (image, text), (image, text), torch.arange(40)), {"int8": [], "one bit": []}
     for query, gallery in ((image, text), (text, image)):
@@ -1096,11 +1103,6 @@ def test_the_evaluation_is_of_the_best_model_and_its_controls_of_training_pairs(
     codes = exp.bytes_table(model.dims, sides, trained, ids)
     assert tables["bytes of a gallery item"] == {row: pytest.approx(values) for row, values in codes.items()}
     assert codes != exp.bytes_table(model.dims, sides, sides, ids)
-    small = [F.normalize(x[:, :4], dim=1) for x in sides]
-    for way, turn in (("I2T", 1), ("T2I", -1)):
-        hits = exp.two_stage_hits(small[::turn], sides[::turn], ids, 10, 1)
-        assert tables["adaptive retrieval"]["4, best 10 again by 16"][f"{way} R@1"] == pytest.approx(
-            100 * hits.mean().item())
 
 
 def test_nothing_is_chosen_on_test(whole, scenes, tmp_path):

@@ -1961,8 +1961,8 @@ def evaluate_finetune(cfg, data, models):
     common.plot_lines(Path(cfg.output_dir) / "finetune.png", curves,
                       f"fine-tuning for {genre}: test films, means over seeds, 95% intervals", data.synthetic)
     return {"headline": f"finetune: genre {genre}, {int(labels.sum())} of {len(test):,} test films; loss = w InfoNCE "
-                        f"of {len(data.splits['train']):,} pairs + BCE of the labelled films; {cfg.finetune.n_seeds} "
-                        "seeds",
+                        f"of {len(data.splits['train']):,} pairs ({films.vision[0].model}, {films.language[0].model}) "
+                        f"+ BCE of the labelled films; {cfg.finetune.n_seeds} seeds",
             "tables": {f"{genre}: F1, AP and alignment against w": table, "paired difference": differences,
                        "rank correlation": correlations}, "curves": curves,
             "chosen": {f"{r['arm']}, seed {r['seed']}": r["threshold"].item() for r in runs},

@@ -656,14 +656,14 @@ def geometry(image, text):
             "modality gap": (image.mean(0) - text.mean(0)).norm().item()}
 
 
-def two_stage_hits(coarse, fine, ids, shortlist, k, seed=0):
+def two_stage_hits(coarse, fine, ids, shortlist, k):
     """hit@k [N] float64 of a search in two stages: the `shortlist` best by `coarse`, ranked again by `fine`.
 
     coarse, fine: (queries [N, d], gallery [N, d]), scored by their products. ids: [N] int, which rows belong together.
-    Equal scores come in random order in the first stage (one draw, by the seed), in expectation in the second;
+    Equal scores come in random order in the first stage (always the same draw), in expectation in the second;
     shortlist = N is the exact search. Source: Kusupati et al. 2022, section 4.3.
     """
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).to(ids.device)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).to(ids.device)
     owners, shortlist = ids[order], min(shortlist, len(ids))
     small, large = coarse[1][order], fine[1][order]
     hits, size = [], max(1, 2**26 // (shortlist * large.shape[1]))

@@ -369,6 +369,7 @@ def test_calibration_formula():
     assert out["calibrated"] == pytest.approx((0.5 - 0.19) / 0.81)
     assert out["p_value"] == 1 / 20
     assert exp.calibrate(0.1, np.full(19, 0.3))["calibrated"] == 0
+    assert exp.calibrate(0.3, np.full(19, 0.3))["p_value"] == 1
     for k, per_mille in itertools.product((9, 19, 99, 200, 999), range(5, 1000, 5)):  # 1 - .7 is a little more than .3
         place = -(-(1000 - per_mille) * (k + 1) // 1000)  # in whole numbers
         assert exp.calibrate(k, np.arange(k), per_mille / 1000)["threshold"] == place - 1
@@ -408,6 +409,10 @@ def test_intervals_shrink_and_need_enough_items():
         widths[n] = high - low
     assert 2 < widths[100] / widths[1600] < 8  # as 1 / sqrt(n): 4
     assert exp.part_scores(a[:15], b[:15], "unbiased_cka") is None  # quarters of 3 rows
+    halves, quarters = exp.part_scores(a, b, "mutual_knn", 8)
+    rows = np.random.RandomState(0).permutation(1600)[800:]
+    assert halves[0, 1] == exp.mutual_knn(a[rows], b[rows], 4)  # half the neighbours among half the items
+    assert (halves.shape, quarters.shape) == ((16, 2), (8, 4))
     assert exp.interval("score", 0.5, None) == {}
     parts = [np.tile([0.4, 0.6], (16, 1)), np.tile([0.3, 0.7, 0.3, 0.7], (8, 1))]  # V(N/2) = .02, V(N/4) = .0533
     assert exp.interval("score", 0.5, parts)["score high"] == pytest.approx(
@@ -761,11 +766,19 @@ def results_of(tmp_path):
 
 def test_models_are_told_apart_by_name_and_side(tmp_path, capsys):
     """CLIP's two towers bear one name; the intervals are of the layers that were best."""
-    for folder, layers, seed in (("language", 2, 0), ("vision", 4, 1)):
-        write_features(tmp_path / folder / "clip.pt", n=60, layers=layers, seed=seed)
+    language = write_features(tmp_path / "language/clip.pt", n=60)["feats"]
+    vision = torch.randn(60, 9, 6, generator=torch.Generator().manual_seed(1))
+    vision[:, 7] += language[:, 1]
+    write_features(tmp_path / "vision/clip.pt", n=60, feats=vision)
     assert cli(tmp_path, "alignment.k=5", "alignment.metrics=[mutual_knn]") == 0
     (row,) = results_of(tmp_path)["tables"]["mutual_knn: best layer pair, 60 items"].values()
-    assert row["score low"] < row["score"] < row["score high"]
+    near = []
+    for folder, best in zip(("language", "vision"), map(int, row["layers"].split(", ")), strict=True):
+        layers = exp.clamp_outliers(exp.read_features(tmp_path / folder / "clip.pt").layers)
+        near.append(layers[max(0, best - 2):best + 3])
+    expected = exp.interval("score", row["score"], exp.part_scores(*near, "mutual_knn", 5))
+    assert row["layers"] == "1, 7" and row["score low"] < row["score"] < row["score high"]
+    assert {key: row[key] for key in expected} == expected
     write_features(tmp_path / "language/other.pt", n=60, seed=2, model="clip")
     assert cli(tmp_path, "alignment.k=5", f"output_dir={tmp_path}/again") == 2
     assert "a second model of the name clip" in capsys.readouterr().err
@@ -833,16 +846,18 @@ def test_align_stage_reports_every_pair_and_resumes_from_its_matrices(tmp_path, 
     assert cli(tmp_path, *overrides) == 0
     assert results_of(tmp_path)["tables"] == results["tables"]
     other = [*overrides, f"align_dir={tmp_path}/run/alignment", f"output_dir={tmp_path}/other"]
-    with pytest.raises(TypeError):  # not of another seed, version of the metrics or bits per byte
+    with pytest.raises(TypeError):  # not of another seed, version of the metrics, bits per byte or features
         cli(tmp_path, *other, "seed=1")
     with monkeypatch.context() as patch:
         patch.setattr(common, "_source_hash", lambda *_: "another")
         with pytest.raises(TypeError):
             cli(tmp_path, *other, "--fresh")
-    write_features(tmp_path / "language/m0.pt", n=60, bpb=1.5,
-                   feats=torch.load(tmp_path / "language/m0.pt", weights_only=True)["feats"])
-    with pytest.raises(TypeError):
-        cli(tmp_path, *other, "--fresh")
+    for name, changes in (("language/m0.pt", {"bpb": 1.5}), ("vision/m2.pt", {"feats": torch.randn(60, 3, 8)})):
+        content = torch.load(tmp_path / name, weights_only=True)
+        torch.save({**content, **changes}, tmp_path / name)
+        with pytest.raises(TypeError):
+            cli(tmp_path, *other, "--fresh")
+        torch.save(content, tmp_path / name)
     write_features(tmp_path / "vision/m2.pt", n=60, layers=3, dim=8, seed=9)
     assert cli(tmp_path, *overrides) == 2
     assert "other data" in capsys.readouterr().err
@@ -988,7 +1003,7 @@ def test_index_folders_choose_films(tmp_path, films, capsys, form):
     root = tmp_path / "indexed"
     shutil.copytree(films, root)
     split = common.read_json(root / "split.json")
-    chosen = {"train": split["train"][::2], "dev": split["dev"], "test": split["test"][3:24]}
+    chosen = {"train": split["train"][::2], "dev": split["dev"][::2], "test": split["test"][3:24]}
     for part, names in chosen.items():
         (root / part).mkdir()
         places = np.array([split[part].index(film) for film in names])
@@ -1004,6 +1019,7 @@ def test_index_folders_choose_films(tmp_path, films, capsys, form):
     few, control = (exp.select(data, next(job for job in data.jobs if job["labelled"] == arm)) for arm in (36, "all"))
     assert [found.ids[i] for i in few.splits["labelled"].tolist()] == chosen["train"]
     assert "labelled" not in control.splits
+    assert [found.ids[i] for i in few.splits["val"].tolist()] == chosen["dev"]
     assert len(few.splits["train"]) == 72  # InfoNCE has all pairs
     probes = load(tmp_path, root, stage="mmimdb")
     assert (len(probes.splits["train"]), len(probes.splits["test"])) == (36, 21)
@@ -1077,6 +1093,10 @@ def test_every_weight_gets_the_same_steps_rates_batches_and_start(tmp_path, film
         batches.append(exp.epoch_batches(cfg, selected, 3))
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
     assert all(torch.equal(a, b) for one, other in zip(*batches, strict=True) for a, b in zip(one, other, strict=True))
+    (rows, _), = exp.epoch_batches(cfg, exp.select(data, data.jobs[0]), 3)
+    assert not torch.equal(rows, batches[0][0][0])  # of another seed
+    starts = [exp.train_job(cfg, exp.select(data, data.jobs[i]))[0]["head.weight"] for i in (0, 1)]
+    assert (starts[0] - starts[1]).abs().max() > 0.01  # further apart than four steps go
 
 
 def test_few_labels_many_pairs(tmp_path, films):
@@ -1128,6 +1148,17 @@ def test_the_learnt_scale_moves_and_is_logged(tmp_path, films):
                       "finetune.warmup_epochs=1")
     history = exp.train(cfg, exp.load_data(cfg))
     assert abs(history[-1]["logit_scale"] - 1 / 0.07) > 0.1  # 4 steps at the towers' rate: at most .006
+
+
+def test_the_epoch_of_the_best_validation_score_is_kept(tmp_path, films):
+    cfg = film_config(tmp_path, films, "finetune.weights=[1]", "finetune.learning_rate=0.03", "finetune.epochs=6",
+                      "finetune.warmup_epochs=1", "finetune.class_idx=Fantasy")
+    data = exp.load_data(cfg)
+    best, rows = exp.train_job(cfg, data)
+    model = exp.build_model(cfg, data)
+    model.load_state_dict(best)
+    scores = [row["val_score"] for row in rows]
+    assert scores[-1] < max(scores) == model.score(data, "val").item()
 
 
 def test_one_batch_is_overfitted(tmp_path, films):

@@ -1096,6 +1096,9 @@ def pixmo(args):
     groups, rows = [], []  # of read_images; (id, captions): an id that no column gives is "file:row"
     for path in files:
         file, images, captions, key = experiment.open_parquet(path, with_images=True)
+        if key is None and [other.name for other in files].count(path.name) > 1:
+            raise UserError(f"{path}: its rows have no id, and another file has its name, by which they are told apart "
+                            "then; rename one")
         first = len(rows)
         for group in range(file.num_row_groups):
             groups.append((path, group, file.metadata.row_group(group).num_rows, images))

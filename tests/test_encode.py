@@ -31,6 +31,7 @@ import encode
 import exp_alignment_corr
 import exp_coco_heads
 import exp_gw_mmimdb
+import exp_pixmo_mrl
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -804,6 +805,23 @@ def test_pixmo_features_are_matched_by_id(model, parquet, tmp_path, capsys, monk
         encode.tokenize(source, tokenizer, ["picture 101"], ARGS, how))
     assert how == "mean"
     torch.testing.assert_close(text["feats"][text["ids"].index(101)], row[0], rtol=1e-4, atol=1e-5)
+
+
+def test_pixmo_rows_without_an_id_are_told_apart_by_file_and_row(model, parquet, tmp_path, capsys):
+    import pyarrow.parquet as pq
+    data = tmp_path / "data"
+    (data / "more").mkdir(parents=True)
+    for name in "ab":
+        table = pq.read_table(parquet / f"{name}.parquet").drop_columns("image_id")
+        pq.write_table(table, data / f"{name}.parquet", row_group_size=4)
+    run(*pixmo_args(model, data, tmp_path))
+    cfg = common.load_config(exp_pixmo_mrl.Config, None, [f"dataset.cache_dir={tmp_path / 'cache'}"])
+    split = exp_pixmo_mrl.read_split(str(data), "dataset.train_parquet", cfg, 8, map)
+    ids = torch.load(tmp_path / "image_features.pt", weights_only=True)["ids"]
+    assert ids == [*(f"a.parquet:{i}" for i in range(11) if i not in (2, 5)), *(f"b.parquet:{i}" for i in range(6))]
+    assert split.ids.tolist() == [i for i in ids if i != "a.parquet:7"]  # which has no caption
+    shutil.copy(data / "b.parquet", data / "more")
+    assert "another file has its name" in fails(capsys, *pixmo_args(model, data, tmp_path / "again"))
 
 
 def test_pixmo_tokens_have_a_mask_and_resume_to_the_bit(model, parquet, tmp_path, monkeypatch):

@@ -345,7 +345,7 @@ def test_batch_size_does_not_change_a_row(coco, model, tmp_path):
             assert (a - b).abs().max() < 1e-5 * a.abs().max()
 
 
-def test_instruction_and_limit(coco, model, tmp_path):
+def test_instruction_and_limit(coco, model, tmp_path, capsys):
     run(*coco_args(coco, model, tmp_path / "plain", "--limit", "3", "--dtype", "bfloat16"))
     run(*coco_args(coco, model, tmp_path / "told", "--limit", "3", "--dtype", "bfloat16",
                    "--instruction", "Find the picture"))
@@ -356,6 +356,9 @@ def test_instruction_and_limit(coco, model, tmp_path):
     assert ((plain - told).float().abs().amax(1) > 1e-3).all()
     metadata = [json.loads((tmp_path / name / "train2017_metadata.json").read_text()) for name in ("plain", "told")]
     assert metadata[0] == metadata[1]
+    for other in (["--instruction", "Another"], ["--text-pool", "first"], ["--max-length", "6"], ["--normalize-texts"]):
+        line = fails(capsys, *coco_args(coco, model, tmp_path / "plain", "--limit", "3", "--dtype", "bfloat16", *other))
+        assert "train2017_text_embeddings.pt was made otherwise" in line
 
 
 def test_texts_at_unit_length(coco, model, tmp_path, capsys):
@@ -678,6 +681,20 @@ def test_alignment_features_by_level_load_and_are_compared(coco, model, tmp_path
     assert {row["bpb"] for row in saved["rows"] if row["language"] == "gpt2"} == {content["bpb"]}
 
 
+def test_photos_go_with_captions_by_their_sorted_names(tmp_path, monkeypatch):
+    names = ["b.jpg", "a.PNG", "c.webp"]
+    for name in [*names, "notes.txt"]:
+        (tmp_path / name).touch()
+    (tmp_path / "captions.json").write_text(json.dumps([{f"item {i}": {"original": "a", "sentences": {}}}
+                                                        for i in range(3)]))
+    listed = [tmp_path / name for name in [*names, "notes.txt"]]
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(listed))  # in the order of the disk
+    args = SimpleNamespace(mmimdb=None, captions=tmp_path / "captions.json", vision=["x"], images=tmp_path,
+                           image_names=None, limit=None)
+    assert encode.read_items(args) == (["item 0", "item 1", "item 2"], {"gpt_u=0_features": ["a"] * 3},
+                                       [tmp_path / name for name in sorted(names)])
+
+
 def test_layers_of_a_text_encoder_have_no_bits_per_byte(films, model, tmp_path, capsys):
     film = films / "dataset" / f"{(films / 'labels/ids_all.txt').read_text().split()[2]}.json"
     # the first one that says something
@@ -743,6 +760,20 @@ def test_flickr8k_features_of_all_modalities_and_corruptions(model, tmp_path, sp
         conditions = [(kind, amount) for kind, amounts in exp.CORRUPTIONS[m].items() for amount in amounts]
         assert all((exp.corrupted_items(data, m, d.items, *c) - clean).abs().max() > 1e-4 for c in conditions), m
         assert exp.has_corrupted(data, m, conditions)
+    (blurred,) = (torch.load(path, weights_only=True) for path in tmp_path.glob("image_features,defocus=10.pt"))
+    name, (source, processor) = blurred["ids"][1], encode.open_images(model("convnext"), ARGS)
+    with Image.open(Path(root, "Flickr8k_Dataset", name)) as photo:  # 120 x 90; the model sees its shortest side at 32
+        pixels = np.array(photo.resize((43, 32), Image.Resampling.BICUBIC))
+    pixels = exp.corrupt_photo(torch.from_numpy(pixels).permute(2, 0, 1), "defocus", 10, exp.item_draws(name))
+    pixels = encode.pixels_of(Image.fromarray(pixels.permute(1, 2, 0).numpy()), processor)
+    torch.testing.assert_close(blurred["feats"][1], encode.image_forward(source, ARGS)([pixels])[0][0])
+    noisy = torch.load(tmp_path / "text_features,drop=0.2.pt", weights_only=True)
+    texts = [exp.corrupt_text(exp.read_captions(Path(root))[0][photo][int(k)], "drop", 0.2, exp.item_draws(name))
+             for name in noisy["ids"][:3] for photo, _, k in [name.rpartition("#")]]
+    source, tokenizer, how = encode.open_texts(model("bert"), ARGS)
+    (rows,) = encode.text_forward(source, tokenizer, ARGS, how)(
+        encode.tokenize(source, tokenizer, texts, ARGS, how))
+    torch.testing.assert_close(noisy["feats"][:3], rows, rtol=1e-4, atol=1e-5)
     wavs = sorted(Path(root, "flickr_audio/wavs").iterdir())
     found = torch.load(tmp_path / "audio_features.pt", weights_only=True)
     forward = encode.speech_forward(encode.find_model(model(speech), "speech"), ARGS)

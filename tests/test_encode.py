@@ -651,7 +651,7 @@ def test_alignment_features_by_level_load_and_are_compared(coco, model, tmp_path
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     run("alignment", "--captions", tmp_path / "captions.json", "--images", coco / "images",
         "--image-names", tmp_path / "names.txt", "--out", out, "--language", model("gpt2"), model("llama"),
-        model("bloom"), "--vision", model("vit"), model("clip"), "--dtype", "float32")
+        model("bloom"), "--vision", model("vit"), model("clip"), "--dtype", "float32", "--max-length", "26")
     levels = exp_alignment_corr.read_captions(tmp_path / "captions.json")
     assert sorted(levels) == list(range(0, 101, 10))
     ids = [f"Index - {i}" for i in range(29) if i not in (3, 17, 20)]
@@ -659,11 +659,13 @@ def test_alignment_features_by_level_load_and_are_compared(coco, model, tmp_path
     assert (vision["ids"], vision["pool"], list(vision["feats"].shape)) == (ids, "cls", [26, 2, 16])
     assert vision["files"] == [name for i, name in enumerate(names) if i not in (3, 17, 20)]
     source, tokenizer = opened(model("gpt2"))
-    forward = encode.language_forward(source, tokenizer, ARGS)
+    read = SimpleNamespace(**{**vars(ARGS), "max_length": 26})
+    forward = encode.language_forward(source, tokenizer, read)
     for u in (0, 60):
         content = torch.load(out / f"gpt_u={u}_features/gpt2.pt", weights_only=True)
         texts = [levels[u][i] for i in range(29) if i not in (3, 17, 20)]
-        features, nats = forward(encode.tokenize(source, tokenizer, texts, ARGS, "start"))
+        features, nats = forward(encode.tokenize(source, tokenizer, texts, read, "start"))
+        assert 0 < nats.isnan().sum() < len(texts)  # some are cut
         torch.testing.assert_close(content["feats"], features, rtol=1e-4, atol=1e-5)
         assert (content["ids"], content["pool"], content["family"]) == (ids, "avg", "gpt2")
         assert (content["n_cut"], content["n_left_out"]) == (int(nats.isnan().sum()), 3)

@@ -706,6 +706,7 @@ def test_bad_features_are_one_line_naming_the_file(tmp_path, capsys, case):
     (["stages=[mmimdb]", "mmimdb.dir=nowhere"], "nowhere/split.json"),
     (["stages=[synthetic]", "synthetic.uniqueness=[9]"], "from 0 to 8"),
     (["stages=[synthetic]", "synthetic.k=600"], "synthetic.k: must be < 512"),
+    (["finetune.weights=[0, -1]"], "finetune.weights: must be >= 0"),
     (["synthetic.x2_depths=[1, 1]"], "each once")])
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, overrides, message):
     monkeypatch.delenv("BASE_DIR", raising=False)

@@ -433,6 +433,13 @@ def test_a_finished_command_loads_no_model_and_another_job_is_refused(coco, mode
     assert "was not made by this command" in fails(capsys, *coco_args(coco, model, tmp_path, "--limit", "3"))
 
 
+def test_numbers_beside_features_stay_float32():
+    args = SimpleNamespace(batch_size=2, dtype="float16", weights="float32")
+    part = encode.encode_shard(range(3), [[0]] * 3, lambda items: (torch.ones(len(items), 4), torch.ones(len(items))),
+                               "abc", {"model": "x"}, args)
+    assert [x.dtype for x in part["outputs"]] == [torch.float16, torch.float32]
+
+
 def test_batches_are_of_like_lengths_and_rows_stay_in_order():
     items, sizes = [[0] * (1 + i * 7 % 5) for i in range(11)], []
 

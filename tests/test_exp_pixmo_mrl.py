@@ -360,6 +360,20 @@ def test_a_cache_cut_short_goes_on_where_it_was(tmp_path, scenes, monkeypatch):
     assert seen == []
 
 
+def test_a_cache_goes_on_within_a_row_group_and_fills_a_gap(tmp_path, scenes, monkeypatch):
+    monkeypatch.setattr(exp, "BLOCK_ROWS", 6)  # of groups of 16
+    path = f"{scenes}/pixmo_train.parquet"
+    whole = prepared(tmp_path, path)
+    squares, blocks = exp.gather_images(whole, np.arange(87)), [*(tmp_path / "cache").glob("images6_*/*.pt")]
+    assert len(blocks) == 17
+    for block in blocks:
+        if block.stem not in ("0", "5"):
+            block.unlink()
+    again = prepared(tmp_path, path)
+    assert torch.equal(exp.gather_images(again, np.arange(87)), squares)
+    assert (again.captions.tolist(), again.place.tolist()) == (whole.captions.tolist(), whole.place.tolist())
+
+
 @pytest.mark.parametrize("damage", ["short", "a flipped byte of a picture", "a flipped byte of the index"])
 def test_a_damaged_cache_is_refused(tmp_path, scenes, damage):
     path = f"{scenes}/pixmo_val.parquet"

@@ -1700,14 +1700,13 @@ def parse_command_line(argv, configs, doc, stages):
     epilog = ""
     if {"-h", "--help"} & set(argv):
         sections = [Config() for Config in configs]
-        for path in filter(os.path.isfile, argv):
-            mistakes = []
-            for i, Config in enumerate(configs):  # a YAML fits one of them
-                try:
-                    sections[i] = load_config(Config, path, demo="--demo" in argv)
-                except UserError as error:
-                    mistakes.append(f"{error}; shown are the defaults\n\n")
-            epilog += mistakes[0] if len(mistakes) == len(configs) else ""
+        for path in (word for word in argv if os.path.isfile(word) or re.fullmatch(r"[^=]+\.ya?ml", word)):
+            try:
+                raw = read_yaml(path)  # it fits the config that has most of its keys
+                kind = max(configs, key=lambda Config: len(raw.keys() & Config.__dataclass_fields__.keys()))
+                sections[configs.index(kind)] = load_config(kind, path, demo="--demo" in argv)
+            except UserError as error:
+                epilog += f"{error}; shown are the defaults\n\n"
         epilog += "config keys, values (the YAML's, else defaults) and meaning (set in the YAML, or as key=value):\n"
         epilog += "\n\n".join("\n".join(_config_help(section)) for section in sections)
     parser = Parser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -205,6 +205,31 @@ def test_an_epoch_is_a_pure_function_of_seed_and_epoch(tmp_path, coco_demo, data
     assert not torch.equal(rows.sort().values, torch.cat(exp.epoch_batches(data, once, 2)).sort().values)
 
 
+@pytest.mark.parametrize(("keys", "rate"), [
+    (["training.warmup_steps=3"], lambda step: common.warmup_cosine(step, 16, 3)),
+    (["training.warmup_steps=2", "training.schedule=constant"], lambda step: min(1, step / 2))])
+def test_a_runs_steps_take_every_epochs_batches_at_the_schedules_rate(tmp_path, coco_demo, data, monkeypatch, keys,
+                                                                      rate):
+    cfg = config(tmp_path, coco_demo, "training.num_epochs=2", *keys)
+    real, steps = exp.train_step, []
+
+    def seen(model, batch, optimizer):
+        steps.append((model.training, batch["ids"].tolist(), optimizer.param_groups[0]["lr"]))
+        return real(model, batch, optimizer)
+    monkeypatch.setattr(exp, "train_step", seen)
+    history = exp.train(cfg, data)
+    batches = [*exp.epoch_batches(data, cfg, 0), *exp.epoch_batches(data, cfg, 1)]
+    rates = [pytest.approx(5e-3 * rate(step), abs=1e-12) for step in range(16)]
+    assert steps == [(True, data.image_index[rows].tolist(), lr) for rows, lr in zip(batches, rates, strict=True)]
+    assert [row["learning_rate"] for row in history] == [rates[7], rates[15]]
+
+
+def test_the_monitored_quantity():
+    row = {"val_loss": 0.5, "val_i2t_R1": 20.0, "val_t2i_R1": 40.0, "val_RSUM": 300.0}
+    for monitor, value in (("loss", -0.5), ("r1", 30.0), ("rsum", 300.0)):
+        assert exp.monitored(row, exp.Config(training=exp.TrainingConfig(monitor=monitor))) == value
+
+
 def test_inputs_are_standardised_by_training_statistics_only(tmp_path, coco_demo):
     texts = tensor(coco_demo, "train2017_text_embeddings").float()
     texts[:, 3] = 2.5  # a constant feature must not divide by zero
@@ -245,6 +270,17 @@ def test_one_batch_is_learnt_and_every_parameter_gets_gradient(tmp_path, coco_de
     z_image, z_text = model.eval()(batch["image"], batch["text"])
     torch.testing.assert_close(z_image.norm(dim=1), torch.ones(32))
     assert (z_image @ z_text.T).argmax(1).eq(torch.arange(32)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("keys", "varies"), [
+    (["model.dropout=0", "model.input_dropout=0.5"], True), (["model.dropout=0.5", "model.input_dropout=0"], True),
+    (["model.dropout=0", "model.input_dropout=0"], False)])
+def test_dropout_is_on_both_sides_and_in_training_alone(tmp_path, coco_demo, data, keys, varies):
+    model = exp.build_model(config(tmp_path, coco_demo, "model.type=mlp", *keys), data)
+    batch = exp.make_batch(data, data.splits["train"][:9])
+    for training in (True, False):
+        for one, other in zip(*(model.train(training)(batch["image"], batch["text"]) for _ in range(2)), strict=True):
+            assert torch.equal(one, other) == (not varies or not training)
 
 
 @pytest.mark.parametrize("head", GATED)
@@ -331,11 +367,14 @@ def test_a_start_at_cca_scores_as_cca_does(tmp_path, coco_demo, data, head):
     for init in ("cca", "random"):
         cfg = config(tmp_path, coco_demo, f"model.type={head}", f"model.init={init}", "model.output_dim=64",
                      "loss.type=queue")
-        model = exp.begin(cfg, data)[0]
+        model, optimizer, _ = exp.begin(cfg, data)
         exp.initialise(cfg, model, data)
         copies = model.momentum_heads.state_dict()
         assert all(torch.equal(x, copies[name]) for name, x in model.heads.state_dict().items())
         rsums[init] = exp.validate(model, data, cfg)["val_RSUM"]
+        started = {id(p) for side in model.heads for p in exp.linear_part(side).parameters()}
+        rates = {(id(p) in started, group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        assert rates == {(True, 5e-4 if init == "cca" else 5e-3), (False, 5e-3)}
     scorer, _ = exp.closed_forms(data, 10)["CCA, CSLS"]
     rsum = exp.summarise(exp.retrieval(*exp.embed(scorer, data, "val")))["RSUM"]
     assert rsums == {"cca": pytest.approx(rsum, abs=12), "random": pytest.approx(70, abs=40)}
@@ -366,6 +405,20 @@ def test_starting_scale_and_bias_their_range_and_a_fixed_temperature(tmp_path, c
     assert scale_and_bias(model) == [10, -10]
 
 
+@pytest.mark.parametrize(("keys", "kwargs"), [
+    ([], {"false_negatives": "mask"}), (["loss.false_negatives=multi_positive"], {"false_negatives": "multi_positive"}),
+    (["loss.type=clip"], {"false_negatives": "mask"}),
+    (["loss.type=clip", "loss.label_smoothing=0.2"], {"false_negatives": "mask", "label_smoothing": 0.2}),
+    (["loss.type=align", "loss.false_negatives=ignore"], {"label_smoothing": 0.1})])
+def test_settings_reach_the_loss(tmp_path, coco_demo, data, keys, kwargs):
+    model = exp.build_model(config(tmp_path, coco_demo, *keys), data)
+    z_image, z_text, ids = unit(9, 4, seed=0), unit(9, 4, seed=1), torch.arange(9) // 2
+    numbers = [x.detach() for x in (model.log_scale.exp(), model.logit_bias) if x is not None]
+    loss = common.sigmoid_loss if model.loss_type == "siglip" else common.info_nce
+    found = exp.LOSSES[model.loss_type](model, z_image, z_text, ids, None, slice(None))
+    assert found.item() == loss(z_image, z_text, *numbers, ids=ids, **kwargs).item()
+
+
 def queue_model(tmp_path, data_dir, data, *overrides):
     common.seed_everything(0)
     cfg = config(tmp_path, data_dir, "model.output_dim=6", "loss.queue_size=10", *overrides)
@@ -382,7 +435,7 @@ def test_queue_loss_against_loops(tmp_path, coco_demo, data, loss, false_negativ
     model.queue[:, 6:] = 99.0  # whatever lies there must not count
     model.n_steps.fill_(3)
     alpha = 0.4 * min(1, 3 / model.ramp_steps) if loss == "blip" else 0.0
-    scale, expected = model.log_scale.exp().item(), 0.0
+    scale, expected = model.log_scale.exp(), 0.0
     all_ids = ids.tolist() + filled.tolist()
     for way in (0, 1):
         candidates = torch.cat([keys[1 - way], model.queue[1 - way, :6]])
@@ -391,11 +444,14 @@ def test_queue_loss_against_loops(tmp_path, coco_demo, data, loss, false_negativ
             kept = [j for j in range(10) if false_negatives != "mask" or j == i or j not in same]
             positive = same if false_negatives == "multi_positive" else [i]
             log_p = (scale * candidates[kept] @ z[way, i]).log_softmax(0)
-            soft = (scale * candidates[kept] @ keys[way, i]).softmax(0)
+            soft = (scale.detach() * candidates[kept] @ keys[way, i]).softmax(0)
             for n, j in enumerate(kept):
                 expected -= (alpha * soft[n] + (1 - alpha) * (j in positive) / len(positive)) * log_p[n] / 8
-    value = exp.queue_loss(model, *z, ids, keys, slice(None)).item()
-    assert value == pytest.approx(expected.item(), abs=1e-5 if alpha else 1e-10)  # alpha is float32
+    value = exp.queue_loss(model, *z, ids, keys, slice(None))
+    exact = 1e-5 if alpha else 1e-10  # alpha is float32
+    assert value.item() == pytest.approx(expected.item(), abs=exact)
+    slopes = [torch.autograd.grad(x, model.log_scale)[0].item() for x in (value, expected)]
+    assert slopes[0] == pytest.approx(slopes[1], abs=exact)
 
 
 def test_queue_wraps_around_and_takes_batches_of_any_size(tmp_path, coco_demo, data):
@@ -414,6 +470,7 @@ def test_queue_wraps_around_and_takes_batches_of_any_size(tmp_path, coco_demo, d
     assert model.queue_next == 16 % 10
     model.finish_step(tuple(unit(2, 25, 6, seed=9)), torch.arange(25))  # larger than the queue
     assert sorted(model.queue_ids.tolist()) == list(range(15, 25))
+    assert model.n_steps == 6
     for one, steps in (("false", 8), ("true", 2)):  # the ramp is an epoch, of 1,000 captions or of 200 images
         cfg = config(tmp_path, coco_demo, "loss.type=blip", f"training.one_caption_per_image={one}")
         assert exp.build_model(cfg, data).ramp_steps == len(exp.epoch_batches(data, cfg, 0)) == steps
@@ -528,6 +585,10 @@ def test_closed_forms_against_dense_ones(data):
         scorer, settings = forms[name]
         rsum = exp.summarise(exp.retrieval(*exp.embed(scorer, data, "val")))["RSUM"]
         assert settings["validation RSUM"] == rsum > 100  # chance is about 70 here
+        scorer, settings = forms[f"{name}, CSLS"]
+        z_image, z_text, own = exp.embed(scorer, data, "val")
+        hubs = exp.hubness(z_image, z_text, exp.training_bank(scorer, data, 4096), 10)
+        assert settings["validation RSUM"] == exp.summarise(exp.retrieval(z_image, z_text, own, hubs))["RSUM"]
     scorer, settings = forms["ridge"]
     weight = settings["lambda"] * x.square().mean() * len(x)
     expected = torch.linalg.lstsq(torch.cat([x, weight.sqrt() * torch.eye(d, dtype=x.dtype)]),
@@ -681,6 +742,7 @@ def test_the_tables_are_named_as_they_are_read(whole):
     exact |= {f"I2T R@{k}": 100 * (1 - math.comb(295, k) / math.comb(300, k)) for k in exp.KS}
     assert {name: table["chance"][name] for name in exact} == pytest.approx(exact)
     assert table["mlp, CSLS, random bank"]["RSUM"] == pytest.approx(table["mlp"]["RSUM"], abs=15)
+    assert table["mlp, CSLS, random bank"] != table["mlp, CSLS"]
     for pair in ("mlp - CCA", "mlp - ridge", "mlp, CSLS - CCA, CSLS", "mlp, CSLS - mlp", "CCA, CSLS - CCA"):
         a, b = pair.split(" - ")
         assert differences[pair]["RSUM"] == pytest.approx(table[a]["RSUM"] - table[b]["RSUM"])

@@ -149,12 +149,18 @@ def test_help_beside_a_config_shows_its_values(args, lines, capsys):
     assert {line.split()[0] for line in capsys.readouterr().out.splitlines() if "=" in line} >= set(lines)
 
 
-def test_help_beside_a_config_with_a_mistake_says_that_it_shows_the_defaults(tmp_path, capsys):
+@pytest.mark.parametrize(("text", "message"), [
+    ("seeed: 1", "unknown key seeed; did you mean seed?"), (None, "no such config"),
+    ("base: x.yaml\nn_trails: 3\nsearch_space: {}", "unknown key n_trails; did you mean n_trials?")])
+def test_help_beside_a_config_with_a_mistake_says_that_it_shows_the_defaults(tmp_path, capsys, text, message):
     import exp_coco_heads as exp
-    (tmp_path / "mine.yaml").write_text("experiment: coco_heads\nseeed: 1\n")
+    path = tmp_path / "mine.yaml"
+    if text:
+        path.write_text(f"experiment: coco_heads\n{text}\n")
     with pytest.raises(SystemExit):
-        exp.main([str(tmp_path / "mine.yaml"), "-h"])
-    assert f"{tmp_path / 'mine.yaml'}: unknown key seeed; did you mean seed?" in capsys.readouterr().out
+        exp.main([str(path), "-h"])
+    assert re.search(rf"^{re.escape(f'{path}: {message}')}.*; shown are the defaults$", capsys.readouterr().out,
+                     flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("args", [[], ["--stage", "dance", "configs/siglip.yaml"],

@@ -521,17 +521,18 @@ def bootstrap(statistic, n, groups=None, n_resamples=1000, seed=0):
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def interval(estimate, resampled):
+def interval(estimate, resampled, is_difference=False):
     """(low, high): the basic 95% bootstrap interval (Davison & Hinkley 1997, equation 5.6) of an estimate, resampled
-    [R].
+    [R]. A share, from 0 to 1 or in percent, stays one; a difference of shares may be below 0.
 
     Resamples scatter about the estimate as it does about the truth, with the same bias: 2 estimate - quantile. The mean
     average precision of rare classes is biased upwards: its percentile interval holds the truth in 65% of 120 draws of
     522 items with 12 classes of 2 to 60%, this one in 93%.
     """
     low, high = 2 * estimate - np.nanquantile(resampled, (0.975, 0.025))
-    if np.nanmin(resampled) >= 0 and np.nanmax(resampled) <= 1:  # a proportion stays one
-        low, high = max(low, 0), min(high, 1)
+    largest = np.nanmax(resampled)
+    if not is_difference and np.nanmin(resampled) >= 0 and largest <= 100:
+        low, high = max(low, 0), min(high, 1 if largest <= 1 else 100)
     return float(low), float(high)
 
 
@@ -914,6 +915,8 @@ def pick_device(name="auto"):
     if not available.get(kind, False) or name not in (kind, *(f"{kind}:{i}" for i in range(count))):
         choices = ", ".join(k for k in available if available[k])
         raise UserError(f"device={name} is not available here; use one of auto, {choices}")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # a graph is recorded on the current one: of another it would be empty
     torch.set_float32_matmul_precision("high")
     return torch.device(name)
 
@@ -1905,7 +1908,7 @@ def interval_tables(rows, pairs, n, statistic=None, groups=None):
     scores = {name: statistic(values, None) for name, values in rows.items()}
     draws = {name: bootstrap(functools.partial(statistic, values), n, groups)
              for name, values in progress(rows.items(), "bootstrap")}
-    differences = {f"{a} - {b}": _row(_minus(scores[a], scores[b]), _minus(draws[a], draws[b])) for a, b in pairs}
+    differences = {f"{a} - {b}": _row(_minus(scores[a], scores[b]), _minus(draws[a], draws[b]), True) for a, b in pairs}
     table = {name: _row(scores[name], draws[name]) for name in rows}
     as_tensors = {kind: {name: {column: torch.as_tensor(value) for column, value in columns.items()}
                          for name, columns in numbers.items()}
@@ -1917,13 +1920,13 @@ def _minus(a, b):
     return {name: a[name] - b[name] for name in a if name in b}
 
 
-def _row(scores, draws):
+def _row(scores, draws, is_difference=False):
     """A table's row of {column: number}, with an interval for the columns that have draws [R]."""
     row = {}
     for name, value in scores.items():
         row[name] = float(value)
         if name in draws:
-            row[f"{name} low"], row[f"{name} high"] = interval(value, draws[name])
+            row[f"{name} low"], row[f"{name} high"] = interval(value, draws[name], is_difference)
     return row
 
 
@@ -2093,7 +2096,7 @@ def _paired_differences(runs):
             scores, draws = (_minus(seed_mean(ours, kind, row), seed_mean(theirs, kind, row))
                              for kind in ("scores", "draws"))
             if any(scores.values()):  # else chance, or a baseline of either
-                table[row] = _row(scores, draws)
+                table[row] = _row(scores, draws, is_difference=True)
         if table:
             tables[f"{label} - {first} (paired, {len(both[0]['ids']):,} items)"] = table
     return tables

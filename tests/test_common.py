@@ -439,6 +439,19 @@ def test_bootstrap_of_a_mean_is_its_standard_error_and_groups_are_drawn_together
     assert (wide[1] - wide[0]) / 2 == pytest.approx(1.96 * values.std() / 80**0.5, rel=0.1)
 
 
+def test_the_interval_of_a_share_stays_one_and_that_of_a_difference_may_be_below_zero():
+    hits = np.ones(60)
+    hits[:2] = 0  # 96.7%
+
+    def items(scale, x):
+        return {"a": {"x": torch.tensor(scale * x)}, "b": {"x": torch.zeros(60)}}
+    for scale in (1, 100):
+        table, differences, _ = common.interval_tables(items(scale, hits), [("a", "b")], 60)
+        assert table["a"]["x high"] == scale < differences["a - b"]["x high"]
+        table, differences, _ = common.interval_tables(items(scale, 1 - hits), [("a", "b")], 60)
+        assert table["a"]["x low"] == 0 > differences["a - b"]["x low"]
+
+
 def test_intervals_of_macro_map_hold_the_truth():
     """Rare classes bias average precision upwards; the interval must not inherit that twice."""
     generator, prevalence = np.random.default_rng(0), np.geomspace(0.5, 0.05, 6)
@@ -1143,6 +1156,14 @@ def test_pick_device():
     for name in ("tpu", "cpu:x", "cpu:", "cpu:00", "cuda:99"):
         with pytest.raises(UserError, match=f"device={name}"):
             common.pick_device(name)
+
+
+def test_one_of_several_gpus_becomes_the_current_one(monkeypatch):
+    current = []
+    for name, function in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", current.append)):
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert [common.pick_device(name) for name in ("cuda:1", "cuda")] == [torch.device("cuda:1"), torch.device("cuda")]
+    assert current == ["cuda:1"]
 
 
 def test_seed_everything_repeats():

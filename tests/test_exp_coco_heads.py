@@ -530,6 +530,11 @@ def test_gallery_of_unique_images_against_a_loop(tmp_path, coco_demo, data):
     expected = naive_recalls((z_image.double() @ z_text.double().T).detach().numpy(), own.numpy())
     values = exp.retrieval(z_image, z_text, own)
     assert exp.summarise(values) == pytest.approx(expected)
+    ranks, ids = exp.rank_table({"head": values})["head"], torch.arange(60)
+    for way, *gallery in (("I2T", z_image, z_text, ids, own), ("T2I", z_text, z_image, own, ids)):
+        m = common.retrieval_metrics(*gallery, map_ks=(5, 10))
+        assert [ranks[f"{way} {name}"] for name in ("median rank", "mean rank", "MRR", "mAP@5", "mAP@10")] == (
+            pytest.approx([m["median_rank"], m["mean_rank"], m["MRR"], 100 * m["mAP@5"], 100 * m["mAP@10"]]))
     counts = np.random.default_rng(0).multinomial(60, [1 / 60] * 60, 3)  # a resample draws an image with its captions
     drawn = exp.summarise(values, counts.astype(float))
     for r, count in enumerate(counts):
@@ -538,6 +543,17 @@ def test_gallery_of_unique_images_against_a_loop(tmp_path, coco_demo, data):
                  for way, rows in (("I2T", images), ("T2I", captions))]
         assert drawn["T2I R@1"][r] == pytest.approx(means[1])
         assert drawn["RSUM"][r] == pytest.approx(sum(means))
+
+
+def test_validation_is_of_all_validation_pairs(tmp_path, coco_demo, data):
+    cfg = config(tmp_path, coco_demo, "training.batch_size=1000")  # one batch
+    model = exp.build_model(cfg, data)
+    row = exp.validate(model, data, cfg)
+    z_image, z_text, own = exp.embed(model.eval(), data, "val")
+    assert (len(z_image), len(z_text)) == (40, 200)
+    loss = common.sigmoid_loss(z_image[own], z_text, 10.0, -10.0, own, "mask")
+    assert row["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["val_RSUM"] == exp.summarise(exp.retrieval(z_image, z_text, own))["RSUM"]
 
 
 @pytest.mark.parametrize("k", [1, 10, 10**4])  # the last is larger than the bank

@@ -2005,23 +2005,25 @@ def _report(folder, results):
 
 def _runs_by_seed(folders):
     """{label: [(folder, results)]}: finished runs, those that differ only in their seed together. Raises: UserError."""
-    groups, seen = {}, set()
+    groups = {}
     for folder in map(Path, folders):
         if re.search(r"\.old-\d+$", folder.name):  # what a pattern names beside the run that took its place
             continue
         results, config = _read_results(folder), flatten(_run_config(folder))
         settings = {k: v for k, v in config.items() if k != "seed" and not is_neutral(k)}
         key = json.dumps([settings, results["data_fingerprint"]], sort_keys=True)
-        if (key, results["seed"]) not in seen:  # a copy of a run is not another seed
-            seen.add((key, results["seed"]))
-            groups.setdefault(key, []).append((folder, results))
+        twins = [other["tables"] for _, other in groups.get(key, []) if other["seed"] == results["seed"]]
+        if results["tables"] in twins:  # a copy of a run is not another seed
+            continue
+        key += str(folder) if twins else ""  # other results of a seed: an edited script's
+        groups.setdefault(key, []).append((folder, results))
     if not groups:
         raise UserError(f"no finished run among {', '.join(map(str, folders))}; --compare takes folders of finished "
                         "runs")
     labelled = {}
     for runs in groups.values():
         folder = runs[0][0]
-        label = re.sub(r"[,_-]?seed[=_-]?\d+", "", folder.name)
+        label = re.sub(r"[,_-]?seed[=_-]?\d+", "", folder.name) or folder.parent.name
         if label in labelled:
             label = f"{folder.parent.name}/{label}"
         labelled[label if label not in labelled else f"{label} {len(labelled) + 1}"] = runs

@@ -1102,6 +1102,17 @@ def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys):
     assert "paired" not in (tmp_path / "two/compare.txt").read_text()
 
 
+def test_compare_of_an_edited_script_and_of_folders_named_by_their_seed(tmp_path):
+    """Results of one config and seed that differ stand side by side; a copy is passed over."""
+    runs = [finished(tmp_path / name, shift=shift) for name, shift in (("plain", 0), ("copy", 0), ("edited", 0.1))]
+    common.compare_runs(runs, out=tmp_path / "out")
+    text = (tmp_path / "out/compare.txt").read_text()
+    assert "edited - plain (paired" in text
+    assert "copy" not in text
+    common.compare_runs([finished(tmp_path / f"mine/seed{seed}", seed) for seed in (1, 2)], out=tmp_path / "out")
+    assert "head: mine (2)" in (tmp_path / "out/compare.txt").read_text()
+
+
 def test_compare_refuses_what_is_no_finished_run(tmp_path):
     with pytest.raises(UserError,
                        match=r"none/results\.json: no such file; .*none is not the folder of a finished run"):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import ROOT, apply_diff, assert_nothing_chosen_on_test, ends_with, kill_at, killed
+from torch import nn
 
 import common
 import exp_coco_heads as exp
@@ -272,6 +273,18 @@ def test_one_batch_is_learnt_and_every_parameter_gets_gradient(tmp_path, coco_de
     assert (z_image @ z_text.T).argmax(1).eq(torch.arange(32)).float().mean() > 0.9
 
 
+def test_the_sizes_of_heads():
+    def first(**keys):
+        return exp.make_heads(exp.ModelConfig(**keys), [10, 12])[1]
+    assert [first(type=name)[0].out_features for name in ("mlp", "blip", "clip", "align")] == [1024, 1024, 6, 2048]
+    assert {first(type=name, hidden_dim=32)[0].out_features for name in ("mlp", "blip", "clip", "align")} == {32}
+    branch = first(type="attention", hidden_dim=96, num_heads=3, num_layers=4).branch
+    assert [layer.self_attn.num_heads for layer in branch.encoder] == [3] * 4
+    branch = first(type="cross_modal", hidden_dim=96, num_heads=3).branch
+    assert branch.attention(torch.randn(5, 96)).shape == (5, 3, exp.N_SLOTS)
+    assert [type(first(type="align", use_bn=use)[1]) for use in (True, False)] == [common.BatchNorm1d, nn.LayerNorm]
+
+
 @pytest.mark.parametrize(("keys", "varies"), [
     (["model.dropout=0", "model.input_dropout=0.5"], True), (["model.dropout=0.5", "model.input_dropout=0"], True),
     (["model.dropout=0", "model.input_dropout=0"], False)])
@@ -288,6 +301,8 @@ def test_gated_heads_start_as_their_linear_part(tmp_path, coco_demo, data, head)
     model = exp.build_model(config(tmp_path, coco_demo, f"model.type={head}"), data).eval()
     gates = [p for name, p in model.named_parameters() if "gate" in name]
     assert [p.shape for p in gates] == [torch.Size([])] * 2
+    health = exp.gate_health(model, data)
+    assert [health[name] for name in ("gate_image", "gate_text", "linear_image", "linear_text")] == [0, 0, 1, 1]
     for side, x in zip(model.heads, (data.images, data.texts), strict=True):
         x = x[:50].float()
         assert torch.equal(side(x), side.linear(x))
@@ -605,6 +620,11 @@ def test_closed_forms_against_dense_ones(data):
         z_image, z_text, own = exp.embed(scorer, data, "val")
         hubs = exp.hubness(z_image, z_text, exp.training_bank(scorer, data, 4096), 10)
         assert settings["validation RSUM"] == exp.summarise(exp.retrieval(z_image, z_text, own, hubs))["RSUM"]
+    scorer, settings = forms["CCA"]
+    image, correlations, text = exp.cca_solver(c[:d, :d], c[d:, d:], c[:d, d:])(*settings["shrinkages"])
+    weights = correlations[:settings["dims"]] ** settings["power"]
+    for matrix, directions in ((scorer.image, image), (scorer.text, text)):
+        torch.testing.assert_close(matrix, (directions[:, :settings["dims"]] * weights).float())
     scorer, settings = forms["ridge"]
     weight = settings["lambda"] * x.square().mean() * len(x)
     expected = torch.linalg.lstsq(torch.cat([x, weight.sqrt() * torch.eye(d, dtype=x.dtype)]),
@@ -763,6 +783,8 @@ def test_the_tables_are_named_as_they_are_read(whole):
         a, b = pair.split(" - ")
         assert differences[pair]["RSUM"] == pytest.approx(table[a]["RSUM"] - table[b]["RSUM"])
         assert differences[pair]["RSUM low"] <= differences[pair]["RSUM"] <= differences[pair]["RSUM high"]
+    noted = {note.partition("images: ")[2].rpartition(",")[0] for note in results["notes"][1:]}
+    assert noted == {pair for pair, row in differences.items() if row["RSUM"] <= 0}
     assert {"I2T median rank", "T2I mean rank", "I2T MRR", "T2I mAP@10"} <= ranks["mlp"].keys()
     items = common.load_checkpoint(whole / "per_item.pt")
     assert items["ids"] == common.read_json(whole / "splits.json")["image_ids"]["test"]

@@ -354,17 +354,23 @@ def _block_scores(queries, gallery, gallery32, own_columns, tolerance, only_best
     return scores
 
 
-def _average_precision(scores, own_columns, is_own, n_own, ks):
-    """{k: AP@k [q]} of scores [q, G], own rows below all that tie with them; divided by min(k, own rows)."""
-    scores = scores.double()  # so that a hair is less than the gap to the next float32
-    own = scores.gather(1, own_columns).masked_fill(~is_own, -torch.inf)
-    below = torch.nextafter(own, torch.full_like(own, -torch.inf))
-    scores = scores.scatter(1, own_columns, torch.where(is_own, below, below[:, :1]))
-    mine = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, own_columns, True)
-    top = mine.gather(1, scores.topk(min(max(ks), scores.shape[1]), dim=1).indices).double()
-    places = torch.arange(1, top.shape[1] + 1, device=scores.device)
-    precision = top @ (places[:, None] <= places).double() / places  # own rows so far / place
-    return {k: (precision * top)[:, :k].sum(1) / n_own.clamp(max=k) for k in ks}
+def _average_precision(scores, own, n_own, ks):
+    """{k: AP@k [q]} of scores [q, G], own rows' [q, most own rows] (-inf: none), expected over random orders of ties.
+
+    Of g level rows o are own: each of their places holds one with probability o / g, which then has a share (o - 1) /
+    (g - 1) of the g's places before it. Divided by min(k, own rows).
+    """
+    top = scores.topk(min(max(ks), scores.shape[1]), dim=1).values
+    place = torch.arange(1, top.shape[1] + 1, device=scores.device).double()
+    above, level = ((compare(top[:, None], top[:, :, None])).sum(2) for compare in (torch.gt, torch.eq))
+    level_last = (scores == top[:, -1:]).sum(1, keepdim=True)  # the last group may go on below
+    level = torch.where(top == top[:, -1:], level_last, level)
+    own = own.sort(1).values
+    end = torch.searchsorted(own, top, right=True)
+    own_above, own_level = own.shape[1] - end, end - torch.searchsorted(own, top)
+    own_before = (place - above - 1) * (own_level - 1) / (level - 1).clamp(min=1)
+    expected = own_level * (own_above + own_before + 1) / (level * place)
+    return {k: expected[:, :k].sum(1) / n_own.clamp(max=k) for k in ks}
 
 
 def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10), map_ks=(10,), chunk_size=None):
@@ -372,8 +378,8 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
 
     queries: [Q, D], gallery: [G, D], float, L2-normalised for cosine. query_ids: [Q], gallery_ids: [G] int; the gallery
     rows that carry the query's id are its own, and the best of them counts. Ties: the expectation over their random
-    order; AP ranks an own row below every other row of the same score. AP@k is divided by min(k, own rows). chunk_size:
-    queries at once (default: `rows_at_once`); memory, not the values.
+    order. AP@k is divided by min(k, own rows). chunk_size: queries at once (default: `rows_at_once`); memory, not the
+    values.
     Returns: dict of [Q] float64 on the CPU: `hit@k` (probability), `AP@k`, `rank` (expected, from 1), `chance@k`.
     Raises: ValueError on non-finite input, shapes that disagree, or a query without an own row in the gallery.
     """
@@ -413,10 +419,12 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
         if not map_ks:
             continue
         if len(offsets) == 1:
-            worst = (better + tied + 1).double()
-            precisions = {k: torch.where(worst <= k, 1 / worst, 0.0) for k in map_ks}
+            place = torch.arange(1, min(max(map_ks), len(gallery)) + 1, device=device).double()
+            harmonic = F.pad(1 / place, (1, 0)).cumsum(0)
+            precisions = {k: (harmonic[(better + tied + 1).clamp(max=k)] - harmonic[better.clamp(max=k)]) / (tied + 1)
+                          for k in map_ks}
         else:
-            precisions = _average_precision(scores, own_columns, is_own, n_own[rows], map_ks)
+            precisions = _average_precision(scores, own, n_own[rows], map_ks)
         for k in map_ks:
             average_precision[f"AP@{k}"].append(precisions[k])
     (better, tied, level), n_own = torch.cat(counts, dim=1).cpu(), n_own.cpu()

@@ -786,6 +786,7 @@ def test_the_tables_are_named_as_they_are_read(whole):
     noted = {note.partition("images: ")[2].rpartition(",")[0] for note in results["notes"][1:]}
     assert noted == {pair for pair, row in differences.items() if row["RSUM"] <= 0}
     assert {"I2T median rank", "T2I mean rank", "I2T MRR", "T2I mAP@10"} <= ranks["mlp"].keys()
+    assert ranks["chance"]["T2I mAP@10"] == pytest.approx(100 * sum(1 / place for place in range(1, 11)) / 60)
     items = common.load_checkpoint(whole / "per_item.pt")
     assert items["ids"] == common.read_json(whole / "splits.json")["image_ids"]["test"]
     for row, values in items["rows"].items():  # the table is the statistic of what --compare reads

@@ -335,6 +335,27 @@ def test_block_size_and_gallery_order_change_nothing():
     assert retrieval_metrics(u, v[shuffle], image_ids, own[shuffle]) == reference
 
 
+def test_noise_of_a_float32_product_changes_nothing(monkeypatch):
+    """Images 2i and 2i + 1 share their best caption, which is not the first of either: a tie stays one."""
+    u, v, image_ids, own = five_captions()
+    shared = F.normalize(u[::2] + u[1::2], dim=1)
+    v[3::10], v[8::10] = shared, shared
+    u, v, real = u.float(), v.float(), torch.mm
+
+    def noisy(a, b, out):
+        return real(a, b, out=out).add_(torch.rand(out.shape) - 0.5, alpha=1e-6)
+    for map_ks in ((), (10,)):
+        expected = retrieval_metrics(u, v, image_ids, own, map_ks=map_ks)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "mm", noisy)
+            assert retrieval_metrics(u, v, image_ids, own, map_ks=map_ks) == expected
+
+
+def test_the_median_of_two_ranks_is_between_them():
+    m = retrieval_metrics(torch.eye(2)[[0, 0]], torch.eye(2), torch.arange(2), torch.arange(2))
+    assert [m[name] for name in ("median_rank", "mean_rank", "MRR")] == [1.5, 1.5, 0.75]
+
+
 def test_a_score_one_float32_step_below_is_no_tie():
     x = torch.tensor(0.5)
     gallery = torch.stack([x, torch.nextafter(x, torch.tensor(-1.0)), torch.tensor(-0.9)])[:, None]
@@ -438,8 +459,11 @@ def test_bootstrap_of_a_mean_is_its_standard_error_and_groups_are_drawn_together
     assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.01)
     assert common.bootstrap_interval(mean, 400)["mean"] == (low, high)
     values = np.repeat(np.random.default_rng(1).normal(size=80), 5)  # five equal items a group
-    wide = common.bootstrap_interval(mean, 400, groups=np.repeat(np.arange(80), 5))["mean"]
+    groups = np.repeat(np.arange(80), 5)
+    wide = common.bootstrap_interval(mean, 400, groups=groups)["mean"]
     assert (wide[1] - wide[0]) / 2 == pytest.approx(1.96 * values.std() / 80**0.5, rel=0.1)
+    table, _, _ = common.interval_tables({"row": {"mean": values}}, [], 400, groups=groups)
+    assert (table["row"]["mean low"], table["row"]["mean high"]) == pytest.approx(wide)
 
 
 def test_the_interval_of_a_share_stays_one_and_that_of_a_difference_may_be_below_zero():
@@ -916,6 +940,16 @@ def test_patience_ends_a_run_for_good(tmp_path):
     assert common.load_best(tmp_path / "a", nn.Linear(4, 1))["step"] == 2
 
 
+def test_the_best_score_and_the_rows_since_it_are_resumed(tmp_path):
+    toy = Toy(tmp_path / "a", n_steps=20, score=lambda step: min(step, 4))  # of equal scores the first is the best
+    toy.killed_at = 7
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(patience=3)
+    toy.killed_at = None
+    run = toy.train(patience=3)
+    assert (run.best_step, run.step) == (4, 10)
+
+
 def test_an_unfinished_run_is_not_evaluated(tmp_path):
     toy = Toy(tmp_path / "a")
     toy.killed_at = 5
@@ -948,6 +982,8 @@ def test_a_signal_stops_after_the_step_in_hand(tmp_path, signum, monkeypatch):
     assert stop.value.signum == signum
     assert signal.getsignal(signum) is before
     monkeypatch.setattr(common.Run, "add", real)
+    with pytest.raises(FloatingPointError, match=r"in step 4, learning rate 0\.0729;"):  # steps and rates go on
+        toy.train(poison=4)
     toy.train()
     Toy(tmp_path / "b").train()
     assert (tmp_path / "a/metrics.csv").read_bytes() == (tmp_path / "b/metrics.csv").read_bytes()
@@ -1084,11 +1120,14 @@ def test_publish_takes_the_least_that_a_script_can_give(tmp_path, capsys):
     assert (tmp_path / "report.md").read_text().endswith("| chance | 12.3 | 3 | - |\n")
 
 
-def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys):
-    """A shift of .1 under noise of sd 1 that both share: the paired interval sees it,
-    the runs' own intervals overlap."""
+def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys, monkeypatch):
+    """A shift of .1 and .2 under noise of sd 1 that both share: the paired interval sees their mean, the runs' own
+    intervals overlap."""
+    plot, drawn = common.plot_lines, []
+    monkeypatch.setattr(common, "plot_lines", lambda path, curves, **options: (
+        drawn.append(curves["score"]["lines"]), plot(path, curves, **options)))
     a = [finished(tmp_path / f"a,seed={seed}", seed) for seed in (1, 2)]
-    b = [finished(tmp_path / f"b,seed={seed}", seed, 0.1, note="b") for seed in (1, 2)]
+    b = [finished(tmp_path / f"b,seed={seed}", seed, 0.1 * seed, note="b") for seed in (1, 2)]
     capsys.readouterr()
     common.compare_runs([*a, *b, a[0]], out=tmp_path / "out")
     text = (tmp_path / "out/compare.txt").read_text()
@@ -1096,7 +1135,10 @@ def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys):
     assert re.search(r"head: a \(2\) +-?0\.\d+ \+- 0\.\d+", text)
     assert re.search(r"^chance  +0\.000 \[0\.000, 0\.000\]$", text, flags=re.MULTILINE)  # the same in all: one row
     assert "b - a (paired, 200 items)" in text
-    assert re.search(r"^head +0\.100 \[0\.100, 0\.100\]$", text, flags=re.MULTILINE)
+    assert re.search(r"^head +0\.150 \[0\.150, 0\.150\]$", text, flags=re.MULTILINE)
+    assert drawn[0].keys() == {"a: head", "b: head", "chance"}
+    assert drawn[0]["b: head"]["y"] == pytest.approx([0.15, 1.5])
+    assert drawn[0]["b: head"]["sd"] == pytest.approx([0.1 / 2**0.5, 1 / 2**0.5])
     assert (tmp_path / "out/compare.png").stat().st_size > 5000
     common.compare_runs(a, out=tmp_path / "one")
     assert "paired" not in (tmp_path / "one/compare.txt").read_text()
@@ -1146,6 +1188,8 @@ def test_a_changed_script_is_evaluated_again(tmp_path, capsys, monkeypatch):
     common.write_json(tmp_path / "a/results.json", {**results, **common.run_facts(cfg, data)})
     assert common.published(cfg, "d")["headline"] == "3 items"
     assert common.published(cfg, "other data") is None
+    cfg.evaluation = {"k": 5}  # other settings of the evaluation
+    assert common.published(cfg, "d") is None
     assert common.published(Config(output_dir=str(tmp_path / "b")), "d") is None
 
 

@@ -2015,7 +2015,7 @@ def _runs_by_seed(folders):
     """{label: [(folder, results)]}: finished runs, those that differ only in their seed together. Raises: UserError."""
     groups = {}
     for folder in map(Path, folders):
-        if re.search(r"\.old-\d+$", folder.name):  # what a pattern names beside the run that took its place
+        if re.search(r"\.old-\d+$|^(compare|demo|flops)$", folder.name):  # what results/* names beside runs
             continue
         results, config = _read_results(folder), flatten(_run_config(folder))
         settings = {k: v for k, v in config.items() if k != "seed" and not is_neutral(k)}

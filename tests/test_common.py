@@ -959,6 +959,10 @@ def test_an_unfinished_run_is_not_evaluated(tmp_path):
         common.load_best(tmp_path / "a", nn.Linear(4, 1))
     with pytest.raises(UserError, match=r"best_model\.pt: no such checkpoint"):
         common.load_best(tmp_path / "none", nn.Linear(4, 1))
+    common.record_environment(tmp_path / "a", train_seconds=1000)
+    toy.killed_at = None
+    toy.train()
+    assert common.read_json(tmp_path / "a/environment.json")["train_seconds"] >= 1000  # those before it, too
 
 
 def test_a_non_finite_loss_names_its_step_and_its_learning_rate(tmp_path):
@@ -1150,7 +1154,7 @@ def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys, monkeypatch):
 def test_compare_of_an_edited_script_and_of_folders_named_by_their_seed(tmp_path):
     """Results of one config and seed that differ stand side by side; a copy is passed over."""
     runs = [finished(tmp_path / name, shift=shift) for name, shift in (("plain", 0), ("copy", 0), ("edited", 0.1))]
-    common.compare_runs(runs, out=tmp_path / "out")
+    common.compare_runs([*runs, tmp_path / "compare", tmp_path / "demo"], out=tmp_path / "out")  # results/*
     text = (tmp_path / "out/compare.txt").read_text()
     assert "edited - plain (paired" in text
     assert "copy" not in text

@@ -960,8 +960,10 @@ def test_an_unfinished_run_is_not_evaluated(tmp_path):
     with pytest.raises(UserError, match=r"best_model\.pt: no such checkpoint"):
         common.load_best(tmp_path / "none", nn.Linear(4, 1))
     common.record_environment(tmp_path / "a", train_seconds=1000)
+    (tmp_path / "a/results.json").write_text("{}")  # of an earlier state
     toy.killed_at = None
     toy.train()
+    assert not (tmp_path / "a/results.json").exists()
     assert common.read_json(tmp_path / "a/environment.json")["train_seconds"] >= 1000  # those before it, too
 
 
@@ -1192,6 +1194,9 @@ def test_a_changed_script_is_evaluated_again(tmp_path, capsys, monkeypatch):
     common.write_json(tmp_path / "a/results.json", {**results, **common.run_facts(cfg, data)})
     assert common.published(cfg, "d")["headline"] == "3 items"
     assert common.published(cfg, "other data") is None
+    common.write_json(tmp_path / "a/results.json", {**results, **common.run_facts(cfg, data), "files": ["gone.png"]})
+    assert common.published(cfg, "d") is None
+    common.write_json(tmp_path / "a/results.json", {**results, **common.run_facts(cfg, data)})
     cfg.evaluation = {"k": 5}  # other settings of the evaluation
     assert common.published(cfg, "d") is None
     assert common.published(Config(output_dir=str(tmp_path / "b")), "d") is None
@@ -1215,6 +1220,9 @@ def test_format_table():
 def test_pick_device():
     assert common.pick_device("cpu").type == "cpu"
     assert common.pick_device("auto").type in ("cpu", "cuda", "mps")
+    with common.full_precision():
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "high"
     for name in ("tpu", "cpu:x", "cpu:", "cpu:00", "cuda:99"):
         with pytest.raises(UserError, match=f"device={name}"):
             common.pick_device(name)
@@ -1238,6 +1246,7 @@ def test_seed_everything_repeats():
 
 @pytest.mark.parametrize(("error", "code"), [
     (None, 0), (UserError("bad\nkey"), 2), (OSError(28, "No space left"), 1), (FloatingPointError("nan loss"), 1),
+    (MemoryError(), 1), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 1),
     (KeyboardInterrupt(), 130), (common.Stopped(signal.SIGTERM, "saved"), 143)])
 def test_exit_codes(error, code, capsys):
     @common.exit_codes

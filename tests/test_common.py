@@ -1141,6 +1141,7 @@ def test_compare_merges_seeds_and_pairs_items(tmp_path, capsys, monkeypatch):
     assert re.search(r"head: a \(2\) +-?0\.\d+ \+- 0\.\d+", text)
     assert re.search(r"^chance  +0\.000 \[0\.000, 0\.000\]$", text, flags=re.MULTILINE)  # the same in all: one row
     assert "b - a (paired, 200 items)" in text
+    assert "chance" not in text.partition("(paired")[2]  # without a difference
     assert re.search(r"^head +0\.150 \[0\.150, 0\.150\]$", text, flags=re.MULTILINE)
     assert drawn[0].keys() == {"a: head", "b: head", "chance"}
     assert drawn[0]["b: head"]["y"] == pytest.approx([0.15, 1.5])
@@ -1160,6 +1161,11 @@ def test_compare_of_an_edited_script_and_of_folders_named_by_their_seed(tmp_path
     text = (tmp_path / "out/compare.txt").read_text()
     assert "edited - plain (paired" in text
     assert "copy" not in text
+    assert "SYNTHETIC" not in text
+    results = common.read_json(runs[2] / "results.json")
+    common.write_json(runs[2] / "results.json", {**results, "synthetic": True})
+    common.compare_runs(runs, out=tmp_path / "out")  # one is enough
+    assert "SYNTHETIC" in (tmp_path / "out/compare.txt").read_text()
     common.compare_runs([finished(tmp_path / f"mine/seed{seed}", seed) for seed in (1, 2)], out=tmp_path / "out")
     assert "head: mine (2)" in (tmp_path / "out/compare.txt").read_text()
 

@@ -544,10 +544,10 @@ def interval(estimate, resampled, is_difference=False):
     return float(low), float(high)
 
 
-def bootstrap_interval(statistic, n, groups=None, n_resamples=1000, seed=0):
+def bootstrap_interval(statistic, n, groups=None, n_resamples=1000, seed=0, is_difference=False):
     """{name: (low, high)}: 95% intervals of `bootstrap`; of a difference taken inside `statistic` a paired one."""
     estimates, draws = statistic(np.ones((1, n))), bootstrap(statistic, n, groups, n_resamples, seed)
-    return {name: interval(estimates[name][0], values) for name, values in draws.items()}
+    return {name: interval(estimates[name][0], values, is_difference) for name, values in draws.items()}
 
 
 def moments(x, rows, chunk=8192):
@@ -1256,7 +1256,7 @@ class Run:
         if process()[1] > 1:
             dist.barrier()  # process 0 has opened the folder
         self.latest = self.folder / "checkpoint_latest.pt"
-        self._source = _source_hash(cfg, {})
+        self._source = source_hash(cfg, {})
         if self.latest.exists() or _previous(self.latest).exists():
             state = load_checkpoint(self.latest)
             try:
@@ -1828,10 +1828,10 @@ def exit_codes(main):
 def run_facts(cfg, data):
     """What every results.json holds: experiment, seed, the data's fingerprint, whether they are synthetic, `source`."""
     return {"experiment": cfg.experiment, "seed": cfg.seed, "data_fingerprint": data.fingerprint,
-            "synthetic": data.synthetic, "source": _source_hash(cfg, getattr(cfg, "evaluation", {}))}
+            "synthetic": data.synthetic, "source": source_hash(cfg, getattr(cfg, "evaluation", {}))}
 
 
-def _source_hash(cfg, settings):
+def source_hash(cfg, settings):
     """16 hex digits of the script's and this file's source, and of some settings."""
     content = Path(__file__).read_bytes()
     with contextlib.suppress(TypeError, OSError):  # a class that was typed into a notebook
@@ -1870,7 +1870,7 @@ def published(cfg, data_fingerprint):
         results, why = {}, [str(error)]
     if not why and results["data_fingerprint"] != data_fingerprint:
         why = ["it is of other data"]
-    if not why and results.get("source") != _source_hash(cfg, getattr(cfg, "evaluation", {})):
+    if not why and results.get("source") != source_hash(cfg, getattr(cfg, "evaluation", {})):
         why = ["it is of another version of the script"]
     if why:
         print(f"{folder}: the evaluation runs again ({why[0]})")

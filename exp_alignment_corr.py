@@ -1312,7 +1312,7 @@ def compare_models(cfg, language, vision, level):
         for x in m.layers:
             digest = zlib.crc32(x.cpu().contiguous().numpy(), digest)
     facts = [[(m.model, m.family, m.bpb) for m in side] for side in (language, vision)]
-    identity = json.dumps([common._source_hash(cfg, a), cfg.seed, *facts, digest])
+    identity = json.dumps([common.source_hash(cfg, a), cfg.seed, *facts, digest])
     earlier = common.load_checkpoint(path) if path.exists() else {}
     if earlier.get("identity") == identity:
         return earlier["rows"]

@@ -850,7 +850,7 @@ def test_align_stage_reports_every_pair_and_resumes_from_its_matrices(tmp_path, 
     with pytest.raises(TypeError):  # not of another seed, version of the metrics, bits per byte or features
         cli(tmp_path, *other, "seed=1")
     with monkeypatch.context() as patch:
-        patch.setattr(common, "_source_hash", lambda *_: "another")
+        patch.setattr(common, "source_hash", lambda *_: "another")
         with pytest.raises(TypeError):
             cli(tmp_path, *other, "--fresh")
     for name, changes in (("language/m0.pt", {"bpb": 1.5}), ("vision/m2.pt", {"feats": torch.randn(60, 3, 8)})):

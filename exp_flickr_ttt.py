@@ -1736,10 +1736,11 @@ def load_data(cfg):
         contents += digest_of_speech
     speech = torch.zeros(len(items), 2, dtype=torch.int64)
     speech[read_out] = torch.stack([frames.cumsum(0) - frames, frames], dim=1)
-    if speech_file and (speech[splits["train"], 1] > 0).sum() < 2:
-        raise UserError(f"{speech_file}: fewer than 2 of its {len(spoken)} recordings are readable and of a caption of "
-                        f"a training photo{first_of(broken_wavs)}; check flickr_audio, or move it away to run on image "
-                        "and text alone")
+    for split in ("train", "dev"):  # dev chooses for every direction
+        if speech_file and (speech[splits[split], 1] > 0).sum() < 2:
+            raise UserError(f"{speech_file}: fewer than 2 of its {len(spoken)} recordings are readable and of a "
+                            f"caption of a {split} photo{first_of(broken_wavs)}; check flickr_audio, or move it away "
+                            "to run on image and text alone")
     mean, deviation = torch.zeros(N_MELS), torch.ones(N_MELS)
     if len(mels):
         n_train = speech[splits["train"]].sum(1).max()  # train comes first

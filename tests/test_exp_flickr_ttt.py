@@ -181,6 +181,11 @@ def test_counts_of_a_tree_with_its_quirks(small):
     assert data.counts == {"photos missing or broken": 1, "photos without captions": 0,
                            "captions not spoken": 270 - 2 * 49, "recordings missing or broken": 0}
     assert data.synthetic
+    train = data.splits["train"]  # alone makes the vocabulary and the scale of mels
+    assert data.vocabulary == exp.build_vocabulary([data.captions[i] for i in train.tolist()])
+    frames = torch.cat([data.mels[first:first + n].double() for first, n in data.speech[train].tolist()])
+    assert torch.allclose(data.mel_statistics[0][:, 0], frames.mean(0).float())
+    assert torch.allclose(data.mel_statistics[1][:, 0], frames.std(0).float())
     photos = [set(data.photo_of[rows].tolist()) for rows in data.splits.values()]
     assert not photos[0] & photos[1] | photos[1] & photos[2] | photos[0] & photos[2]
     row = int((data.speech[:, 1] > 0).nonzero()[5])  # its header says 0 bytes
@@ -433,6 +438,63 @@ def test_the_objectives_settings_are_on_the_model(small):
     cool = exp.retrieval_losses(model, batch)
     assert warm.keys() - cool.keys() == {"fused"}
     assert (cool["text_image"] - warm["text_image"]).abs() > 1e-3
+
+
+def test_losses_against_their_formulas(small):
+    _, data, model = small
+    batch = exp.make_batch(data, data.splits["train"][:20])
+    photo, spoken = batch["photo"], batch["audio_rows"]
+
+    def plain(a, b, ids):
+        logits, target = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / 0.07, torch.arange(len(a))
+        logits = logits.masked_fill((ids[:, None] == ids) & ~torch.eye(len(a), dtype=torch.bool), -torch.inf)
+        return ((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2).item()
+    with torch.no_grad():
+        e = {m: model.encode(m, batch[m], batch.get(f"{m}_frames")) for m in exp.MODALITIES}
+        z = {m: model.fuse_modalities({m: x}) for m, x in e.items()}
+        of_spoken = {m: x if m == "audio" else x[spoken] for m, x in z.items()}
+        for third in exp.MODALITIES:  # the pair knows nothing of what it is to find
+            losses = exp.retrieval_losses(model, {**batch, "adapted": (False,) * 4, "third": third})
+            pair = {m: x if m == "audio" else x[spoken] for m, x in e.items() if m != third}
+            expected = {"text_image": plain(z["text"], z["image"], photo),
+                        **{f"{m}_audio": plain(of_spoken[m], z["audio"], photo[spoken]) for m in ("text", "image")},
+                        "fused": plain(model.fuse_modalities(pair), of_spoken[third], photo[spoken])}
+            assert {name: x.item() for name, x in losses.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_a_step_draws_and_how_far_it_goes(small):
+    cfg, data, model = small
+    drawn = [exp.draw_passes(model) for _ in range(400)]
+    assert np.mean([x["adapted"] for x in drawn], axis=0) == pytest.approx([0.5] * 4, abs=0.1)
+    assert {x["third"] for x in drawn} == set(exp.MODALITIES)
+    model.through_update = False
+    assert not any(any(exp.draw_passes(model)["adapted"]) for _ in range(20))
+    model.temperature, optimizer = 0.005, exp.build_optimizer(cfg, model)
+    exp.train_step(model, exp.make_batch(data, data.splits["train"][:8]), optimizer)
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(1, rel=1e-3)  # clipped
+    settings = {p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert len(settings) == len([*model.parameters()])
+    for name, expected in (("central.log_scale", (3e-2, 0)), ("confidence.text.weight", (5e-3, 0)),
+                           ("central.slots", (3e-3, 0.01))):
+        assert settings[model.get_parameter(name)] == pytest.approx(expected), name
+
+
+def test_the_seed_decides_the_rows_and_the_augmentation(tmp_path, tree, cache, monkeypatch):
+    class Seen(BaseException):
+        pass
+
+    def make_batch(data, rows, draws, share):
+        raise Seen(tuple(rows.tolist()), draws.random())
+    monkeypatch.setattr(exp, "make_batch", make_batch)
+    first = []
+    for seed in (1, 2):
+        cfg = config(tmp_path, tree, cache, f"seed={seed}", f"output_dir={tmp_path / str(seed)}")
+        with pytest.raises(Seen) as seen:
+            exp.train(cfg, exp.load_data(cfg))
+        first.append(seen.value.args)
+    assert first[0][0] != first[1][0]
+    assert first[0][1] != first[1][1]
 
 
 def test_fusion_knows_what_is_there(small):
@@ -754,6 +816,24 @@ def test_methods_leave_the_model_as_it_was_and_answer_before_they_adapt(small, m
     assert torch.equal(answers(small, modality, method, None)[0], plain)  # off
 
 
+def test_steps_are_those_asked_for_and_the_controls_are_random_of_the_same_norm(small):
+    order = torch.arange(10)
+    for method in ("memory-episodic", "memory-online", "tent"):
+        mild, strong = (answers(small, "text", method, choice, 5, order)[0][5:10] for choice in (0.1, 0.9))
+        assert (mild - strong).abs().max() > 1e-3, method
+    assert (answers(small, "text", "random", 0.1, 5, order)[0] - answers(small, "text", "tent", 0.1, 5, order)[0]
+            )[5:10].abs().max() > 1e-3
+    p, steps = torch.nn.Parameter(torch.zeros(50)), []
+    for generator in (None, torch.Generator().manual_seed(0)):
+        p.data.zero_()
+        kept = exp.SimpleNamespace(parameters=[p], generator=generator, optimizer=torch.optim.SGD([p], lr=1.0))
+        exp.step_down(kept, (p * torch.arange(50)).sum())
+        steps.append(p.detach().clone())
+    assert torch.equal(steps[0], -torch.arange(50.0))
+    assert steps[1].norm() == pytest.approx(steps[0].norm().item(), rel=1e-5)
+    assert abs(F.cosine_similarity(*steps, dim=0)) < 0.5
+
+
 def test_statistics_are_those_of_the_queries_so_far_and_a_prior(small):
     _, data, model = small
     d, norm = exp.directions(data, "test")[0], model.standardise["text"]
@@ -885,6 +965,29 @@ def test_a_run_leaves_the_documented_files_and_its_tables_agree(whole):
     assert {"entropy_text", "usage_central", "dev_recall"} <= set(lines[0].split(","))
 
 
+def test_the_protocols_tables_and_curves(small):
+    cfg, data, _ = small
+    cfg.evaluation.n_severities, cfg.evaluation.more_streams = 2, True
+    d, answers = exp.directions(data, "test")[0], {}
+    for name, stream in exp.streams_of("text", cfg.evaluation).items():
+        hits = 0.8 - 0.2 * (3 if stream.severity is None else stream.severity)
+        for method, factor in (("none", 1.0), ("tent", 0.5)):
+            sums = torch.tensor([[5 * hits * factor], [5.0]]).repeat(1, 14)  # of five captions of 14 photos
+            answers.setdefault(("text", name), {})[f"{d.name}, {method}"] = {
+                "R@1": sums / 5, "R@10": sums, "share": torch.tensor(factor)}
+    results = {"tables": {}, "curves": {}, "per_item": {}, "n": 14}
+    exp.protocol_tables(cfg, [d], ["none", "tent"], answers, results)
+    row, difference = results["tables"]["test time"], results["tables"]["test time, paired difference"]
+    assert [row[f"{d.name}, none"][f"{on} R@10"] for on in ("clean", "corrupted")] == pytest.approx([80, 50])
+    change = difference[f"{d.name}, tent - {d.name}, none"]
+    assert [change[f"{on} R@10"] for on in ("clean", "corrupted")] == pytest.approx([-40, -25])
+    assert row[f"{d.name}, tent"]["adapted share"] == 0.5
+    lines = results["curves"]["text -> image R@10 (%)"]["lines"]
+    assert lines["none"]["y"] == pytest.approx([80, 60, 40])
+    assert lines["chance"]["y"] == pytest.approx([100 * 10 / 14] * 3)
+    assert results["tables"]["other streams"][f"{d.name}, tent"]["mixed R@10"] == pytest.approx(10)
+
+
 def test_a_null_result_is_called_one():
     def row(low, high):
         return {f"{on} R@10 {side}": bound
@@ -939,6 +1042,119 @@ def test_steps_are_chosen_by_dev_and_off_is_among_them(small, monkeypatch):
         chosen = exp.choose_settings(cfg, model, data, "text", ["none", "tent"])
         assert chosen["tent"] == expected
         assert chosen["random"] == min(exp.RATES, key=lambda lr: ranked["tent", lr])  # also where tent is off
+
+
+def test_what_chooses_reads_no_test_item(small, monkeypatch):
+    cfg, data, model = small
+
+    def guarded(read):
+        def read_items(data, modality, items, *rest, **options):
+            of_test = data.items("image" if modality == "image" else "text", "test")
+            assert not torch.isin(items, of_test).any()
+            return read(data, modality, items, *rest, **options)
+        return read_items
+    for name in ("raw_items", "corrupted_items"):
+        monkeypatch.setattr(exp, name, guarded(getattr(exp, name)))
+    _, chosen = exp.fit_cca(data, "image", "audio")
+    assert chosen.keys() == {"ridges", "dims"}
+    exp.choose_settings(cfg, model, data, "text", ["none", "statistics"])
+    row, recalls = exp.validate(model, data), []
+    for d in exp.directions(data, "dev")[:6]:
+        z = (exp.embed(model, data, d.query, d.items), exp.embed(model, data, (d.gallery,), d.gallery_items))
+        of_direction = common.retrieval_metrics(*z, d.ids, d.gallery_ids)
+        recalls += [100 * of_direction[f"R@{k}"] for k in (1, 5, 10)]
+        assert row[f"dev_R@10 {d.name}"] == pytest.approx(recalls[-1])
+    assert row["dev_recall"] == pytest.approx(np.mean(recalls))
+
+
+def test_the_better_single_query_is_the_one_of_dev(small, monkeypatch):
+    """In dev text is the best query and speech the worst; in test it is the other way round."""
+    _, data, model = small
+
+    def marked(model, data, split):  # an embedding that says of which modality it is
+        return lambda m, items: torch.eye(16)[exp.MODALITIES.index(m)].expand(len(items), -1)
+
+    def ranks(d, queries, gallery):
+        rank = 1.0 + queries[0, :3].argmax()
+        rank = rank if torch.isin(d.photo, data.items("image", "dev")).all() else 4 - rank
+        names = ("rank", *(f"{kind}@{k}" for kind in ("hit", "chance") for k in (1, 5, 10)))
+        return dict.fromkeys(names, rank.expand(len(queries)))
+    monkeypatch.setattr(exp, "embedded", marked)
+    monkeypatch.setattr(exp, "ranks", ranks)
+    rows, pairs, chosen = exp.fusion_rows(model, data)
+    best = {"text + audio -> image": "text", "text + image -> audio": "text", "image + audio -> text": "image"}
+    assert chosen == {f"{name}, best single": m for name, m in best.items()}
+    assert {row for row in rows if row.endswith(" alone")} == {f"{name}, {m} alone" for name, m in best.items()}
+    assert pairs[::2] == [(name, f"{name}, {m} alone") for name, m in best.items()]
+
+
+@pytest.mark.parametrize(("stream", "n_orders"), [
+    (exp.Stream([exp.CLEAN], 35, n_orders=2), 2), (exp.Stream([("noise", 0.18), ("jpeg", 15)], 5, is_mixed=True), 1),
+    (exp.Stream([("noise", 0.18), ("jpeg", 15)], 5), 1), (exp.Stream([("noise", 0.18)], 5, with_gallery=True), 1)])
+def test_a_stream_is_answered_with_what_dev_chose(small, monkeypatch, stream, n_orders):
+    cfg, data, model = small
+    asked, real, d = [], exp.answer_stream, exp.directions(data, "test")[1]  # photos that ask for captions
+    n, chosen = len(d.items), {"none": None, "statistics": 16, "tent": 0.01, "eata": None}
+
+    def answer_stream(*args):
+        asked.append(args[3:])
+        return real(*args)
+    monkeypatch.setattr(exp, "answer_stream", answer_stream)
+    clean = exp.embed(model, data, (d.gallery,), d.gallery_items)
+    answers = exp.stream_answers(cfg, model, data, [d], {d.name: clean}, chosen, stream)
+    expected = [(m, choice) for m, choice in chosen.items() for _ in range(1 if choice is None else n_orders)]
+    assert [(method, choice) for _, _, method, choice, *_ in asked] == expected
+    corrupted = [exp.corrupted_items(data, "image", d.items, *condition) for condition in stream.conditions]
+    typed = exp.corrupted_items(data, "text", d.gallery_items, "swap", 0.1)
+    for i, (raw, gallery, method, _, order, batch) in enumerate(asked):
+        if stream.is_mixed:  # conditions alternate
+            assert torch.equal(raw[:n:2], corrupted[0][::2])
+            assert torch.equal(raw[1:n:2], corrupted[1][1::2])
+        else:
+            assert torch.equal(raw, torch.cat(corrupted))
+        assert sorted(order.tolist()) == list(range(len(raw)))
+        assert [part.min() // n for part in order.split(n)] == list(range(len(raw) // n))  # one after the other
+        assert torch.equal(gallery, exp.embed(model, data, ("text",), d.gallery_items, typed)
+                           if stream.with_gallery else clean)
+        assert batch == stream.batch
+        runs = [j for j, (*_, other, _, _, _) in enumerate(asked) if other == method]
+        assert len({tuple(asked[j][4].tolist()) for j in runs}) == len(runs)  # orders differ
+        if i != runs[0]:
+            continue
+        hits = [exp.ranks(d, z, gallery)["hit@1"].sum() for j in runs
+                for z in real(model, data, "image", *asked[j])[0].split(n)]
+        assert answers[f"{d.name}, {method}"]["R@1"][0].sum() == pytest.approx(sum(hits) / len(runs))
+
+
+def test_the_true_transcript_is_asked_in_place_of_the_speech(small, monkeypatch):
+    _, data, model = small
+    monkeypatch.setattr(exp, "fit_cca", lambda data, *pair: (lambda m, items: torch.ones(len(items), 2), {}))
+    rows, _, _ = exp.retrieval_rows(model, data)
+    assert [row for row in rows if "transcript" in row] == [
+        "audio -> image, true transcript", "image -> audio, true transcript"]
+    for d in exp.directions(data, "test")[2:4]:
+        written = {m: exp.embed(model, data, ("text" if m == "audio" else m,), items)
+                   for m, items in ((*d.query, d.items), (d.gallery, d.gallery_items))}
+        expected = exp.by_photo(data, d, exp.ranks(d, written[d.query[0]], written[d.gallery]))
+        assert torch.equal(rows[f"{d.name}, true transcript"]["R@5"], expected["R@5"])
+        assert not torch.equal(rows[d.name]["R@5"], expected["R@5"])
+
+
+def test_the_best_epoch_is_what_is_tested(tmp_path, tree, cache, features, whole, monkeypatch):
+    class Seen(BaseException):
+        pass
+
+    def seen(model, data):
+        raise Seen(state_of(model))
+    shutil.copytree(whole, tmp_path / "run")
+    best = common.load_checkpoint(tmp_path / "run/best_model.pt")
+    best["model_state_dict"]["central.slots"] += 1  # whichever epoch it was, it is no longer the last
+    common.save_checkpoint(tmp_path / "run/best_model.pt", best, keep_previous=False)
+    cfg = config(tmp_path, tree, cache, *CACHED, f"data.features_dir={features}")
+    monkeypatch.setattr(exp, "retrieval_rows", seen)
+    with pytest.raises(Seen) as tested:
+        exp.evaluate(cfg, exp.load_data(cfg))
+    assert all(torch.equal(x, best["model_state_dict"][name]) for name, x in tested.value.args[0].items())
 
 
 def test_the_protocol_resumes_by_condition(tmp_path, tree, cache, features, whole, monkeypatch):
@@ -1164,6 +1380,13 @@ def other_names(root):
     path.write_text(path.read_text().replace(".jpg", ""))
 
 
+def dev_not_spoken(root):
+    dev = Path(root, "Flickr8k_text/Flickr_8k.devImages.txt").read_text()
+    path = Path(root, "flickr_audio/wav2capt.txt")
+    lines = [line for line in path.read_text().splitlines() if line.split()[1] not in dev]
+    path.write_text("\n".join(lines))
+
+
 def written(name, content):
     return lambda root: Path(root, name).write_bytes(content)
 
@@ -1186,7 +1409,8 @@ BAD = {
     "empty split": (written("Flickr8k_text/Flickr_8k.testImages.txt", b""), "0 of 0 listed test photos can be read"),
     "all broken": (all_wavs_broken, "fewer than 2 of its 98 recordings are readable"),
     "one photo": (lambda r: keep_first(r, "trainImages"), "1 of 1 listed train photos can be read and have captions"),
-    "other names": (other_names, "of its 98 recordings are readable and of a caption of a training photo"),
+    "other names": (other_names, "of its 98 recordings are readable and of a caption of a train photo"),
+    "no speech of dev": (dev_not_spoken, "recordings are readable and of a caption of a dev photo"),
     "no recordings": (written("flickr_audio/wav2capt.txt", b""), "of its 0 recordings"),
     "not text": (written("flickr_audio/wav2capt.txt", b"\xff\xfe\xff"), "wav2capt.txt: cannot be read"),
 }

@@ -97,7 +97,7 @@ class DataConfig:
 class ModelConfig:
     latent_dim: int = ranged(256, ">= 8", "<= 65536")  # D, of encodings, slots and the unified latent
     memory: Literal["slots", "linear", "none"] = "slots"  # cosine softmax, linear attention, or an MLP of equal size
-    memory_size: int = ranged(64, ">= 2", "<= 65536")  # slots of the central memory; those of a modality have half
+    memory_size: int = ranged(64, ">= 4", "<= 65536")  # slots of the central memory; those of a modality have half
     num_heads: int = ranged(4, ">= 1")  # of every attention
     num_layers: int = ranged(3, ">= 1", "<= 1000")  # transformer layers of the text and of the image encoder
     text_encoder: Literal["transformer", "cached"] = "transformer"  # on tokens, or precomputed features

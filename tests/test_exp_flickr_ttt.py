@@ -89,6 +89,17 @@ def small(tmp_path, tree, cache):
     return cfg, data, shaken(exp.build_model(cfg, data))
 
 
+def refuse_test(monkeypatch):
+    """Reading an item of the test split fails."""
+    def guarded(read):
+        def read_items(data, modality, items, *rest, **options):
+            assert not torch.isin(items, data.items("image" if modality == "image" else "text", "test")).any()
+            return read(data, modality, items, *rest, **options)
+        return read_items
+    for name in ("raw_items", "corrupted_items"):
+        monkeypatch.setattr(exp, name, guarded(getattr(exp, name)))
+
+
 def copied(tree, target):
     shutil.copytree(tree, target)
     return target
@@ -712,7 +723,8 @@ def test_cca_and_ridge_against_plain_solutions():
     assert torch.allclose(w, torch.linalg.solve(cov_x, x.T @ y))
 
 
-def test_a_model_that_starts_at_cca_retrieves_from_the_start(tmp_path, tree, cache, features):
+def test_a_model_that_starts_at_cca_retrieves_from_the_start(tmp_path, tree, cache, features, monkeypatch):
+    refuse_test(monkeypatch)
     overrides = (*CACHED, f"data.features_dir={features}", "model.latent_dim=32", "training.epochs=1")
     recalls = {}
     for init in ("cca", "random"):
@@ -817,12 +829,11 @@ def test_methods_leave_the_model_as_it_was_and_answer_before_they_adapt(small, m
 
 
 def test_steps_are_those_asked_for_and_the_controls_are_random_of_the_same_norm(small):
-    order = torch.arange(10)
+    def second_half(method, choice):  # after one step
+        return answers(small, "text", method, choice, 35)[0][35:]
     for method in ("memory-episodic", "memory-online", "tent"):
-        mild, strong = (answers(small, "text", method, choice, 5, order)[0][5:10] for choice in (0.1, 0.9))
-        assert (mild - strong).abs().max() > 1e-3, method
-    assert (answers(small, "text", "random", 0.1, 5, order)[0] - answers(small, "text", "tent", 0.1, 5, order)[0]
-            )[5:10].abs().max() > 1e-3
+        assert (second_half(method, 0.1) - second_half(method, 0.9)).abs().max() > 1e-3, method
+    assert (second_half("random", 0.1) - second_half("tent", 0.1)).abs().max() > 1e-3
     p, steps = torch.nn.Parameter(torch.zeros(50)), []
     for generator in (None, torch.Generator().manual_seed(0)):
         p.data.zero_()
@@ -941,6 +952,7 @@ def test_a_run_leaves_the_documented_files_and_its_tables_agree(whole):
     assert names >= {"config.yaml", "environment.json", "metrics.csv", "checkpoint_latest.pt", "best_model.pt", "ttt",
                      "results.json", "per_item.pt", "report.md", "training_curves.png", "ttt_R10.png",
                      "ttt_changes.png"}
+    assert {f"{m},settings.pt" for m in exp.MODALITIES} <= {path.name for path in (whole / "ttt").iterdir()}
     results = common.read_json(whole / "results.json")
     assert results["synthetic"] is True
     tables = results["tables"]
@@ -1024,37 +1036,30 @@ def test_steps_are_chosen_by_dev_and_off_is_among_them(small, monkeypatch):
     cfg, data, model = small
     monkeypatch.setitem(exp.METHODS, "tent", exp.METHODS["tent"]._replace(choices=(1e-3, 10.0)))
     monkeypatch.setattr(exp, "RATES", (1e-3, 10.0))
-    scores, real = {}, exp.ranks
+    scores, current, real, answer = {}, [], exp.ranks, exp.answer_stream
+    held_out = [exp.corrupted_items(data, "text", data.items(m, "dev"), "word drop", 0.3) for m in ("text", "audio")]
 
     def ranks(d, queries, gallery):
-        return {**real(d, queries, gallery), "rank": torch.full((len(d.ids),), scores[current[0]])}
-    current = []
-    answer = exp.answer_stream
+        rank = scores[current[0]][("image", "audio").index(d.gallery)]
+        return {**real(d, queries, gallery), "rank": torch.full((len(d.ids),), rank)}
 
     def stream(model, data, modality, raw, gallery, method, choice, *rest):
+        assert raw in held_out
         current[:] = [(method, choice)]
         return answer(model, data, modality, raw, gallery, method, None, *rest)
     monkeypatch.setattr(exp, "answer_stream", stream)
     monkeypatch.setattr(exp, "ranks", ranks)
-    for ranked, expected in (({("none", None): 3.0, ("tent", 1e-3): 2.0, ("tent", 10.0): 5.0}, 1e-3),
-                             ({("none", None): 1.0, ("tent", 1e-3): 2.0, ("tent", 10.0): 1.5}, None)):
-        scores.update(ranked)
+    for of_none, mild, strong, expected in (((3.0, 3.0), (1.0, 4.0), (4.0, 3.0), (1e-3, 1e-3)),
+                                            ((1.0, 1.0), (2.0, 2.0), (1.5, 1.5), (None, 10.0))):
+        scores.update({("none", None): of_none, ("tent", 1e-3): mild, ("tent", 10.0): strong})
         chosen = exp.choose_settings(cfg, model, data, "text", ["none", "tent"])
-        assert chosen["tent"] == expected
-        assert chosen["random"] == min(exp.RATES, key=lambda lr: ranked["tent", lr])  # also where tent is off
+        assert (chosen["tent"], chosen["random"]) == expected  # random also where tent is off
 
 
 def test_what_chooses_reads_no_test_item(small, monkeypatch):
     cfg, data, model = small
 
-    def guarded(read):
-        def read_items(data, modality, items, *rest, **options):
-            of_test = data.items("image" if modality == "image" else "text", "test")
-            assert not torch.isin(items, of_test).any()
-            return read(data, modality, items, *rest, **options)
-        return read_items
-    for name in ("raw_items", "corrupted_items"):
-        monkeypatch.setattr(exp, name, guarded(getattr(exp, name)))
+    refuse_test(monkeypatch)
     _, chosen = exp.fit_cca(data, "image", "audio")
     assert chosen.keys() == {"ridges", "dims"}
     exp.choose_settings(cfg, model, data, "text", ["none", "statistics"])
@@ -1430,6 +1435,7 @@ def test_bad_input_is_one_line_naming_the_file(tmp_path, tree, capsys, case):
 
 def test_mistakes_in_the_command(tmp_path, tree, cache, capsys):
     for overrides, message in ((["model.num_heads=3"], "model.latent_dim=16 must be a multiple of model.num_heads=3"),
+                               (["model.memory_size=3"], "model.memory_size: must be >= 4"),
                                (["model.patch_size=5"], "must be a multiple of model.patch_size=5"),
                                (["model.init=cca"], "starts the maps of precomputed features"),
                                (["model.text_encoder=cached"],

@@ -537,6 +537,11 @@ def test_a_run_leaves_the_documented_files(whole):
     assert items["ids"] == common.read_json(next(Path(results_root(whole)).glob("split.json")))["test"]
     for row, values in items["rows"].items():  # the table is the statistic of what --compare reads
         assert float(exp.row_scores(values)["f1_macro_tuned"]) == pytest.approx(genres[row]["f1_macro_tuned"]), row
+    for row, thresholds in results["chosen"]["thresholds"].items():  # what is reported is what dev chose
+        values = items["rows"].get(row)
+        if values is not None:  # not of all points of a curve
+            above = values["logits"] - torch.tensor(thresholds)[:, None]
+            assert torch.equal(values["above_thresholds"], above), row
     state = common.load_checkpoint(whole / "checkpoint_latest.pt")
     assert state["global_step"] == 12
     assert len((whole / "metrics.csv").read_text().splitlines()) == 1 + 3
@@ -673,6 +678,31 @@ def test_load_model_predicts_raw_latents(whole, films):
                           atol=1e-5)
     assert model.genres == data.genres
     assert not model.training
+
+
+def test_the_baselines_are_the_ones_that_dev_chose(films, tmp_path, monkeypatch):
+    """Logits name the settings that they are of; dev likes some, test likes others."""
+    cfg = config(tmp_path, films)
+    data = exp.load_data(cfg)
+    dev_labels = data.labels[data.splits["dev"]]
+    liked = {"dev": 10 * 0.75 + 0.3, "test": 10 * 1.0 + 3.0}
+
+    def logistic_regression(x, y, power, strength, start):
+        theta = torch.zeros(1 + x.shape[1], y.shape[1])
+        theta[0] = 10 * power + strength
+        return theta
+
+    def genre_scores(logits, labels):
+        score = float(logits[0, 0] == pytest.approx(liked["dev" if torch.equal(labels, dev_labels) else "test"]))
+        return {"f1_macro": score, "mAP": score}
+    monkeypatch.setattr(exp, "logistic_regression", logistic_regression)
+    monkeypatch.setattr(exp, "genre_scores", genre_scores)
+    logits, settings = exp.baseline_logits(exp.build_model(cfg, data), data, 0)
+    assert set(settings) == {f"logistic regression, {name}" for name in ("both", "image", "text", "the state")}
+    for row, of_split in logits.items():
+        assert settings[row] == {"power": 0.75, "strength": 0.3}
+        for z in of_split.values():
+            assert torch.allclose(z, torch.tensor(liked["dev"])), row
 
 
 def test_nothing_is_chosen_on_test(films, tmp_path):

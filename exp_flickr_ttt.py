@@ -611,13 +611,14 @@ def train_step(model, batch, optimizer):
 def steps_per_epoch(cfg, data):
     """Batches of an epoch; the last rows are spread over all of them. With captions "one" it is of the mean number."""
     rows = data.splits["train"]
-    n = len(rows)
+    n = fewest = len(rows)
     if cfg.data.captions == "one":
         n_captions = torch.bincount(data.photo_of[rows])
         n_spoken = torch.bincount(data.photo_of[rows], (data.speech[rows, 1] > 0).double())
         silent = (1 - n_spoken / n_captions)[n_spoken > 0]  # the chance that a second caption joins
-        n = int((n_captions > 0).sum()) + round(silent.sum().item())
-    return max(1, min(-(-n // cfg.training.batch_size), n // 2))  # no batch of one row
+        fewest = int((n_captions > 0).sum())
+        n = fewest + round(silent.sum().item())
+    return max(1, min(-(-n // cfg.training.batch_size), fewest // 2))  # no batch of one row
 
 
 def total_steps(cfg, data):

@@ -349,6 +349,10 @@ def test_an_epoch_has_every_photo_once_or_every_caption(small):
             assert (n_of_photo - 1 == (n_of_photo > spoken_of_photo) * heard).all()
     fresh = exp.epoch_batches.__wrapped__(data, 1, "all", n_batches, 3)
     assert all(torch.equal(a, b) for a, b in zip(fresh, epochs[3], strict=True))
+    cfg.data.captions, cfg.training.batch_size = "one", 2
+    n_batches = exp.steps_per_epoch(cfg, data)
+    for epoch in range(8):  # BatchNorm has no variance of one row
+        assert min(map(len, exp.epoch_batches(data, 1, "one", n_batches, epoch))) > 1
 
 
 def test_long_epochs_put_speech_of_like_length_together(small):

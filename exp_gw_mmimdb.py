@@ -835,6 +835,8 @@ def read_labels(folder):
 
 def read_splits(path, ids, labels):
     """({train | dev | test: film numbers [n]} of split.json, whether it is synthetic). Raises: UserError."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; it is in mmimdb.tar.gz (archive.org/details/mmimdb); set data.dir=")
     content, number, splits = common.read_json(path), {film: i for i, film in enumerate(ids)}, {}
     for part in ("train", "dev", "test"):
         films = content.get(part)

@@ -166,6 +166,7 @@ def test_an_epoch_is_every_view_of_every_training_film_once(tmp_path, films):
     assert set(rows.tolist()) <= set(expected.tolist())
     assert not torch.equal(rows, torch.cat([exp.batch_rows(data, cfg, per_epoch + step) for step in range(per_epoch)]))
     assert torch.equal(exp.batch_rows(data, cfg, 3), exp.batch_rows(data, cfg, 3))
+    assert not torch.equal(exp.batch_rows(data, cfg, 3), exp.batch_rows(data, config(tmp_path, films, "seed=1"), 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -427,11 +428,42 @@ def test_a_film_that_misses_a_modality_is_a_set_of_one_domain_and_filled_in_by_i
         assert torch.allclose(logits[i], alone[0], atol=1e-5)
         assert weights[i].tolist() == ([1.0, 0.0] if what == 1 else [0.0, 1.0] if what == 0
                                        else pytest.approx(own[0].tolist(), abs=1e-5))
+    for d in ("image", "text"):
+        alone = exp.logits_under(model, data, "test", 0, **exp.conditions("shared")[f"clean, {d} only"])[0]
+        assert torch.allclose(alone, exp.predict(model, {d: inputs[d]})[0], atol=1e-5)
     filled = exp.fill_in(data, inputs, lost)
     i = int((lost == 0).nonzero()[0])  # no image: the mean image of the ten films whose texts are most like its own
     cosine = F.cosine_similarity(inputs["text"][i], train["text"])
     assert torch.allclose(filled["image"][i], train["image"][cosine.argsort(descending=True)[:10]].mean(0), atol=1e-5)
     assert torch.equal(filled["text"][lost != 1], inputs["text"][lost != 1])
+
+
+def test_noise_and_random_weights_are_drawn_several_times(tmp_path, films, monkeypatch):
+    monkeypatch.setattr(exp, "N_DRAWS", 2)
+    monkeypatch.setattr(exp, "logits_under", lambda model, data, split, seed, **asked: (
+        torch.tensor([[float(seed)]]), torch.zeros(1, 2)))
+    for selector, n_draws in (("shared", 1), ("random", 2), ("reference-random", 2)):
+        logits, _ = exp.condition_logits(config(tmp_path, films, f"model.selector={selector}"), None, None)
+        for split in ("dev", "test"):
+            assert logits["clean, both"][split].flatten().tolist() == [42, 43][:n_draws]
+            assert logits["image corrupted by 0.5"][split].flatten().tolist() == [42, 43]
+
+
+def test_predictions_are_of_their_seed_and_translations_of_their_target(tmp_path, films):
+    cfg = config(tmp_path, films, "model.selector=random")
+    data = exp.load_data(cfg)
+    model, inputs = exp.build_model(cfg, data), exp.film_inputs(data, "test")
+    before = torch.get_rng_state()
+    one, same, other = (exp.predict(model, inputs, seed=seed)[1] for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    row = exp.translation_table(model, inputs, 0)["image to text"]
+    decoded = exp.predict(model, {"image": inputs["image"]}, "text")[0]
+    cosines = F.normalize(decoded, dim=1) @ F.normalize(inputs["text"], dim=1).T
+    ranks = 1 + (cosines > cosines.diagonal()[:, None]).sum(1)
+    assert row["R@5"] == pytest.approx(100 * (ranks <= 5).float().mean().item())
+    assert row["squared error"] == pytest.approx((decoded - inputs["text"]).square().mean().item())
 
 
 def test_replaced_weights(tmp_path, films):
@@ -458,9 +490,13 @@ def test_metrics_against_scikit_learn_over_the_whole_split(tmp_path, films):
             sklearn.metrics.f1_score(labels, logits > 0, average=average, zero_division=0))
     assert got["bce"] == pytest.approx(F.binary_cross_entropy_with_logits(logits, labels).item())
     values = {"logits": logits[None], "above_thresholds": logits[None] - 0.3, "labels": labels}
-    whole, twice = exp.row_scores(values), exp.row_scores(values, np.full((1, len(labels)), 2.0))  # every film twice
-    assert {name: x[0] for name, x in twice.items()} == pytest.approx(
-        {name: whole[name] for name in ("f1_macro", "mAP", "f1_macro_tuned")})
+    whole, n = exp.row_scores(values), len(labels)
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=3)
+    resampled = exp.row_scores(values, counts)
+    for r, rows in enumerate(np.repeat(np.arange(n), row) for row in counts):
+        expected = exp.row_scores({name: x[..., rows, :] for name, x in values.items()})
+        assert {name: x[r] for name, x in resampled.items()} == pytest.approx(
+            {name: expected[name] for name in ("f1_macro", "mAP", "f1_macro_tuned")})
     assert whole["f1_macro_tuned"] == pytest.approx(
         sklearn.metrics.f1_score(labels, logits > 0.3, average="macro", zero_division=0))
 
@@ -537,6 +573,18 @@ def test_a_run_leaves_the_documented_files(whole):
     assert items["ids"] == common.read_json(next(Path(results_root(whole)).glob("split.json")))["test"]
     for row, values in items["rows"].items():  # the table is the statistic of what --compare reads
         assert float(exp.row_scores(values)["f1_macro_tuned"]) == pytest.approx(genres[row]["f1_macro_tuned"]), row
+    differences = results["tables"]["paired difference"]
+    logistic = genres["logistic regression, both"]["mAP"]
+    assert differences["clean, both - logistic regression, both"]["mAP"] == pytest.approx(
+        genres["clean, both"]["mAP"] - logistic)
+    is_beaten = any(note.startswith("NOTE: the workspace does not beat") for note in results["notes"])
+    assert is_beaten == (genres["clean, both"]["mAP"] < logistic)
+    line = results["curves"]["macro F1 (dev thresholds), text missing"]["lines"]["left out"]
+    assert line["y"][line["x"].index(0.5)] == pytest.approx(genres["text missing in 0.5"]["f1_macro_tuned"])
+    missing = [line.split(",") for line in (whole / "missing_modality.csv").read_text().splitlines()[1:]]
+    assert {(kind, lost) for _, kind, rate, lost in missing if rate == "1"} == {
+        ("image", "image"), ("text", "text"), ("both", "image"), ("both", "text")}
+    assert {lost for _, _, rate, lost in missing if rate == "0"} == {""}
     for row, thresholds in results["chosen"]["thresholds"].items():  # what is reported is what dev chose
         values = items["rows"].get(row)
         if values is not None:  # not of all points of a curve
@@ -678,6 +726,38 @@ def test_load_model_predicts_raw_latents(whole, films):
                           atol=1e-5)
     assert model.genres == data.genres
     assert not model.training
+    results, labels = common.read_json(whole / "results.json"), data.labels[data.splits["dev"]]
+    chosen, table = results["chosen"], results["tables"]["genres from image and text"]
+    for row, asked in (("clean, both", {}), ("text corrupted by 0.5", {"noise": ("text", 0.5)}),
+                       ("image missing in 0.5", {"missing": ("image", 0.5)})):  # thresholds are of their condition
+        dev = exp.logits_under(model, data, "dev", cfg.seed, **asked)[0]
+        assert torch.allclose(torch.tensor(chosen["thresholds"][row][0]), exp.tuned_thresholds(dev, labels), atol=1e-5)
+        weights = [exp.logits_under(model, data, "test", cfg.seed + i, **asked)[1] for i in range(3)]
+        assert table[row]["weight_image"] == pytest.approx(torch.stack(weights)[..., 0].mean().item(), rel=1e-4)
+
+
+def test_the_best_step_is_what_is_tested_and_dev_scores_are_devs(whole, films, tmp_path, monkeypatch):
+    class Seen(BaseException):
+        pass
+
+    def seen(model, data, seed):
+        raise Seen(model.state_dict())
+    shutil.copytree(whole, tmp_path / "run")
+    best = common.load_checkpoint(tmp_path / "run/best_model.pt")
+    best["model_state_dict"]["encoders.image.0.bias"] += 1  # whichever step it was, it is no longer the last
+    common.save_checkpoint(tmp_path / "run/best_model.pt", best, keep_previous=False)
+    cfg = config(tmp_path, films)
+    data = exp.load_data(cfg)
+    monkeypatch.setattr(exp, "baseline_logits", seen)
+    with pytest.raises(Seen) as tested:
+        exp.evaluate(cfg, data)
+    assert all(torch.equal(x, best["model_state_dict"][name]) for name, x in tested.value.args[0].items())
+    model = exp.build_model(cfg, data).eval()
+    logits, weights = model(exp.film_inputs(data, "dev"))
+    row, expected = exp.validate(model, data, 0), exp.genre_scores(logits, data.labels[data.splits["dev"]])
+    for name in ("bce", "mAP", "mAP_micro", "f1_macro", "f1_weighted"):
+        assert row[f"dev_{name}"] == pytest.approx(expected[name])
+    assert row["dev_weight_image"].item() == pytest.approx(weights[:, 0].mean().item())
 
 
 def test_the_baselines_are_the_ones_that_dev_chose(films, tmp_path, monkeypatch):
@@ -690,6 +770,7 @@ def test_the_baselines_are_the_ones_that_dev_chose(films, tmp_path, monkeypatch)
     def logistic_regression(x, y, power, strength, start):
         theta = torch.zeros(1 + x.shape[1], y.shape[1])
         theta[0] = 10 * power + strength
+        theta[1:, 1] = 1  # the second genre's logits are the sum of the features, too
         return theta
 
     def genre_scores(logits, labels):
@@ -697,12 +778,21 @@ def test_the_baselines_are_the_ones_that_dev_chose(films, tmp_path, monkeypatch)
         return {"f1_macro": score, "mAP": score}
     monkeypatch.setattr(exp, "logistic_regression", logistic_regression)
     monkeypatch.setattr(exp, "genre_scores", genre_scores)
-    logits, settings = exp.baseline_logits(exp.build_model(cfg, data), data, 0)
+    model = exp.build_model(cfg, data)
+    logits, settings = exp.baseline_logits(model, data, 0)
+    train, test = (exp.film_inputs(data, split) for split in ("train", "test"))
+    states = [exp.predict(model, x, "state")[0] for x in (train, test)]
+    features = {"image": test["image"], "text": test["text"],
+                "both": torch.cat([test["image"] * 0.8**0.5, test["text"]], dim=1),  # of 10 and of 8 dimensions
+                "the state": (states[1] - states[0].mean(0)) / states[0].std(0)}
+    for name, x in features.items():
+        expected = x.sum(1) + liked["dev"]
+        assert torch.allclose(logits[f"logistic regression, {name}"]["test"][0, :, 1], expected, atol=1e-3), name
     assert set(settings) == {f"logistic regression, {name}" for name in ("both", "image", "text", "the state")}
     for row, of_split in logits.items():
         assert settings[row] == {"power": 0.75, "strength": 0.3}
         for z in of_split.values():
-            assert torch.allclose(z, torch.tensor(liked["dev"])), row
+            assert torch.allclose(z[..., 0], torch.tensor(liked["dev"])), row
 
 
 def test_nothing_is_chosen_on_test(films, tmp_path):
@@ -718,6 +808,25 @@ def test_nothing_is_chosen_on_test(films, tmp_path):
     assert cli(tmp_path, root) == cli(tmp_path / "whole", films) == 0
     assert_nothing_chosen_on_test(tmp_path / "run", tmp_path / "whole/run",
                                   changed=("tables", "genres from image and text", "clean, both", "mAP"))
+
+
+def test_the_monitor_chooses_the_step_of_the_last_phase(tmp_path, films, monkeypatch):
+    monkeypatch.setattr(common, "plot_history", lambda *_, **__: None)
+    best_of = {"dev_f1_macro": 4, "dev_mAP": 8, "dev_bce": 12, "dev_mAP_micro": 8, "dev_f1_weighted": 4}
+    for monitor, override, expected in (("f1_macro", "model.dropout=0", 4), ("bce", "model.dropout=0", 12),
+                                        ("mAP", "training.selector_after_freeze=true", 16)):
+        rows = itertools.count(4, 4)
+
+        def validate(*_, rows=rows):
+            step = next(rows)  # later ones are worse
+            scores = {name: -abs(step - best) / 100 for name, best in best_of.items()}
+            return {**scores, "dev_bce": -scores["dev_bce"]}
+        monkeypatch.setattr(exp, "validate", validate)
+        cfg = config(tmp_path, films, f"training.monitor={monitor}", override, f"output_dir={tmp_path / monitor}")
+        history = exp.train(cfg, exp.load_data(cfg))
+        assert common.load_checkpoint(tmp_path / monitor / "best_model.pt")["step"] == expected
+        assert [row["learning_rate"] for row in history if row["step"] % 12 == 0] == pytest.approx(
+            [3e-5] * (1 + (history[-1]["step"] == 24)))  # the end of the cycle
 
 
 def test_patience_and_the_monitor_are_the_configs(tmp_path, films):
@@ -809,6 +918,7 @@ BAD = {
                  "1 films of dev are not in"),
     "overlap": (lambda r: spoil(r, "split.json", lambda s: {**s, "dev": s["dev"] + s["train"][:1]}),
                 "in two parts of the split"),
+    "no split.json": (lambda r: Path(r, "split.json").unlink(), "split.json: no such file; it is in mmimdb.tar.gz"),
     "no split": (lambda r: spoil(r, "split.json", lambda s: {"train": s["train"]}), "no films of dev"),
     "dtype": (lambda r: spoil(r, "*aug3_clip_image.npy", lambda x: x.astype(np.float64)),
               "expected float16 or float32"),

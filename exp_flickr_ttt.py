@@ -393,7 +393,7 @@ class MultiModalMemoryNetwork(nn.Module):
         self.feedback = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
         self.register_buffer("presence", torch.eye(len(MODALITIES)), persistent=False)
         self.presence_scale = dim**0.5  # as large as an encoding
-        self.feedback_steps, self.ttt_lr = FEEDBACK_STEPS, ttt_lr
+        self.feedback_steps = FEEDBACK_STEPS
         self.temperature, self.fused = 0.07, 0.5  # of the objective; build_model sets the config's
         self.through_update, self.use_amp = True, True
 

@@ -1004,6 +1004,19 @@ def test_the_protocols_tables_and_curves(small):
     assert results["tables"]["other streams"][f"{d.name}, tent"]["mixed R@10"] == pytest.approx(10)
 
 
+def test_what_is_reported_is_of_the_settings_that_are_listed(whole, tmp_path, tree, cache, features):
+    cfg = config(tmp_path, tree, cache, *CACHED, f"data.features_dir={features}")
+    data, (model, _), results = exp.load_data(cfg), exp.load_model(whole), common.read_json(whole / "results.json")
+    for d in exp.directions(data, "test")[:6:2]:
+        gallery, raw = exp.embed(model, data, (d.gallery,), d.gallery_items), exp.raw_items(data, *d.query, d.items)
+        order = exp.stream_order(len(d.items), cfg.seed)
+        for method, choice in results["chosen"][f"test time, {d.query[0]}"].items():
+            choice = tuple(choice) if isinstance(choice, list) else choice
+            z, _ = exp.answer_stream(model, data, *d.query, raw, gallery, method, choice, order, 35)
+            row = results["tables"]["test time"][f"{d.name}, {method}"]
+            assert row["clean R@10"] == pytest.approx(100 * exp.ranks(d, z, gallery)["hit@10"].mean().item(), abs=1e-6)
+
+
 def test_a_null_result_is_called_one():
     def row(low, high):
         return {f"{on} R@10 {side}": bound
@@ -1147,6 +1160,7 @@ def test_the_true_transcript_is_asked_in_place_of_the_speech(small, monkeypatch)
         expected = exp.by_photo(data, d, exp.ranks(d, written[d.query[0]], written[d.gallery]))
         assert torch.equal(rows[f"{d.name}, true transcript"]["R@5"], expected["R@5"])
         assert not torch.equal(rows[d.name]["R@5"], expected["R@5"])
+        assert torch.allclose(rows[f"{d.name}, CCA"]["R@5"], rows[f"{d.name}, chance"]["R@5"])  # as fitted here
 
 
 def test_the_best_epoch_is_what_is_tested(tmp_path, tree, cache, features, whole, monkeypatch):

@@ -826,7 +826,7 @@ def evaluate(cfg, data, test_time=True):
         "chosen": {"step": step}, "n_photos": n, "counts": data.counts,
         "parameters": sum(p.numel() for p in model.parameters()),
         "notes": ["Intervals: 95%, bootstrap over the test photos with all of their captions; the model as it is."],
-        "tables": {}, "curves": {}, "test_time": test_time,
+        "tables": {}, "curves": {}, "test_time": test_time and corrupted_fingerprint(data),
         "per_item": {"ids": [data.names["image"][i] for i in data.items("image", "test").tolist()]}}
     _, health, mean_reads = dev_latents(model, data)
     for title, (rows, pairs, chosen) in (("retrieval", retrieval_rows(model, data)),
@@ -1311,6 +1311,12 @@ def has_corrupted(data, modality, conditions):
         feature_file(data.features_dir, modality, condition_suffix(*condition)).exists() for condition in wanted)
 
 
+def corrupted_fingerprint(data):
+    """Of all features of corrupted queries that there are; they may come, or be made anew, after a run."""
+    found = [sorted(data.features_dir.glob(f"{m}_features,*.pt")) for m in data.features]
+    return common.fingerprint(itertools.chain.from_iterable(found))
+
+
 def run_protocol(cfg, model, data, folder, results):
     """Frozen galleries, queries in streams, every method in every direction; what comes of it goes into the results."""
     tasks, answers = directions(data, "test")[:N_DIRECTIONS], {}  # answers: {(modality, stream): `stream_answers`}
@@ -1318,7 +1324,8 @@ def run_protocol(cfg, model, data, folder, results):
     frozen = results["gallery_sha256"] = {name: digest(gallery) for name, gallery in galleries.items()}
     methods = [name for name in METHODS if isinstance(model.central, SlotMemory) or not name.startswith("memory")]
     weights = digest(torch.cat([value.double().flatten().cpu() for value in model.state_dict().values()]))
-    signature, notes = [results["source"], data.fingerprint, weights, cfg.seed], results["notes"]
+    signature = [results["source"], data.fingerprint, results["test_time"], weights, cfg.seed]
+    notes = results["notes"]
     for m in dict.fromkeys(d.query[0] for d in tasks):
         own, streams = [d for d in tasks if d.query == (m,)], streams_of(m, cfg.evaluation)
         if not has_corrupted(data, m, [condition for stream in streams.values() for condition in stream.conditions]):
@@ -1971,7 +1978,7 @@ def main(argv):
         train(cfg, data)
     if stage in ("all", "evaluate", "ttt") and common.process()[0] == 0:  # the first of several processes evaluates
         results = common.published(cfg, data.fingerprint)
-        if results is None or (stage != "evaluate" and not results["test_time"]):
+        if results is None or (stage != "evaluate" and results["test_time"] != corrupted_fingerprint(data)):
             results = evaluate(cfg, data, test_time=stage != "evaluate")
         common.publish(cfg.output_dir, results)
 

@@ -1367,11 +1367,16 @@ def test_corrupted_features_of_another_model_are_one_line_and_missing_ones_are_s
     path.unlink()
     assert cli(tmp_path, tree, cache, *command) == 0
     assert "No features of corrupted text queries: encode.py flickr8k --corruptions" in capsys.readouterr().out
-    for path in [*folder.glob("*,*.pt"), tmp_path / "run/results.json"]:
+    for path in folder.glob("*,*.pt"):
         path.unlink()
     assert cli(tmp_path, tree, cache, *command) == 0  # of none of the modalities
     assert capsys.readouterr().out.count("No features of corrupted") == 3
     assert "test time" not in common.read_json(tmp_path / "run/results.json")["tables"]
+    for path in features.glob("*,*.pt"):  # then they are made
+        shutil.copy(path, folder)
+    assert cli(tmp_path, tree, cache, *command) == 0
+    assert "No features of corrupted" not in capsys.readouterr().out
+    assert (tmp_path / "run/results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

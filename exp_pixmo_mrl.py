@@ -189,6 +189,8 @@ def check(cfg):
         raise UserError(f"optimization.betas: expected two numbers, found {cfg.optimization.betas}")
     if cfg.dataset.horizontal_flip_prob and v.name != "scratch":
         raise UserError(f"dataset.horizontal_flip_prob needs vision_encoder.name=scratch; {v.name} sees pictures once")
+    if v.name == "scratch" and 0 < cfg.dataset.image_size < PATCH:
+        raise UserError(f"dataset.image_size={cfg.dataset.image_size} is less than a patch of {PATCH} pixels")
     for name, section in (("vision_encoder", v), ("text_encoder", cfg.text_encoder)):
         if section.name == "scratch" and section.width % section.heads:
             raise UserError(f"{name}.width={section.width} is not a multiple of {name}.heads={section.heads}")

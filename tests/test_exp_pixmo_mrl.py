@@ -1295,6 +1295,7 @@ def test_features_end_to_end_and_compared_over_seeds(scenes, tmp_path, monkeypat
     (["vision_encoder.mrl_dimensions=[32]"], "32 is more than vision_encoder.projection_dim=16"),
     (["losses.mrl_weights=[1, 2]"], r"expected one for each of \[16, 8, 4\]"),
     (["losses.mrl=0", "losses.contrastive=0"], "nothing would be trained"),
+    (["dataset.image_size=8"], "less than a patch of 16 pixels"),
     (["losses.n_dims_per_step=2", "losses.sample_single_mrl_dim=true"], "say the same; give one"),
     (["vision_encoder.width=18", "vision_encoder.heads=4"], "not a multiple of vision_encoder.heads=4"),
     (["optimization.betas=[0.9]"], "expected two numbers"),

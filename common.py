@@ -211,7 +211,7 @@ def _info_nce(a, b, scale, ids, false_negatives, label_smoothing, chunk_size, ow
     blocks, columns = row_blocks(own, size), row_blocks(own if is_share else slice(0, n), size)
     work = None if a.is_cuda else a.new_empty(min(size, n), n)  # a CPU takes long to find fresh memory
     is_one = blocks == columns == [slice(0, n)]  # then one product serves both ways
-    log_p, column_lse = a.new_zeros(3, n), a.new_zeros(n)  # log softmax of partners both ways, and what targets add
+    log_p, column_lse = a.new_zeros(3, n), a.new_zeros(n)  # log softmax of partners both ways; what other targets add
     for rows in columns:
         logits = logits_of(x, y, rows) if is_one else logits_of(y, x, rows)
         log_p[1, rows] = (logits.T if is_one else logits).log_softmax(1)[:, rows].diagonal()
@@ -362,7 +362,7 @@ def _average_precision(scores, own, n_own, ks):
     """
     top = scores.topk(min(max(ks), scores.shape[1]), dim=1).values
     place = torch.arange(1, top.shape[1] + 1, device=scores.device).double()
-    above, level = ((compare(top[:, None], top[:, :, None])).sum(2) for compare in (torch.gt, torch.eq))
+    above, level = (compare(top[:, None], top[:, :, None]).sum(2) for compare in (torch.gt, torch.eq))
     level_last = (scores == top[:, -1:]).sum(1, keepdim=True)  # the last group may go on below
     level = torch.where(top == top[:, -1:], level_last, level)
     own = own.sort(1).values
@@ -418,7 +418,7 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
         counts.append(torch.stack([better, tied, level]))
         if not map_ks:
             continue
-        if len(offsets) == 1:
+        if len(offsets) == 1:  # the mean of 1 / place over the places it can have, without a search for the best
             place = torch.arange(1, min(max(map_ks), len(gallery)) + 1, device=device).double()
             harmonic = F.pad(1 / place, (1, 0)).cumsum(0)
             precisions = {k: (harmonic[(better + tied + 1).clamp(max=k)] - harmonic[better.clamp(max=k)]) / (tied + 1)
@@ -431,10 +431,10 @@ def retrieval_per_query(queries, gallery, query_ids, gallery_ids, ks=(1, 5, 10),
     values = {f"hit@{k}": 1 - _miss_probability(better, tied, level, k) for k in ks}
     values |= {name: torch.cat(parts).cpu() for name, parts in average_precision.items()}
     values["rank"] = better + (tied + level + 1).double() / (level + 1)
-    counts, group = n_own.unique(return_inverse=True)
+    numbers, group = n_own.unique(return_inverse=True)
     for k in ks:  # that k of G rows in random order hold an own one
         n, k_rows = len(gallery), min(k, len(gallery))
-        missed = [math.comb(n - m, k_rows) / math.comb(n, k_rows) for m in counts.tolist()]
+        missed = [math.comb(n - m, k_rows) / math.comb(n, k_rows) for m in numbers.tolist()]
         values[f"chance@{k}"] = 1 - torch.tensor(missed, dtype=torch.float64)[group]
     return values
 

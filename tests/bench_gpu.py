@@ -64,7 +64,8 @@ def extra_mebibytes(function):
 
 
 def kernels(function):
-    """(ms of all kernels that a call runs, their number); (None, None) on a CPU."""
+    """(ms of all kernels that a call runs, their number); (None, None) on a CPU. After it every launch of the process
+    takes longer, the profiler still looking on: tables take it last, when all times have been taken."""
     if DEVICE.type == "cpu":
         return None, None
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -74,6 +75,21 @@ def kernels(function):
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA
               and not e.is_user_annotation]
     return sum(e.device_time for e in events) / 1000, len(events)
+
+
+def recorded(function):
+    """A call as a CUDA graph, as it runs in a recorded training step; itself on a CPU."""
+    if DEVICE.type == "cpu":
+        return function
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def steps(small):
@@ -94,9 +110,8 @@ def steps(small):
                              for enabled in (False, True))
         variants = {"as written": lambda w=written, b=batch: w(b), "replayed": lambda r=replayed, b=batch: r(b)}
         took = milliseconds(variants, 3 if small else 30)
-        busy, launches = kernels(variants["as written"])
-        yield {"": name, "batch": len(next(iter(batch.values()))), **took, "busy": busy, "kernels": launches,
-               "graphs": len(replayed.graphs)}
+        yield {"": name, "batch": len(next(iter(batch.values()))), **took, "graphs": len(replayed.graphs),
+               "busy": variants["as written"]}
 
 
 def epoch(small):
@@ -146,11 +161,12 @@ def losses(small):
                          "plain": lambda f=plain, a=args: f(*a).backward()}
             if n == 65_536:  # out of the plain one's reach
                 del functions["plain"]
-            took = milliseconds(functions, 10 if n < 65_536 else 2)
+            graphs = {f"{key}, recorded": recorded(f) for key, f in functions.items()} if n <= 4096 else {}
+            took = milliseconds({**functions, **graphs}, 10 if n < 65_536 else 2)
             of_plain = took.get("plain", float("nan"))
-            busy = {f"{key}, busy": kernels(function)[0] for key, function in functions.items()}
             memory = {f"{key}, MiB": extra_mebibytes(function) for key, function in functions.items()}
-            yield {"": f"{name}, N = {n:,}", **took, "ratio": took["ours"] / of_plain, **busy, **memory}
+            yield {"": f"{name}, N = {n:,}", **took, "ratio": took["ours"] / of_plain, **memory,
+                   **{f"{key}, busy": function for key, function in functions.items()}}
 
 
 def retrieval(small):
@@ -167,7 +183,8 @@ def retrieval(small):
     functions = {"ours": lambda: coco.retrieval(images, texts, own, map_ks=()), "plain": plain}
     took = milliseconds(functions, 5)
     yield {"": f"{n_images:,} x {n_texts:,}", **took, "ratio": took["ours"] / took["plain"],
-           **{f"{key}, MiB": extra_mebibytes(function) for key, function in functions.items()}}
+           **{f"{key}, MiB": extra_mebibytes(function) for key, function in functions.items()},
+           **{f"{key}, busy": function for key, function in functions.items()}}
 
 
 def stacks(small):
@@ -203,7 +220,11 @@ def main():
     torch.set_float32_matmul_precision("high")
     tables, start = {}, time.time()
     for title, table in TABLES.items():
-        tables[title] = rows = [*table(args.small)]
+        tables[title] = [*table(args.small)]
+    for title, rows in tables.items():
+        for row in rows:
+            for key in [key for key, value in row.items() if callable(value)]:
+                row[key], row[key.replace("busy", "kernels")] = kernels(row[key])
         columns = [*dict.fromkeys(key for row in rows for key in row if key)]
         print(f"\n{common.format_table([title, *columns], [[row[''], *map(row.get, columns)] for row in rows])}",
               flush=True)

@@ -1775,7 +1775,13 @@ def setup(argv, Config, doc, stages, use_demo):
     return cfg, args.stage
 
 
-_ALLOCATION = re.compile("allocate memory|out of memory|Storage size calculation overflowed|Overflow when unpacking")
+_ALLOCATION = re.compile("allocate memory|out of memory|ALLOC_FAILED|Storage size calculation overflowed|"
+                         "Overflow when unpacking")
+
+
+def is_out_of_memory(error):
+    """Whether an exception says so; CUDA's libraries (cuBLAS, cuDNN) raise others than PyTorch does."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _ALLOCATION.search(str(error)) is not None
 
 
 def exit_codes(main):
@@ -1802,7 +1808,7 @@ def exit_codes(main):
             code = 1
             if process()[1] > 1 and re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
                 message = "another process of this run has ended; the same command resumes from the last checkpoint"
-            elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _ALLOCATION.search(str(error)):
+            elif is_out_of_memory(error):
                 asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
                 asked = f"tried to allocate {asked.group(1)}" if asked else reason_of(error)
                 message = f"out of memory ({asked}); lower the batch size or the sizes of the model"

@@ -33,10 +33,12 @@ import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing.forkserver
 import random
 import re
 import shutil
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -353,19 +355,68 @@ def read_image(file):
     return f"{image.width} x {image.height} pixels, too narrow" if too_narrow else image
 
 
-def pixels_of(image, processor):
-    """[3, H, W] float32 of a picture, or the reason why there are none, a str."""
+def fault_of(file):
+    """The reason why there is no picture, a str, or None."""
+    image = read_image(file)
+    return image if isinstance(image, str) else None
+
+
+def pixels_of(image, processor, dtype=torch.float32):
+    """[3, H, W] of a picture, bfloat16 as int16, which NumPy has; or the reason why there are none, a str."""
     if isinstance(image, str):
         return image
     try:
-        return processor(images=image, return_tensors="pt")["pixel_values"][0].float().numpy()
+        pixels = processor(images=image, return_tensors="pt")["pixel_values"][0].float().to(dtype)
     except Exception as error:  # a size that this processor cannot handle
         return common.reason_of(error)
+    return pixels.view(torch.int16).numpy() if dtype == torch.bfloat16 else pixels.numpy()
+
+
+def pixels_on(device, items, dtype):
+    """[B, 3, H, W] of what `pixels_of` made."""
+    pixels = torch.from_numpy(np.stack(items))
+    return (pixels.view(torch.bfloat16) if pixels.dtype == torch.int16 else pixels).to(device, dtype)
+
+
+def read_pixels(file, processor, dtype):
+    return pixels_of(read_image(file), processor, dtype)
+
+
+def open_readers(args):
+    """The workers that decode: processes where a GPU waits for them, as Python lets threads do little at a time (16 of
+    them beside an H200 made 2.4 times the pictures of one); else threads."""
+    if args.device.type != "cuda":
+        return concurrent.futures.ThreadPoolExecutor(args.workers)
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return concurrent.futures.ProcessPoolExecutor(args.workers, initializer=start_reader)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "transformers.image_processing_utils"])  # imported once
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, also while the server imports
+    multiprocessing.forkserver.ensure_running()
+    signal.signal(signal.SIGINT, handler)
+    return concurrent.futures.ProcessPoolExecutor(args.workers, context, start_reader)
+
+
+def start_reader():
+    """Begin a process that decodes. Ctrl-C reaches its parent, which ends it; without a parent it ends itself."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def by_readers(function, items, args):
+    """[function(item) for item in items]; of functions and items that can be pickled. Raises: OSError."""
+    try:
+        return list(args.readers.map(function, items, chunksize=4))
+    except concurrent.futures.BrokenExecutor:
+        raise OSError("a process that decodes was killed, perhaps for its memory; the same command with fewer "
+                      "--workers goes on at the first unfinished shard") from None
 
 
 def image_preparer(files, processor, args):
     """prepare(rows) -> pixels, or the reason why there are none."""
-    return lambda rows: list(args.readers.map(lambda row: pixels_of(read_image(files[row]), processor), rows))
+    read = functools.partial(read_pixels, processor=processor, dtype=DTYPES[args.weights])
+    return lambda rows: by_readers(read, [files[row] for row in rows], args)
 
 
 def has_cls(model, hidden, pixels):
@@ -389,7 +440,7 @@ def image_forward(source, args, tokens=False):
 
     @torch.inference_mode()
     def forward(items):
-        pixels = torch.from_numpy(np.stack(items)).to(model.device, DTYPES[args.weights])
+        pixels = pixels_on(model.device, items, DTYPES[args.weights])
         if tokens:
             hidden = tower(pixel_values=pixels).last_hidden_state
             return (hidden if hidden.ndim == 3 else hidden.flatten(2).transpose(1, 2),)
@@ -428,7 +479,7 @@ def vision_forward(source, processor, args):
     @torch.inference_mode()
     def forward(items):
         outputs.clear()
-        pixels = torch.from_numpy(np.stack(items)).to(model.device, DTYPES[args.weights])
+        pixels = pixels_on(model.device, items, DTYPES[args.weights])
         tower(pixel_values=pixels, **{key: value.expand(len(items), -1) for key, value in extra.items()})
         if not outputs or any(x.ndim != 3 or x.shape != outputs[0].shape for x in outputs):
             raise UserError(f"model {source.name}: a {source.kind} has no list of transformer blocks of one width; use "
@@ -558,9 +609,10 @@ def run_batch(forward, items):
     """forward(items), on the CPU; in halves, and halves of those, where the memory does not suffice."""
     try:
         return [x.cpu() for x in forward(items)]
-    except torch.OutOfMemoryError:
-        if len(items) == 1:
+    except RuntimeError as error:
+        if len(items) == 1 or not common.is_out_of_memory(error):
             raise
+    torch.cuda.empty_cache()  # CUDA's libraries allocate beside PyTorch
     warnings.warn("a batch does not fit into memory and is run in halves; take a smaller --batch-size", stacklevel=2)
     half = len(items) // 2  # here the tensors of the attempt are free
     parts = [run_batch(forward, part) for part in (items[:half], items[half:])]
@@ -700,10 +752,10 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
     shards = [range(i, min(i + shard, len(names))) for i in range(done, len(names), shard)]
     shards += [range(0)] * (-len(shards) % n_processes)  # as many turns for every process
     own = [*shards[number::n_processes], range(0)]
-    forward = load_forward() if shards else None
-    start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
         future = ahead.submit(prepare, own[0]) if own[0] else None
+        forward = load_forward() if shards else None
+        start = time.perf_counter()
         for rows, following in itertools.pairwise(common.progress(own, path.name, disable=number > 0)):
             items = future.result() if rows else []
             future = ahead.submit(prepare, following) if following else None
@@ -812,6 +864,18 @@ def film_plots(root, ids):
     return [[plot] if isinstance(plot, str) else plot for plot in plots]
 
 
+read_poster = functools.lru_cache(maxsize=4)(read_image)  # whose views come one after the other
+
+
+def view_pixels(wanted, size, processor, dtype):
+    """Pixels of (file of a poster, its film, view)."""
+    file, film, view = wanted
+    picture = read_poster(file)
+    if view and not isinstance(picture, str):
+        picture = augment_image(picture, size, view_draws(film, view, "image"))
+    return pixels_of(picture, processor, dtype)
+
+
 def mmimdb(args):
     """latents/mm_imdb1_globals_aug{views}_{backbone}_{image,text}.npy for exp_gw_mmimdb.py."""
     root, views = Path(args.data), args.views
@@ -826,17 +890,10 @@ def mmimdb(args):
     files = [root / "dataset" / f"{film}.jpeg" for film in ids]
     size = pixels_of(Image.new("RGB", (64, 64)), processor).shape[:0:-1]  # (width, height) that the model sees
 
-    def prepare_images(rows):  # a shard holds whole films: each poster is read once, then each view is a task
-        films = range(rows[0] // views, rows[-1] // views + 1)
-        posters = dict(zip(films, args.readers.map(lambda film: read_image(files[film]), films), strict=True))
-
-        def view_pixels(row):
-            film, view = divmod(row, views)
-            picture = posters[film]
-            if view and not isinstance(picture, str):
-                picture = augment_image(picture, size, view_draws(ids[film], view, "image"))
-            return pixels_of(picture, processor)
-        return list(args.readers.map(view_pixels, rows))
+    def prepare_images(rows):
+        wanted = [(files[film], ids[film], view) for film, view in (divmod(row, views) for row in rows)]
+        return by_readers(functools.partial(view_pixels, size=size, processor=processor, dtype=DTYPES[args.weights]),
+                          wanted, args)
 
     def prepare_texts(rows):
         texts = []
@@ -928,9 +985,9 @@ def alignment(args):
         vision_forward(source, processor, args)
     good = list(range(len(ids)))
     looked_at = files if files and common.process()[0] == 0 else []
-    for i, picture in enumerate(args.readers.map(read_image, looked_at)):
-        if isinstance(picture, str):  # left out on both sides
-            print(f"cannot be read: {files[i]} ({picture}); {ids[i]} is left out", flush=True)
+    for i, fault in enumerate(by_readers(fault_of, looked_at, args)):
+        if fault:  # left out on both sides
+            print(f"cannot be read: {files[i]} ({fault}); {ids[i]} is left out", flush=True)
             good.remove(i)
     (good,) = common.agreed([good])
     if not good:
@@ -973,6 +1030,29 @@ def alignment(args):
 
 # ----------------------------------------------------------------------------------------------------------- flickr8k
 
+def photo_pixels(file, corruption, side, processor, dtype):
+    """Pixels of a photo; corrupted by (kind, amount), unless kind is "", at the size that the model sees."""
+    import exp_flickr_ttt as flickr
+    image = read_image(file)
+    if corruption[0] and not isinstance(image, str):
+        scale = side / min(image.size)
+        image = image.resize([round(scale * length) for length in image.size], Image.Resampling.BICUBIC)
+        photo = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        photo = flickr.corrupt_photo(photo, *corruption, flickr.item_draws(file.name))
+        image = Image.fromarray(photo.permute(1, 2, 0).numpy())
+    return pixels_of(image, processor, dtype)
+
+
+def read_wave(file, corruption):
+    """[n] float32 of a recording, corrupted as a photo is; or the reason why there is none, a str."""
+    import exp_flickr_ttt as flickr
+    try:
+        wave = flickr.read_wav(file.read_bytes())
+    except Exception as error:  # soundfile raises kinds of its own
+        return common.reason_of(error)
+    return (flickr.corrupt_speech(wave, *corruption, flickr.item_draws(file.name)) if corruption[0] else wave).numpy()
+
+
 def flickr8k(args):
     """{image,text,audio}_features.pt, and those of corrupted queries, for exp_flickr_ttt.py's cached encoders."""
     import exp_flickr_ttt as flickr
@@ -991,15 +1071,11 @@ def flickr8k(args):
     if speech and not wavs:
         raise UserError(f"{root}: no recordings of these photos in flickr_audio; leave --speech-model out")
 
-    def encode(modality, source, photo_of, read, corruption, load_forward, shard, job):
-        """The clean file of a modality and its corrupted ones. photo_of: {name: its photo}; read(name, corrupt) ->
-        item, where corrupt changes what was read, or is None."""
-        def prepare(asked, kind, amount, rows):
-            def item(row):
-                name = asked[row]
-                corrupt = functools.partial(corruption, kind=kind, amount=amount, draws=flickr.item_draws(name))
-                return read(name, corrupt if kind else None)
-            return list(args.readers.map(item, rows))
+    def encode(modality, source, photo_of, read, load_forward, shard, job):
+        """The clean file of a modality and its corrupted ones. photo_of: {name: its photo}; read(names, corruption) ->
+        items; a corruption is (kind, amount), kind "" of none."""
+        def prepare(asked, corruption, rows):
+            return read([asked[row] for row in rows], corruption)
 
         def finish(asked, outputs, kept):
             ids = [asked[i] for i in kept]
@@ -1016,40 +1092,35 @@ def flickr8k(args):
             if not asked:
                 raise UserError(f"{path}: no {modality} of a {split} photo is here (--limit?)")
             facts = {"names": digest(asked), "corruption": [kind, amount]}
-            encode_rows(path, {**job, **facts}, asked, shard, functools.partial(prepare, asked, kind, amount),
+            encode_rows(path, {**job, **facts}, asked, shard, functools.partial(prepare, asked, (kind, amount)),
                         load_once, functools.partial(finish, asked), args)
 
     sizes = [getattr(processor, "size", None), getattr(processor, "crop_size", None)]
     side = max(length for size in sizes for length in dict(size or {}).values())
 
-    def read_photo(name, corrupt):
-        image = read_image(folder / name)
-        if corrupt and not isinstance(image, str):
-            scale = side / min(image.size)
-            image = image.resize([round(scale * length) for length in image.size], Image.Resampling.BICUBIC)
-            photo = corrupt(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-            image = Image.fromarray(photo.permute(1, 2, 0).numpy())
-        return pixels_of(image, processor)
+    def read_photos(names, corruption):
+        read = functools.partial(photo_pixels, corruption=corruption, side=side, processor=processor,
+                                 dtype=DTYPES[args.weights])
+        return by_readers(read, [folder / name for name in names], args)
     job = model_job(vision, processor=processor, data=digest(file_sizes(folder / name for name in photos)))
-    encode("image", vision, {name: name for name in photos}, read_photo, flickr.corrupt_photo,
-           lambda: image_forward(vision, args), SHARD, job)
+    encode("image", vision, {name: name for name in photos}, read_photos, lambda: image_forward(vision, args), SHARD,
+           job)
     if text:
         texts = {f"{photo}#{k}": caption for photo in photos for k, caption in sorted(captions.get(photo, {}).items())}
 
-        def read_text(name, corrupt):
-            return tokenize(text, tokenizer, [corrupt(texts[name]) if corrupt else texts[name]], args, how)[0]
+        def read_texts(names, corruption):
+            return tokenize(text, tokenizer, [
+                flickr.corrupt_text(texts[name], *corruption, flickr.item_draws(name)) if corruption[0] else texts[name]
+                for name in names], args, how)
         job = model_job(text, **text_facts(how, args), data=digest(texts))
-        encode("text", text, {name: name.rpartition("#")[0] for name in texts}, read_text, flickr.corrupt_text,
+        encode("text", text, {name: name.rpartition("#")[0] for name in texts}, read_texts,
                lambda: text_forward(text, tokenizer, args, how), TEXT_SHARD, job)
     if speech:
-        def read_wave(name, corrupt):
-            try:
-                wave = flickr.read_wav(wavs[name][0].read_bytes())
-            except Exception as error:  # soundfile raises kinds of its own
-                return common.reason_of(error)
-            return (corrupt(wave) if corrupt else wave).numpy()
+        def read_waves(names, corruption):
+            return by_readers(functools.partial(read_wave, corruption=corruption), [wavs[name][0] for name in names],
+                              args)
         job = model_job(speech, data=digest(file_sizes(path for path, _ in wavs.values())))
-        encode("audio", speech, {name: wavs[name][1] for name in sorted(wavs)}, read_wave, flickr.corrupt_speech,
+        encode("audio", speech, {name: wavs[name][1] for name in sorted(wavs)}, read_waves,
                lambda: speech_forward(speech, args), SHARD, job)
 
 
@@ -1123,7 +1194,8 @@ def pixmo(args):
         nonlocal stream
         stream = stream or read_images(groups, rows[0], SHARD * common.process()[1])
         contents = [next(stream) for _ in rows]
-        return list(args.readers.map(lambda content: pixels_of(read_image(content), processor), contents))
+        return by_readers(functools.partial(read_pixels, processor=processor, dtype=DTYPES[args.weights]), contents,
+                          args)
 
     def finish_images(outputs, kept):
         unreadable = [ids[i] for i in sorted(set(range(len(ids))) - set(kept))]
@@ -1161,14 +1233,15 @@ def parse_command_line(argv):
         def add(names, help, default=None, **more):
             shown = f"{help} (default: {' '.join(default) if isinstance(default, list) else default})"
             sub.add_argument(*names.split(), help=shown if default else help, default=default, **more)
-        n_cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        n_workers = max(1, min(32, n_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         add("--limit", "only the first N images, items or films", type=positive, metavar="N")
         add("--device", "auto | cuda | cuda:1 | mps | cpu", "auto")
         add("--device-map", "spread a model over all GPUs (needs the package accelerate)", choices=("auto",))
         add("--batch-size", "rows a forward pass (default: 64; 8 on a CPU, whose memory is slow)", type=positive)
         add("--weights", "of the model; auto: bfloat16 on a GPU, else float32", "auto", choices=("auto", *DTYPES))
         add("--dtype", "of the features written", "float16", choices=tuple(DTYPES))
-        add("--workers", "threads that decode", n_cores, type=positive)
+        add("--workers", "that decode: processes beside a GPU, else threads", n_workers, type=positive)
         add("--trust-remote-code", "run code that comes with a model", False, action="store_true")
         add("--max-length", "tokens that a text is cut to, or fewer if the model takes fewer", 512, type=positive)
         if function is not alignment:
@@ -1238,7 +1311,7 @@ def the_first_says_why():
 def main(argv=None):
     args = parse_command_line(argv)
     common.join_processes(args.device)
-    with the_first_says_why(), concurrent.futures.ThreadPoolExecutor(args.workers) as args.readers:
+    with the_first_says_why(), contextlib.ExitStack() as stack:
         args.device = common.pick_device(args.device)
         if args.weights == "auto":
             args.weights = "bfloat16" if args.device.type == "cuda" else "float32"
@@ -1247,6 +1320,7 @@ def main(argv=None):
             raise UserError("--dtype bfloat16: latents are .npy files, which have no bfloat16; use float16 or float32")
         if args.device_map and common.process()[1] > 1:
             raise UserError("--device-map spreads a model over all GPUs, torchrun gives each process one: use either")
+        args.readers = stack.enter_context(open_readers(args))
         args.run(args)
 
 

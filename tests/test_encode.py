@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,8 +208,8 @@ def test_language_features_and_nats_equal_a_loop_over_single_texts(model, kind, 
 def test_image_features_equal_the_model_on_one_picture(model, coco, kind):
     (source, processor), files = (encode.open_images(model(kind), ARGS),
                                   [coco / "images" / f"{i:012}.jpg" for i in (0, 5, 8)])
-    with encode.concurrent.futures.ThreadPoolExecutor(2) as workers:
-        items = encode.image_preparer(files, processor, SimpleNamespace(readers=workers))(range(3))
+    with encode.open_readers(SimpleNamespace(device=torch.device("cpu"), workers=2)) as readers:
+        items = encode.image_preparer(files, processor, SimpleNamespace(readers=readers, weights="float32"))(range(3))
     (found,) = encode.image_forward(source, ARGS)(items)
     plain = transformers.AutoModel.from_pretrained(model(kind)).eval()
     for row, file in zip(found, files, strict=True):
@@ -454,8 +455,53 @@ def test_batches_are_of_like_lengths_and_rows_stay_in_order():
     assert [n for batch in sizes for n in batch] == sorted((len(items[i]) for i in good), reverse=True)
 
 
+BESIDE_A_GPU = SimpleNamespace(device=torch.device("cuda"), workers=2)  # pictures are decoded by processes there
+
+
+def test_processes_that_decode_give_the_bits_of_threads(coco, films, parquet, model, tmp_path, monkeypatch):
+    photos = demo_data.write_flickr8k(tmp_path / "tree", n_photos=(3, 3, 3))
+    captions = [{i: {"original": "a dog", "sentences": {}}} for i in ("a", "b", "c")]
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    names = sorted(path.name for path in (coco / "images").iterdir())[2:5]  # one of them cannot be read
+    (tmp_path / "names").write_text("\n".join(names))
+    commands = [coco_args(coco, model, "", "--weights", "bfloat16"),
+                ["mmimdb", "--data", films, "--backbone", "clip", "--model", model("clip"), "--views", 3, "--limit", 4],
+                ["alignment", "--captions", tmp_path / "captions.json", "--images", coco / "images", "--image-names",
+                 tmp_path / "names", "--vision", model("vit")],
+                ["flickr8k", "--data", photos, "--model", model("siglip"), "--text-model", model("bert"),
+                 "--speech-model", model("wav2vec2"), "--corruptions"],
+                pixmo_args(model, parquet, "", "--weights", "float16", "--dtype", "float32")]
+    opened = encode.open_readers
+    for folder, how in (("threads", opened), ("processes", lambda args: opened(BESIDE_A_GPU))):
+        monkeypatch.setattr(encode, "open_readers", how)
+        for command in commands:
+            run(*command, "--out", tmp_path / folder / command[0])
+    files = [path.relative_to(tmp_path / "threads") for path in (tmp_path / "threads").rglob("*") if path.is_file()]
+    assert len(files) > 50
+    for file in files:
+        assert (tmp_path / "threads" / file).read_bytes() == (tmp_path / "processes" / file).read_bytes(), file
+
+
+def test_processes_that_decode_end_with_their_parent_and_one_that_dies_is_one_line():
+    code = ("import os, signal, torch, types, encode\n"
+            "readers = encode.open_readers(types.SimpleNamespace(device=torch.device('cuda'), workers=2))\n"
+            "print(readers.submit(os.getpid).result(), flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGKILL)")
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    deadline = time.time() + 30
+    while Path(f"/proc/{int(process.stdout)}").exists():
+        assert time.time() < deadline, "a reader outlives its parent"
+        time.sleep(0.05)
+    with encode.open_readers(BESIDE_A_GPU) as readers, pytest.raises(OSError, match="with fewer --workers goes on"):
+        encode.by_readers(os._exit, [1], SimpleNamespace(readers=readers))
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
 @pytest.mark.filterwarnings("ignore:a batch does not fit")
-def test_a_batch_that_does_not_fit_into_memory_is_run_in_halves(coco, model, tmp_path, monkeypatch):
+def test_a_batch_that_does_not_fit_into_memory_is_run_in_halves(coco, model, tmp_path, monkeypatch, error):
     sizes, original = [], encode.image_forward
 
     def small_memory(*args):
@@ -463,7 +509,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_run_in_halves(coco, model, tmp
 
         def limited(items):
             if len(items) > 8:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+                raise error
             sizes.append(len(items))
             return forward(items)
         return limited
@@ -477,9 +523,15 @@ def test_a_batch_that_does_not_fit_into_memory_is_run_in_halves(coco, model, tmp
     assert (whole - halves).abs().max() < 1e-5 * whole.abs().max()
 
     def no_memory(items):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(torch.OutOfMemoryError):
+        raise error
+    with pytest.raises(type(error)):
         encode.run_batches(no_memory, [torch.zeros(3)] * 4, 4)
+
+    def a_bug(items):
+        assert len(items) == 4, "a bug is not run in halves"
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        encode.run_batches(a_bug, [torch.zeros(3)] * 4, 4)
 
 
 def test_rows_without_a_picture_are_left_out_also_before_the_first_good_one(tmp_path):

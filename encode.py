@@ -405,12 +405,8 @@ def start_reader():
 
 
 def by_readers(function, items, args):
-    """[function(item) for item in items]; of functions and items that can be pickled. Raises: OSError."""
-    try:
-        return list(args.readers.map(function, items, chunksize=4))
-    except concurrent.futures.BrokenExecutor:
-        raise OSError("a process that decodes was killed, perhaps for its memory; the same command with fewer "
-                      "--workers goes on at the first unfinished shard") from None
+    """function(item) of all items, in their order, as they come; of functions and items that can be pickled."""
+    return args.readers.map(function, items, chunksize=16)
 
 
 def image_preparer(files, processor, args):
@@ -738,7 +734,7 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
     manifest.
 
     job: dict of all that decides the content. names: of the rows, for messages and the list of bad images.
-    prepare(rows) -> items for the model, or a str where a row has none; it runs one shard ahead in a thread.
+    prepare(rows) -> items for the model, or a str where a row has none; it runs two shards ahead in a thread.
     load_forward() -> forward(items) -> tuple of [B, ...] tensors: features, stored as args.dtype, and perhaps float32
     numbers beside them. finish(outputs, kept) -> (facts for the manifest, content of `path`), where outputs are the
     rows that have an item and the list kept says which they are; a dict is completed by what every such file says.
@@ -751,14 +747,14 @@ def encode_rows(path, job, names, shard, prepare, load_forward, finish, args):
         return manifest
     shards = [range(i, min(i + shard, len(names))) for i in range(done, len(names), shard)]
     shards += [range(0)] * (-len(shards) % n_processes)  # as many turns for every process
-    own = [*shards[number::n_processes], range(0)]
+    own = shards[number::n_processes]
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        future = ahead.submit(prepare, own[0]) if own[0] else None
+        prepared = [ahead.submit(prepare, later) for later in own[:2] if later]
         forward = load_forward() if shards else None
         start = time.perf_counter()
-        for rows, following in itertools.pairwise(common.progress(own, path.name, disable=number > 0)):
-            items = future.result() if rows else []
-            future = ahead.submit(prepare, following) if following else None
+        for i, rows in enumerate(common.progress(own, path.name, disable=number > 0)):
+            items = [*prepared.pop(0).result()] if rows else []
+            prepared += [ahead.submit(prepare, later) for later in own[i + 2:i + 3] if later]
             part = encode_shard(rows, items, forward, names, job, args)
             for received in sent_to_process_0(part):
                 if received["rows"]:
@@ -1321,7 +1317,11 @@ def main(argv=None):
         if args.device_map and common.process()[1] > 1:
             raise UserError("--device-map spreads a model over all GPUs, torchrun gives each process one: use either")
         args.readers = stack.enter_context(open_readers(args))
-        args.run(args)
+        try:
+            args.run(args)
+        except concurrent.futures.BrokenExecutor:
+            raise OSError("a process that decodes was killed, perhaps for its memory; the same command with fewer "
+                          "--workers goes on at the first unfinished shard") from None
 
 
 if __name__ == "__main__":

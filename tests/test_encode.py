@@ -103,7 +103,7 @@ def run(*args):
 def fails(capsys, *args):
     """The one line on stderr of a command that must end with exit code 2."""
     capsys.readouterr()
-    assert encode.main([*map(str, args)]) == 2
+    assert encode.main([*map(str, args), *["--device", "cpu"] * ("--device" not in args)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
@@ -209,7 +209,8 @@ def test_image_features_equal_the_model_on_one_picture(model, coco, kind):
     (source, processor), files = (encode.open_images(model(kind), ARGS),
                                   [coco / "images" / f"{i:012}.jpg" for i in (0, 5, 8)])
     with encode.open_readers(SimpleNamespace(device=torch.device("cpu"), workers=2)) as readers:
-        items = encode.image_preparer(files, processor, SimpleNamespace(readers=readers, weights="float32"))(range(3))
+        prepare = encode.image_preparer(files, processor, SimpleNamespace(readers=readers, weights="float32"))
+        items = list(prepare(range(3)))
     (found,) = encode.image_forward(source, ARGS)(items)
     plain = transformers.AutoModel.from_pretrained(model(kind)).eval()
     for row, file in zip(found, files, strict=True):
@@ -482,7 +483,8 @@ def test_processes_that_decode_give_the_bits_of_threads(coco, films, parquet, mo
         assert (tmp_path / "threads" / file).read_bytes() == (tmp_path / "processes" / file).read_bytes(), file
 
 
-def test_processes_that_decode_end_with_their_parent_and_one_that_dies_is_one_line():
+def test_processes_that_decode_end_with_their_parent_and_one_that_dies_is_one_line(coco, model, tmp_path, capsys,
+                                                                                  monkeypatch):
     code = ("import os, signal, torch, types, encode\n"
             "readers = encode.open_readers(types.SimpleNamespace(device=torch.device('cuda'), workers=2))\n"
             "print(readers.submit(os.getpid).result(), flush=True)\n"
@@ -493,8 +495,13 @@ def test_processes_that_decode_end_with_their_parent_and_one_that_dies_is_one_li
     while Path(f"/proc/{int(process.stdout)}").exists():
         assert time.time() < deadline, "a reader outlives its parent"
         time.sleep(0.05)
-    with encode.open_readers(BESIDE_A_GPU) as readers, pytest.raises(OSError, match="with fewer --workers goes on"):
-        encode.by_readers(os._exit, [1], SimpleNamespace(readers=readers))
+    monkeypatch.setattr(encode, "image_preparer", lambda files, processor, args: lambda rows: args.readers.map(
+        os._exit, rows))
+    opened = encode.open_readers
+    monkeypatch.setattr(encode, "open_readers", lambda args: opened(BESIDE_A_GPU))
+    assert encode.main([*map(str, coco_args(coco, model, tmp_path)), "--device", "cpu"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "with fewer --workers goes on at the first unfinished shard" in line
 
 
 @pytest.mark.parametrize("error", [
@@ -570,7 +577,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(coco, model, tmp_p
             path = "/dev/full"
         write(path, start, *rest)
     monkeypatch.setattr(encode, "write_rows", full)
-    assert encode.main([*map(str, coco_args(coco, model, tmp_path))]) == 1
+    assert encode.main([*map(str, coco_args(coco, model, tmp_path)), "--device", "cpu"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left" in line
     assert "the same command goes on" in line
@@ -590,7 +597,7 @@ def test_a_model_too_large_for_memory_is_one_line(coco, model, tmp_path, capsys,
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     monkeypatch.setattr(torch.nn.Module, "to", full)
-    assert encode.main([*map(str, coco_args(coco, model, tmp_path))]) == 1
+    assert encode.main([*map(str, coco_args(coco, model, tmp_path)), "--device", "cpu"]) == 1
     assert "out of memory (tried to allocate 2 GiB); lower the batch size" in capsys.readouterr().err
 
 
@@ -1139,8 +1146,9 @@ def test_a_model_spread_by_accelerate_gives_the_same_bits(model):
     pytest.importorskip("accelerate")
     source, tokenizer = opened(model("gpt2"))
     items = encode.tokenize(source, tokenizer, CAPTIONS, ARGS, "start")
-    plain, spread = (
-        encode.language_forward(source, tokenizer, SimpleNamespace(**{**vars(ARGS), "device_map": m}))(items)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts it
+    plain, spread = (encode.language_forward(
+        source, tokenizer, SimpleNamespace(**{**vars(ARGS), "device": device, "device_map": m}))(items)
         for m in (None, "auto"))
     assert all(torch.equal(a, b) for a, b in zip(plain, spread, strict=True))
 

@@ -99,7 +99,7 @@ def demos(tmp_path_factory):
                     os._exit(code)
             codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         json.dump(codes, sys.stdout)"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, input=json.dumps(jobs),
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

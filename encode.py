@@ -385,10 +385,8 @@ def read_pixels(file, processor, dtype):
 def open_readers(args):
     """The workers that decode: processes where a GPU waits for them, as Python lets threads do little at a time (16 of
     them beside an H200 made 2.4 times the pictures of one); else threads."""
-    if args.device.type != "cuda":
+    if args.device.type != "cuda" or "forkserver" not in multiprocessing.get_all_start_methods():
         return concurrent.futures.ThreadPoolExecutor(args.workers)
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return concurrent.futures.ProcessPoolExecutor(args.workers, initializer=start_reader)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "transformers.image_processing_utils"])  # imported once
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, also while the server imports
@@ -398,9 +396,8 @@ def open_readers(args):
 
 
 def start_reader():
-    """Begin a process that decodes. Ctrl-C reaches its parent, which ends it; without a parent it ends itself."""
+    """Begin a process that decodes, deaf to Ctrl-C as its server is; without its parent it ends itself."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -1307,7 +1304,7 @@ def the_first_says_why():
 def main(argv=None):
     args = parse_command_line(argv)
     common.join_processes(args.device)
-    with the_first_says_why(), contextlib.ExitStack() as stack:
+    with the_first_says_why():
         args.device = common.pick_device(args.device)
         if args.weights == "auto":
             args.weights = "bfloat16" if args.device.type == "cuda" else "float32"
@@ -1316,12 +1313,14 @@ def main(argv=None):
             raise UserError("--dtype bfloat16: latents are .npy files, which have no bfloat16; use float16 or float32")
         if args.device_map and common.process()[1] > 1:
             raise UserError("--device-map spreads a model over all GPUs, torchrun gives each process one: use either")
-        args.readers = stack.enter_context(open_readers(args))
+        args.readers = open_readers(args)
         try:
             args.run(args)
         except concurrent.futures.BrokenExecutor:
             raise OSError("a process that decodes was killed, perhaps for its memory; the same command with fewer "
                           "--workers goes on at the first unfinished shard") from None
+        finally:
+            args.readers.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -1622,6 +1622,8 @@ def load_films(cfg, stage):
         sample = sample[torch.from_numpy(drawn).to(device)]
     if len(sample) <= cfg.alignment.k:
         raise UserError(f"{root}: {len(sample)} test films are too few for alignment.k={cfg.alignment.k} neighbours")
+    if stage == "mmimdb" and reads_texts(cfg.alignment.ladder):
+        files += [root / "dataset" / f"{film}.json" for film in ids]
     films = Films(ids, labels.to(device), genres, splits, chosen, *sides, sample)
     jobs, select_job = (probe_jobs if stage == "mmimdb" else tower_jobs)(cfg, films)
     return select(Data(stage, films, common.fingerprint(files), bool(split.get("synthetic")), jobs, select_job))
@@ -1636,6 +1638,10 @@ def read_latents(path, ids):
         raise UserError(f"{path}: expected {len(ids)} films x {views} views ({manifest_file.name}), found {rows.shape}")
     layers = as_layers(rows[::views].astype(np.float32), f"{path}: ")
     return Features(path.stem.split("_", 4)[-1], layers, list(ids), path=str(path))
+
+
+def reads_texts(ladder):
+    return any(rung.startswith("tfidf") for rung in ladder)
 
 
 def film_texts(root, ids):
@@ -1657,8 +1663,7 @@ def genre_f1(predicted, targets):
 def probe_jobs(cfg, films):
     """One job a language model, the rungs of the ladder among them; and what selects one."""
     ladder = cfg.alignment.ladder
-    is_textual = any(rung.startswith("tfidf") for rung in ladder)
-    texts = film_texts(at_level(cfg.mmimdb.dir), films.ids) if is_textual else None
+    texts = film_texts(at_level(cfg.mmimdb.dir), films.ids) if reads_texts(ladder) else None
     films.language, films.rungs = extend_with_ladder(ladder, films.language, texts, films.chosen["train"].cpu())
     splits = {"train": films.chosen["train"], "val": films.chosen["dev"], "test": films.chosen["test"]}
 

@@ -975,6 +975,16 @@ def load(tmp_path, films, *overrides, stage="finetune"):
     return exp.load_data(film_config(tmp_path, films, *overrides), stage)
 
 
+def test_plots_that_a_rung_reads_are_data_of_the_run(tmp_path, films):
+    root, equal = shutil.copytree(films, tmp_path / "films"), []
+    for ladder in ("[tfidf:64]", "[pca:2]"):
+        before = load(tmp_path, root, f"alignment.ladder={ladder}", stage="mmimdb").fingerprint
+        file = min((root / "dataset").glob("*.json"))
+        file.write_text(json.dumps({**json.loads(file.read_text()), "plot": [f"Another plot, for {ladder}."]}))
+        equal.append(before == load(tmp_path, root, f"alignment.ladder={ladder}", stage="mmimdb").fingerprint)
+    assert equal == [False, True]
+
+
 def test_labels_are_tied_by_id_and_by_name_and_training_inputs_are_whole(tmp_path, films):
     shuffled = tmp_path / "shuffled"
     shutil.copytree(films, shuffled)

@@ -1775,7 +1775,7 @@ def setup(argv, Config, doc, stages, use_demo):
     return cfg, args.stage
 
 
-_ALLOCATION = re.compile("allocate memory|out of memory|ALLOC_FAILED|Storage size calculation overflowed|"
+_ALLOCATION = re.compile(r"allocate memory|out of memory|ALLOC\w*_FAILED|Storage size calculation overflowed|"
                          "Overflow when unpacking")
 
 

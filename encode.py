@@ -33,6 +33,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing.connection
 import multiprocessing.forkserver
 import random
 import re
@@ -392,7 +393,19 @@ def open_readers(args):
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, also while the server imports
     multiprocessing.forkserver.ensure_running()
     signal.signal(signal.SIGINT, handler)
-    return concurrent.futures.ProcessPoolExecutor(args.workers, context, start_reader)
+    readers = concurrent.futures.ProcessPoolExecutor(args.workers, context, start_reader)
+    threading.Thread(target=end_together, args=(readers._processes, readers._result_queue._writer), daemon=True).start()
+    return readers
+
+
+def end_together(processes, writer):
+    """End all processes {id: process} that decode when the first of them ends: of one that is killed while it sends a
+    result the executor would wait for the rest, for ever, as long as another (or its own end, writer) may send it."""
+    while not multiprocessing.connection.wait([process.sentinel for process in [*processes.values()]], timeout=1):
+        pass
+    for process in [*processes.values()]:
+        process.kill()
+    writer.close()
 
 
 def start_reader():

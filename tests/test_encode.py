@@ -504,9 +504,28 @@ def test_processes_that_decode_end_with_their_parent_and_one_that_dies_is_one_li
     assert "with fewer --workers goes on at the first unfinished shard" in line
 
 
+def test_a_process_that_is_killed_while_it_sends_is_not_waited_for():
+    torn = ("import multiprocessing.connection, os\n"
+            "def send_a_part(self, data):\n"
+            "    os.write(self.fileno(), data[:9])\n"
+            "    os._exit(1)\n"
+            "multiprocessing.connection.Connection._send = send_a_part")
+    code = ("import concurrent.futures, torch, types, encode\n"
+            "readers = encode.open_readers(types.SimpleNamespace(device=torch.device('cuda'), workers=2))\n"
+            f"futures = [readers.submit(exec, {torn!r}), *(readers.submit(int) for _ in range(50))]\n"
+            "try:\n"
+            "    [future.result() for future in futures]\n"
+            "except concurrent.futures.BrokenExecutor:\n"
+            "    readers.shutdown()\n"
+            "    print('noticed')")
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.stdout == "noticed\n", process.stderr
+
+
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")])
 @pytest.mark.filterwarnings("ignore:a batch does not fit")
 def test_a_batch_that_does_not_fit_into_memory_is_run_in_halves(coco, model, tmp_path, monkeypatch, error):
     sizes, original = [], encode.image_forward

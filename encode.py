@@ -389,7 +389,7 @@ def open_readers(args):
     if args.device.type != "cuda" or "forkserver" not in multiprocessing.get_all_start_methods():
         return concurrent.futures.ThreadPoolExecutor(args.workers)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "transformers.image_processing_utils"])  # imported once
+    context.set_forkserver_preload(["common", "transformers.image_processing_utils"])  # and with them PyTorch, once
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, also while the server imports
     multiprocessing.forkserver.ensure_running()
     signal.signal(signal.SIGINT, handler)

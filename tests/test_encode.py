@@ -204,6 +204,16 @@ def test_language_features_and_nats_equal_a_loop_over_single_texts(model, kind, 
     assert nats[0] == 0  # nothing to tell of an empty text
 
 
+@pytest.mark.parametrize("weights", encode.DTYPES)
+def test_pixels_reach_the_model_as_they_are_in_its_dtype(model, coco, weights):
+    processor, dtype = encode.open_images(model("clip"), ARGS)[1], encode.DTYPES[weights]
+    files = [coco / "images" / f"{i:012}.jpg" for i in (0, 8)]
+    whole = [processor(images=Image.open(file), return_tensors="pt")["pixel_values"][0] for file in files]
+    assert encode.read_pixels(files[0], processor, dtype).dtype.itemsize == dtype.itemsize  # what processes send
+    items = [encode.read_pixels(file, processor, dtype) for file in files]
+    torch.testing.assert_close(encode.pixels_on("cpu", items, dtype), torch.stack(whole).to(dtype), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["siglip", "clip", "blip2", "vit", "siglip_vision", "clip_vision"])
 def test_image_features_equal_the_model_on_one_picture(model, coco, kind):
     (source, processor), files = (encode.open_images(model(kind), ARGS),
@@ -473,6 +483,8 @@ def test_processes_that_decode_give_the_bits_of_threads(coco, films, parquet, mo
                  "--speech-model", model("wav2vec2"), "--corruptions"],
                 pixmo_args(model, parquet, "", "--weights", "float16", "--dtype", "float32")]
     opened = encode.open_readers
+    with opened(SimpleNamespace(device=torch.device("cpu"), workers=2)) as readers:
+        assert isinstance(readers, encode.concurrent.futures.ThreadPoolExecutor)
     for folder, how in (("threads", opened), ("processes", lambda args: opened(BESIDE_A_GPU))):
         monkeypatch.setattr(encode, "open_readers", how)
         for command in commands:
@@ -520,6 +532,21 @@ def test_a_process_that_is_killed_while_it_sends_is_not_waited_for():
             "    print('noticed')")
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert process.stdout == "noticed\n", process.stderr
+
+
+def test_ctrl_c_at_a_terminal_is_one_line_of_the_process_that_encodes(coco, model, tmp_path):
+    code = ("import sys, time, torch, types, encode\n"
+            "opened = encode.open_readers\n"
+            "encode.open_readers = lambda _: opened(types.SimpleNamespace(device=torch.device('cuda'), workers=2))\n"
+            "encode.encode_shard = lambda *_: (print('decoded', flush=True), time.sleep(60))\n"
+            "sys.exit(encode.main(sys.argv[1:]))")
+    argv = [*map(str, coco_args(coco, model, tmp_path)), "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert "decoded\n" in process.stdout  # reads up to it
+    os.killpg(process.pid, signal.SIGINT)  # a terminal tells all of them
+    _, said = process.communicate(timeout=50)  # till the last of them has ended
+    assert (process.returncode, said) == (130, "stopped by Ctrl-C\n")
 
 
 @pytest.mark.parametrize("error", [
@@ -847,13 +874,15 @@ def test_flickr8k_features_of_all_modalities_and_corruptions(model, tmp_path, sp
         conditions = [(kind, amount) for kind, amounts in exp.CORRUPTIONS[m].items() for amount in amounts]
         assert all((exp.corrupted_items(data, m, d.items, *c) - clean).abs().max() > 1e-4 for c in conditions), m
         assert exp.has_corrupted(data, m, conditions)
-    (blurred,) = (torch.load(path, weights_only=True) for path in tmp_path.glob("image_features,defocus=10.pt"))
-    name, (source, processor) = blurred["ids"][1], encode.open_images(model("convnext"), ARGS)
-    with Image.open(Path(root, "Flickr8k_Dataset", name)) as photo:  # 120 x 90; the model sees its shortest side at 32
-        pixels = np.array(photo.resize((43, 32), Image.Resampling.BICUBIC))
-    pixels = exp.corrupt_photo(torch.from_numpy(pixels).permute(2, 0, 1), "defocus", 10, exp.item_draws(name))
-    pixels = encode.pixels_of(Image.fromarray(pixels.permute(1, 2, 0).numpy()), processor)
-    torch.testing.assert_close(blurred["feats"][1], encode.image_forward(source, ARGS)([pixels])[0][0])
+    source, processor = encode.open_images(model("convnext"), ARGS)
+    for kind, amount in (("defocus", 10), ("noise", 0.38)):
+        found = torch.load(tmp_path / f"image_features,{kind}={amount}.pt", weights_only=True)
+        name = found["ids"][1]
+        with Image.open(Path(root, "Flickr8k_Dataset", name)) as photo:  # 120 x 90; the model sees the shortest at 32
+            pixels = np.array(photo.resize((43, 32), Image.Resampling.BICUBIC))
+        pixels = exp.corrupt_photo(torch.from_numpy(pixels).permute(2, 0, 1), kind, amount, exp.item_draws(name))
+        pixels = encode.pixels_of(Image.fromarray(pixels.permute(1, 2, 0).numpy()), processor)
+        torch.testing.assert_close(found["feats"][1], encode.image_forward(source, ARGS)([pixels])[0][0])
     noisy = torch.load(tmp_path / "text_features,drop=0.2.pt", weights_only=True)
     texts = [exp.corrupt_text(exp.read_captions(Path(root))[0][photo][int(k)], "drop", 0.2, exp.item_draws(name))
              for name in noisy["ids"][:3] for photo, _, k in [name.rpartition("#")]]
@@ -866,6 +895,11 @@ def test_flickr8k_features_of_all_modalities_and_corruptions(model, tmp_path, sp
     forward = encode.speech_forward(encode.find_model(model(speech), "speech"), ARGS)
     alone = forward([exp.read_wav(wavs[1].read_bytes()).numpy()])[0][0]
     assert (found["feats"][found["ids"].index(wavs[1].name)] - alone).abs().max() < 1e-4
+    noisy, noise = torch.load(tmp_path / "audio_features,white_noise=0.pt", weights_only=True), ("white noise", 0)
+    name = noisy["ids"][1]
+    wave = exp.read_wav(Path(root, "flickr_audio/wavs", name).read_bytes())
+    alone = forward([exp.corrupt_speech(wave, *noise, exp.item_draws(name)).numpy()])[0][0]
+    assert (noisy["feats"][1] - alone).abs().max() < 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------- pixmo

@@ -4,7 +4,8 @@
     python tests/bench_gpu.py --small    # tiny sizes, also on a CPU: does it run?
 
 Times are medians in ms, the variants in turn. A step "as written" launches its kernels one by one, "replayed" as a CUDA
-graph; busy is the time of its kernels alone, which is what counts in a graph. On a CPU both are the step as written.
+graph; so is a loss "recorded". Busy is the time of the kernels alone, which is what counts in a graph. On a CPU
+nothing is recorded: all is as written. The times are taken first, the tables printed at the end.
 Plain losses and products may use TF32, as a training script's do.
 """
 

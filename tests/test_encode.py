@@ -544,6 +544,7 @@ def test_ctrl_c_at_a_terminal_is_one_line_of_the_process_that_encodes(coco, mode
     process = subprocess.Popen([sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert "decoded\n" in process.stdout  # reads up to it
+    time.sleep(1)  # all have begun
     os.killpg(process.pid, signal.SIGINT)  # a terminal tells all of them
     _, said = process.communicate(timeout=50)  # till the last of them has ended
     assert (process.returncode, said) == (130, "stopped by Ctrl-C\n")

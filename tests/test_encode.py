@@ -483,8 +483,10 @@ def test_processes_that_decode_give_the_bits_of_threads(coco, films, parquet, mo
                  "--speech-model", model("wav2vec2"), "--corruptions"],
                 pixmo_args(model, parquet, "", "--weights", "float16", "--dtype", "float32")]
     opened = encode.open_readers
-    with opened(SimpleNamespace(device=torch.device("cpu"), workers=2)) as readers:
-        assert isinstance(readers, encode.concurrent.futures.ThreadPoolExecutor)
+    for where, kind in ((SimpleNamespace(device=torch.device("cpu"), workers=2), "ThreadPoolExecutor"),
+                        (BESIDE_A_GPU, "ProcessPoolExecutor")):
+        with opened(where) as readers:
+            assert type(readers).__name__ == kind
     for folder, how in (("threads", opened), ("processes", lambda args: opened(BESIDE_A_GPU))):
         monkeypatch.setattr(encode, "open_readers", how)
         for command in commands:

@@ -500,9 +500,9 @@ def test_processes_that_decode_give_the_bits_of_threads(coco, films, parquet, mo
 def test_processes_that_decode_end_with_their_parent_and_one_that_dies_is_one_line(coco, model, tmp_path, capsys,
                                                                                   monkeypatch):
     code = ("import os, signal, torch, types, encode\n"
-            "readers = encode.open_readers(types.SimpleNamespace(device=torch.device('cuda'), workers=2))\n"
-            "print(readers.submit(os.getpid).result(), flush=True)\n"
-            "os.kill(os.getpid(), signal.SIGKILL)")
+            "with encode.open_readers(types.SimpleNamespace(device=torch.device('cuda'), workers=2)) as readers:\n"
+            "    print(readers.submit(os.getpid).result(), flush=True)\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)")
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
     deadline = time.time() + 30
@@ -524,13 +524,12 @@ def test_a_process_that_is_killed_while_it_sends_is_not_waited_for():
             "    os.write(self.fileno(), data[:9])\n"
             "    os._exit(1)\n"
             "multiprocessing.connection.Connection._send = send_a_part")
-    code = ("import concurrent.futures, torch, types, encode\n"
-            "readers = encode.open_readers(types.SimpleNamespace(device=torch.device('cuda'), workers=2))\n"
-            f"futures = [readers.submit(exec, {torn!r}), *(readers.submit(int) for _ in range(50))]\n"
+    code = ("import torch, types, encode\n"
             "try:\n"
-            "    [future.result() for future in futures]\n"
-            "except concurrent.futures.BrokenExecutor:\n"
-            "    readers.shutdown()\n"
+            "    with encode.open_readers(types.SimpleNamespace(device=torch.device('cuda'), workers=2)) as readers:\n"
+            f"        futures = [readers.submit(exec, {torn!r}), *(readers.submit(int) for _ in range(50))]\n"
+            "        [future.result() for future in futures]\n"
+            "except OSError:\n"
             "    print('noticed')")
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert process.stdout == "noticed\n", process.stderr

@@ -951,9 +951,10 @@ def seed_everything(seed):
 
 
 def rng_state():
-    """All random states as plain types and tensors (so that a checkpoint loads with weights_only=True)."""
+    """All random states as plain types and tensors (so that a checkpoint loads with weights_only=True); of several GPUs
+    that of the run's, which another GPU or a machine with fewer goes on with."""
     kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(),
             "cuda": cuda}
 
@@ -966,7 +967,7 @@ def set_rng_state(state):
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 class GraphedStep:

@@ -435,7 +435,8 @@ def validate(model, data, seed):
 def predict(model, inputs, decode="labels", seed=0, reweigh=None):
     """(decoded [n, D], weights [n, domains]) of {domain: z-scored input [n, D]}; random weights are of `seed`."""
     model.eval()
-    with common.full_precision(), torch.random.fork_rng():
+    device = next(model.parameters()).device
+    with common.full_precision(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         decoded, weights = model(inputs, decode, reweigh)
     return decoded.float(), weights.float()

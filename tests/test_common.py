@@ -1242,6 +1242,19 @@ def test_one_of_several_gpus_becomes_the_current_one(monkeypatch):
     assert current == ["cuda:1"]
 
 
+@pytest.mark.parametrize("n_gpus", [0, 1])
+def test_the_random_state_of_a_gpu_is_its_runs_wherever_that_goes_on(n_gpus, monkeypatch):
+    """A checkpoint of an earlier version holds those of all GPUs; the first was the run's."""
+    restored = []
+    for name, function in (("is_available", lambda: n_gpus > 0), ("get_rng_state", lambda: torch.arange(3)),
+                           ("set_rng_state", restored.append)):
+        monkeypatch.setattr(torch.cuda, name, function)
+    state = common.rng_state()
+    common.set_rng_state({**state, "cuda": [torch.arange(3), torch.arange(9)]})
+    assert len(state["cuda"]) == len(restored) == n_gpus
+    assert all(torch.equal(x, torch.arange(3)) for x in state["cuda"] + restored)
+
+
 def test_seed_everything_repeats():
     draws = []
     for _ in range(2):

@@ -449,7 +449,8 @@ def test_noise_and_random_weights_are_drawn_several_times(tmp_path, films, monke
             assert logits["image corrupted by 0.5"][split].flatten().tolist() == [42, 43]
 
 
-def test_predictions_are_of_their_seed_and_translations_of_their_target(tmp_path, films):
+def test_predictions_are_of_their_seed_and_translations_of_their_target(tmp_path, films, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # GPUs that a model on the CPU leaves alone
     cfg = config(tmp_path, films, "model.selector=random")
     data = exp.load_data(cfg)
     model, inputs = exp.build_model(cfg, data), exp.film_inputs(data, "test")

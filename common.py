@@ -789,11 +789,15 @@ def process():
 
 
 def join_processes(device_name):
-    """Become one of torchrun's processes, if it started this one: a GPU each, or the CPU."""
+    """Become one of torchrun's processes, if it started this one: a GPU each, or the CPU. Raises: UserError."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or process()[1] > 1:
         return
     on_gpu = device_name.startswith(("auto", "cuda")) and torch.cuda.is_available()
     if on_gpu:
+        wanted, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if wanted > n_gpus or ":" in device_name:
+            raise UserError(f"{wanted} processes need a GPU each, device={device_name} has {n_gpus} here; use torchrun "
+                            f"--nproc-per-node {n_gpus} and the device auto, or cpu")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
     if process()[0]:

@@ -1242,6 +1242,16 @@ def test_one_of_several_gpus_becomes_the_current_one(monkeypatch):
     assert current == ["cuda:1"]
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_processes_without_a_gpu_each_are_one_line(device, monkeypatch):
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 2 if ":" in device else 1)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(key, "2")
+    with pytest.raises(UserError, match=f"2 processes need a GPU each, device={device} has [12] here; use torchrun"):
+        common.join_processes(device)
+
+
 @pytest.mark.parametrize("n_gpus", [0, 1])
 def test_the_random_state_of_a_gpu_is_its_runs_wherever_that_goes_on(n_gpus, monkeypatch):
     """A checkpoint of an earlier version holds those of all GPUs; the first was the run's."""

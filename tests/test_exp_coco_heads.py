@@ -1391,7 +1391,7 @@ def test_the_readmes_copy_and_modify_diff_is_applied_and_runs(tmp_path, coco_dem
 @pytest.mark.skipif(not (SHARED / "data/coco_heads").exists(), reason="the real embeddings are not here")
 def test_real_embeddings_reproduce_the_published_cca(tmp_path, monkeypatch):
     """256 dimensions, shrinkage 0.5, 29,985 pairs: I2T R@1/5/10 24.1/48.8/60.9, T2I 17.1/43.1/57.3, RSUM 251.3."""
-    keys = [f"data.dir={SHARED / 'data/coco_heads'}", "data.test=val2017", f"output_dir={tmp_path}"]
+    keys = [f"data.dir={SHARED / 'data/coco_heads'}", "data.test=val2017", "device=cpu", f"output_dir={tmp_path}"]
     data = exp.load_data(common.load_config(exp.Config, None, keys))
     assert [len(data.splits[s]) for s in ("train", "val", "test")] == [26_985, 3_000, 5_000]
     for name, value in (("RIDGE_STRENGTHS", (0.1, 0.3)), ("CCA_SHRINKAGES", {0: (0.3, 0.7)}), ("CCA_DIMS", (128, 256))):

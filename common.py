@@ -2028,6 +2028,9 @@ def _runs_by_seed(folders):
     for folder in map(Path, folders):
         if re.search(r"\.old-\d+$|^(compare|demo|flops)$", folder.name):  # what results/* names beside runs
             continue
+        if (folder / "config.yaml").exists() and not (folder / "results.json").exists():
+            print(f"NOTE: {folder} is left out: its run is not finished")
+            continue
         results, config = _read_results(folder), flatten(_run_config(folder))
         settings = {k: v for k, v in config.items() if k != "seed" and not is_neutral(k)}
         key = json.dumps([settings, results["data_fingerprint"]], sort_keys=True)
@@ -2056,7 +2059,7 @@ def compare_runs(folders, out="results/compare"):
 
     A run's per_item.pt is {"ids": [n] names of the test items} and the `items` of `interval_tables`. A difference (the
     mean over the seeds of either side) gets its paired 95% bootstrap interval over the test items, where two runs have
-    the same ids. Writes compare.txt and compare.png to `out`. Raises: UserError for a folder without a finished run.
+    the same ids. Writes compare.txt and compare.png to `out`. Raises: UserError for a folder without a run.
     """
     runs, tables, out = _runs_by_seed(folders), {}, Path(out)
     for title in dict.fromkeys(title for group in runs.values() for _, results in group for title in results["tables"]):

@@ -1170,11 +1170,17 @@ def test_compare_of_an_edited_script_and_of_folders_named_by_their_seed(tmp_path
     assert "head: mine (2)" in (tmp_path / "out/compare.txt").read_text()
 
 
-def test_compare_refuses_what_is_no_finished_run(tmp_path):
+def test_compare_leaves_out_what_still_runs_and_refuses_what_is_no_run(tmp_path, capsys):
     with pytest.raises(UserError,
                        match=r"none/results\.json: no such file; .*none is not the folder of a finished run"):
         common.compare_runs([tmp_path / "none"])
-    folder = finished(tmp_path / "a")
+    folder, running = finished(tmp_path / "a"), finished(tmp_path / "b", seed=2)
+    (running / "results.json").unlink()
+    common.compare_runs([running, folder], out=tmp_path / "out")
+    assert f"NOTE: {running} is left out: its run is not finished" in capsys.readouterr().out
+    assert "head: a (1)" in (tmp_path / "out/compare.txt").read_text()
+    with pytest.raises(UserError, match="no finished run among"):
+        common.compare_runs([running], out=tmp_path / "out")
     (folder / "results.json").write_text('{"experiment": "toy"}')
     with pytest.raises(UserError, match=r"results\.json: headline is missing or damaged; run its command again"):
         common.compare_runs([folder])

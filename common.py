@@ -794,7 +794,7 @@ def join_processes(device_name):
         return
     on_gpu = device_name.startswith(("auto", "cuda")) and torch.cuda.is_available()
     if on_gpu:
-        wanted, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        wanted, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if wanted > n_gpus or ":" in device_name:
             raise UserError(f"{wanted} processes need a GPU each, device={device_name} has {n_gpus} here; use torchrun "
                             f"--nproc-per-node {n_gpus} and the device auto, or cpu")

@@ -1260,7 +1260,7 @@ def test_processes_without_a_gpu_each_are_one_line(device, monkeypatch):
 
 @pytest.mark.parametrize("n_gpus", [0, 1])
 def test_the_random_state_of_a_gpu_is_its_runs_wherever_that_goes_on(n_gpus, monkeypatch):
-    """A checkpoint of an earlier version holds those of all GPUs; the first was the run's."""
+    """A checkpoint of an earlier version holds those of all GPUs; of device=cuda the first was the run's."""
     restored = []
     for name, function in (("is_available", lambda: n_gpus > 0), ("get_rng_state", lambda: torch.arange(3)),
                            ("set_rng_state", restored.append)):
